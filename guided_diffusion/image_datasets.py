@@ -1,0 +1,722 @@
+"""Pictures and their labels for training (interface: openai/guided-diffusion, image_datasets.py).
+
+The data is a folder of pictures (jpg, jpeg, png, gif; subfolders too), or an .npz file with uint8 pictures
+[N, H, W, C] under arr_0 and, optionally, integer labels [N] under arr_1 or labels, where -1 means unlabelled.
+
+Where a folder's labels come from, the first rule that gives labels with a meaning:
+1. the file name up to the first "_" (upstream's rule: cat_001.png is a cat);
+2. the folder that the picture is in (.../cat/001.png);
+3. the topmost folder (cat/images/001.png).
+Labels have a meaning where there are at least two, and at least half of the pictures share theirs with
+another. The labels are numbered in the alphabetical order of their names.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import random
+import struct
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import blobfile as bf
+import numpy as np
+import torch as th
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from . import dist_util, logger
+from .errors import UserError, UserFileError, UserValueError
+
+EXTENSIONS = ("jpg", "jpeg", "png", "gif")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode for a number of channels
+
+# Training stops when more pictures than this cannot be read.
+MAX_BAD = 10
+
+# What Pillow raises for a file that is truncated, corrupt or no picture at all.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+Batches = Iterator[tuple[th.Tensor, dict[str, th.Tensor]]]
+
+
+class LabelledImages(NamedTuple):
+    """The pictures of a folder. `labels` are indices into `class_names`, which are in alphabetical order."""
+
+    paths: list[str]
+    labels: list[int]
+    class_names: list[str]
+
+
+class BadPictureError(UserError):
+    """A picture that cannot be read; the message names it and says why."""
+
+
+def load_data(
+    *,
+    data_dir: str,  # folder or .npz
+    batch_size: int,  # of this rank
+    image_size: int,  # pictures are scaled to it on the shorter side, then cropped to a square
+    class_cond: bool = False,  # give labels
+    deterministic: bool = False,  # in the order of the file names
+    random_crop: bool = False,
+    random_flip: bool = True,  # left-right, half of the time
+    num_workers: int = 1,
+    image_channels: int = 3,
+    max_bad: int = MAX_BAD,  # unreadable pictures before training stops
+    label_from: str = "auto",  # or "prefix" or "folder", where both have a meaning
+    allow_unlabelled: bool = False,  # accept labels of -1
+) -> Batches:
+    """Endless batches (float32 [B, C, H, W] in [-1, 1], {"y": int64 [B]} or {}) of this rank's share.
+
+    Raises UserError where the data cannot be used: at once, or later at more than `max_bad` bad pictures.
+    """
+    dataset = open_dataset(
+        data_dir,
+        image_size,
+        class_cond=class_cond,
+        random_crop=random_crop,
+        random_flip=random_flip,
+        image_channels=image_channels,
+        shard=dist_util.get_rank(),
+        num_shards=dist_util.get_world_size(),
+        max_bad=max_bad,
+        label_from=label_from,
+    )
+    if len(dataset) < batch_size:
+        raise UserValueError(
+            f"{data_dir!r} has {len(dataset)} pictures for this rank, fewer than batch_size {batch_size}; "
+            "use a smaller batch, fewer ranks or more pictures"
+        )
+    if class_cond and not allow_unlabelled and min(dataset.local_classes) < 0:
+        raise UserValueError(
+            f"{data_dir!r} has unlabelled pictures (-1), which a class-conditional model cannot use"
+        )
+    loader = DataLoader(
+        _Guarded(dataset),
+        batch_size=batch_size,
+        shuffle=not deterministic,
+        drop_last=True,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=th.cuda.is_available(),
+        collate_fn=_collate,
+    )
+    return _endless(loader, max_bad)
+
+
+def load_stream(
+    dataset: "PictureDataset",  # all of the data, not a rank's share
+    batch_size: int,  # of this rank
+    seed: int,
+    start_step: int = 0,
+    num_workers: int = 1,
+    rank: int | None = None,  # of this process, where None
+    world_size: int | None = None,
+) -> Batches:
+    """Endless shuffled batches that continue at any step exactly as if they had never stopped.
+
+    Like `load_data`, with "position" (int64 [B]) beside "y": the number of the sample in the global stream.
+    Which picture stands there, and how it is cropped and flipped, depends on (seed, position) alone: not on
+    the workers, and not on how the ranks share a global batch. Leaves the global random generators alone.
+    """
+    batches = ResumableBatches(
+        len(dataset),
+        batch_size,
+        seed,
+        start_step=start_step,
+        rank=dist_util.get_rank() if rank is None else rank,
+        world_size=dist_util.get_world_size() if world_size is None else world_size,
+    )
+    loader = DataLoader(
+        _Seeded(dataset, seed),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=th.cuda.is_available(),
+        collate_fn=_collate,
+        generator=th.Generator(),  # else the loader would draw a seed from the global generator
+    )
+    return _endless(loader, dataset.max_bad)
+
+
+def open_dataset(
+    path: str,  # folder or .npz
+    image_size: int,
+    *,
+    class_cond: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    image_channels: int = 3,
+    shard: int = 0,
+    num_shards: int = 1,
+    max_bad: int = MAX_BAD,
+    label_from: str = "auto",
+) -> "PictureDataset":
+    """The dataset behind `load_data`: every `num_shards`-th picture from `shard` on.
+
+    Its `class_names` tell the number of classes where `class_cond`. Raises UserError where the data is
+    missing, empty or, with `class_cond`, without labels that have a meaning.
+    """
+    if not path:
+        raise UserValueError("unspecified data directory: give a folder of pictures or an .npz file")
+    if image_channels not in MODES and not _is_npz(path):
+        raise UserValueError(f"pictures have 1, 3 or 4 channels, not {image_channels}")
+    common = dict(
+        shard=shard,
+        num_shards=num_shards,
+        random_crop=random_crop,
+        random_flip=random_flip,
+        image_channels=image_channels,
+        max_bad=max_bad,
+    )
+    if _is_npz(path):
+        images, labels = _read_npz(path)
+        if class_cond and labels is None:
+            raise UserValueError(
+                f"{path!r} has no labels: add them as integers [N] under 'labels' or 'arr_1'"
+            )
+        dataset = ArrayDataset(images, labels if class_cond else None, resolution=image_size, **common)
+    else:
+        found = (
+            list_labelled_images(path, label_from)
+            if class_cond
+            else LabelledImages(_list_images(path), None, [])
+        )
+        dataset = ImageDataset(image_size, found.paths, found.labels, class_names=found.class_names, **common)
+    if len(dataset) == 0:
+        raise UserValueError(f"{path!r} has fewer pictures than there are ranks ({num_shards})")
+    return dataset
+
+
+def list_labelled_images(data_dir: str, label_from: str = "auto") -> LabelledImages:
+    """All pictures below a folder with their labels, by the rules at the head of this module.
+
+    `label_from`: "prefix" or "folder" instead of "auto" leaves only that. Raises UserValueError where no rule
+    gives labels with a meaning.
+    """
+    paths = _list_images(data_dir)
+    rules: dict[str, list[Callable[[str, str], str | None]]] = {
+        "prefix": [_prefix],
+        "folder": [_leaf_folder, _top_folder],
+    }
+    if label_from not in ("auto", *rules):
+        raise UserValueError(f"label_from must be auto, prefix or folder, not {label_from!r}")
+    names = {kind: _first_with_meaning(rules[kind], data_dir, paths) for kind in rules}
+    chosen = next((k for k in rules if label_from in ("auto", k) and names[k]), None)
+    if chosen is None:
+        raise UserValueError(
+            f"{data_dir!r} has no labels with a meaning: among its {len(paths)} pictures "
+            f"{_tried(label_from)} at least two classes of several pictures. Name the files "
+            "CLASS_anything.png, or put each class into a folder of its own, or train without class_cond"
+        )
+    class_names = sorted(set(names[chosen]))
+    if label_from == "auto" and all(names.values()) and not _same_partition(*names.values()):
+        logger.warn(
+            f"labels: file names ({', '.join(class_names[:3])}, ...) and folders "
+            f"({', '.join(sorted(set(names['folder']))[:3])}, ...) differ; using the file names. "
+            "label_from=folder takes the folders"
+        )
+    number = {name: i for i, name in enumerate(class_names)}
+    return LabelledImages(paths, [number[name] for name in names[chosen]], class_names)
+
+
+def count_classes(path: str, label_from: str = "auto") -> int:
+    """The number of classes in a folder or .npz file. Raises UserError where it has no labels."""
+    if not _is_npz(path):
+        return len(list_labelled_images(path, label_from).class_names)
+    _, labels = _read_npz(path)
+    if labels is None or labels.max() < 0:
+        raise UserValueError(f"{path!r} has no labels")
+    return int(labels.max()) + 1
+
+
+class PictureDataset(Dataset):
+    """Square pictures, cropped and flipped, with labels where `local_classes` is not None. See `load`.
+
+    A subclass says in `pixels` where they come from. The next one stands in for one that cannot be read.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        local_images: Sequence[str] | np.ndarray,  # what `pixels` reads from
+        local_classes: Sequence[int] | np.ndarray | None,
+        class_names: Sequence[str],
+        random_crop: bool,
+        random_flip: bool,
+        image_channels: int,
+        max_bad: int,
+    ):
+        super().__init__()
+        self.resolution = resolution
+        self.local_images = local_images
+        self.local_classes = local_classes
+        self.class_names = list(class_names)
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+        self.image_channels = image_channels
+        self.max_bad = max_bad
+        self._bad: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.local_images)
+
+    def subset(self, indices: Sequence[int]) -> "PictureDataset":
+        """The dataset of only these pictures, in this order."""
+        part = copy.copy(self)
+        part.local_images = _choose(self.local_images, indices)
+        part.local_classes = None if self.local_classes is None else _choose(self.local_classes, indices)
+        return part
+
+    def pixels(self, idx: int, rng: random.Random) -> np.ndarray:
+        """Picture `idx`, cropped: uint8 [resolution, resolution, C]. Raises BadPictureError."""
+        raise NotImplementedError
+
+    def load(self, idx: int, rng: random.Random = random) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Picture `idx`: (float32 [C, H, W] in [-1, 1], {"y": int64 []} or {}). Raises BadPictureError.
+
+        It is cropped and flipped with numbers from `rng`; none is drawn before the picture has been read.
+        """
+        arr = self.pixels(idx, rng)
+        if self.random_flip and rng.random() < 0.5:
+            arr = arr[:, ::-1]
+        arr = np.ascontiguousarray(arr.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1
+        if self.local_classes is None:
+            return arr, {}
+        return arr, {"y": np.array(self.local_classes[idx], dtype=np.int64)}
+
+    def load_or_next(
+        self, idx: int, rng: random.Random = random
+    ) -> tuple[np.ndarray | None, dict[str, np.ndarray], list[str]]:
+        """`load`, or the next picture that can be read, and what is wrong with those before it.
+
+        The array is None where `max_bad` + 1 pictures, or all, are unreadable.
+        """
+        bad: list[str] = []
+        for offset in range(min(self.max_bad + 1, len(self))):
+            try:
+                return *self.load((idx + offset) % len(self), rng), bad
+            except BadPictureError as error:
+                bad.append(str(error))
+        return None, {}, bad
+
+    def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """`load` with Python's global generator. Warns of bad pictures; UserError at more than `max_bad`."""
+        arr, out_dict, bad = self.load_or_next(idx)
+        _report(bad, self._bad, self.max_bad, warnings.warn)
+        if arr is None:
+            raise _none_readable(bad)
+        return arr, out_dict
+
+    def _crop(self, image: Image.Image, rng: random.Random) -> np.ndarray:
+        if self.random_crop:
+            arr = random_crop_arr(image, self.resolution, rng=rng)
+        else:
+            arr = center_crop_arr(image, self.resolution)
+        return arr.reshape(self.resolution, self.resolution, self.image_channels)
+
+
+class ImageDataset(PictureDataset):
+    """Pictures in files: every `num_shards`-th of `image_paths` from `shard` on."""
+
+    def __init__(
+        self,
+        resolution: int,
+        image_paths: Sequence[str],
+        classes: Sequence[int] | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+        random_crop: bool = False,
+        random_flip: bool = True,
+        *,
+        image_channels: int = 3,
+        max_bad: int = MAX_BAD,
+        class_names: Sequence[str] = (),
+    ):
+        super().__init__(
+            resolution,
+            image_paths[shard::num_shards],
+            None if classes is None else classes[shard::num_shards],
+            class_names,
+            random_crop,
+            random_flip,
+            image_channels,
+            max_bad,
+        )
+
+    def pixels(self, idx: int, rng: random.Random) -> np.ndarray:
+        path = self.local_images[idx]
+        try:
+            with bf.BlobFile(path, "rb") as file:
+                image = Image.open(file)
+                image.load()
+            image = _to_channels(image, self.image_channels)
+        except Image.UnidentifiedImageError as error:
+            raise BadPictureError(f"{path}: not a picture") from error
+        except UNREADABLE as error:
+            raise BadPictureError(f"{path}: {error}") from error
+        return self._crop(image, rng)
+
+
+class ArrayDataset(PictureDataset):
+    """Pictures in memory: uint8 [N, H, W, C] or [N, H, W], with labels [N] (-1: unlabelled) or None.
+
+    `resolution` and `image_channels` are the pictures' own where None. Raises UserValueError for other data.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: Sequence[int] | np.ndarray | None = None,
+        *,
+        resolution: int | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+        random_crop: bool = False,
+        random_flip: bool = False,
+        image_channels: int | None = None,
+        max_bad: int = MAX_BAD,
+        class_names: Sequence[str] | None = None,
+    ):
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise UserValueError(
+                f"pictures must be uint8 [N, H, W, C] or [N, H, W], not {images.dtype} {list(images.shape)}"
+            )
+        height, width, channels = images.shape[1:]
+        resolution = min(height, width) if resolution is None else resolution
+        image_channels = channels if image_channels is None else image_channels
+        as_is = (height, width, channels) == (resolution, resolution, image_channels) and not random_crop
+        if not as_is and not {channels, image_channels} <= MODES.keys():
+            raise UserValueError(
+                f"pictures of {height}x{width} with {channels} channels cannot be turned into "
+                f"{resolution}x{resolution} with {image_channels}: only 1, 3 and 4 channels can be converted"
+            )
+        if labels is not None:
+            labels = np.asarray(labels)
+            if (
+                labels.shape != images.shape[:1]
+                or labels.dtype.kind not in "iu"
+                or labels.min(initial=0) < -1
+            ):
+                raise UserValueError(
+                    f"labels must be {len(images)} integers from -1 (unlabelled) up, one for each picture, "
+                    f"not {labels.dtype} {list(labels.shape)}"
+                )
+            if class_names is None:
+                class_names = [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+            labels = labels[shard::num_shards]
+        super().__init__(
+            resolution,
+            images[shard::num_shards],
+            labels,
+            class_names or (),
+            random_crop,
+            random_flip,
+            image_channels,
+            max_bad,
+        )
+
+    def pixels(self, idx: int, rng: random.Random) -> np.ndarray:
+        arr = self.local_images[idx]
+        if not self.random_crop and arr.shape == (self.resolution, self.resolution, self.image_channels):
+            return arr
+        image = Image.fromarray(arr.squeeze(-1) if arr.shape[-1] == 1 else arr)
+        return self._crop(_to_channels(image, self.image_channels), rng)
+
+
+def hold_out(
+    dataset: PictureDataset, count: int, seed: int
+) -> tuple[PictureDataset, tuple[th.Tensor, dict[str, th.Tensor]]]:
+    """Split off `count` random pictures: (the rest, (float32 [count, C, H, W], {"y": int64 [count]} or {})).
+
+    Which ones depends on (the size of the dataset, seed). They are neither flipped nor cropped at random. One
+    that cannot be read stays in the rest.
+    """
+    still = copy.copy(dataset)
+    still.random_crop = still.random_flip = False
+    chosen, items = [], []
+    for idx in np.random.RandomState(seed % 2**32).permutation(len(dataset)).tolist():
+        if len(chosen) == count:
+            break
+        with contextlib.suppress(BadPictureError):
+            arr, out_dict = still.load(idx)
+            chosen.append(idx)
+            items.append((arr, out_dict, []))
+    if len(chosen) < count:
+        raise UserValueError(
+            f"{count} pictures cannot be held out of {len(dataset)}: only {len(chosen)} can be read"
+        )
+    rest = dataset.subset(sorted(set(range(len(dataset))) - set(chosen)))
+    if not items:
+        shape = (0, dataset.image_channels, dataset.resolution, dataset.resolution)
+        return rest, (
+            th.zeros(shape),
+            {} if dataset.local_classes is None else {"y": th.zeros(0, dtype=th.int64)},
+        )
+    images, cond, _ = _collate(items)
+    return rest, (images, cond)
+
+
+class ResumableBatches(Sampler[list[tuple[int, int]]]):
+    """An endless deterministic stream of samples, cut into batches of (position, index into the dataset).
+
+    Position k = 0, 1, 2, ... belongs to epoch k // size; its order is a permutation drawn from (seed, epoch).
+    At step s rank r takes batch_size positions from (s * world_size + r) * batch_size on, so that two ranks
+    with batch b see what one rank with batch 2b sees. Starting at a late step costs one permutation.
+    """
+
+    def __init__(
+        self,
+        size: int,  # of the dataset
+        batch_size: int,  # of one rank
+        seed: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if min(size, batch_size, world_size) < 1 or not 0 <= rank < world_size or start_step < 0:
+            raise UserValueError(
+                f"no batches of {batch_size} from {size} pictures at step {start_step} "
+                f"for rank {rank} of {world_size}"
+            )
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_step = start_step
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, None
+        step = self.start_step
+        while True:
+            first = (step * self.world_size + self.rank) * self.batch_size
+            batch = []
+            for position in range(first, first + self.batch_size):
+                if position // self.size != epoch:
+                    epoch = position // self.size
+                    order = epoch_order(self.size, self.seed, epoch)
+                batch.append((position, int(order[position % self.size])))
+            yield batch
+            step += 1
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the dataset in an epoch: a permutation of range(size) that depends on (seed, epoch)."""
+    # RandomState's numbers are frozen; those of NumPy's newer generators may change with its version.
+    low, high = seed % 2**32, seed // 2**32 % 2**32
+    return np.random.RandomState([low, high, epoch]).permutation(size)
+
+
+def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
+    """The middle square of a picture, its shorter side scaled to `image_size`: uint8 [H, W] or [H, W, C]."""
+    arr = np.array(_scale_shorter_side(pil_image, image_size))
+    top, left = ((side - image_size) // 2 for side in arr.shape[:2])
+    return arr[top : top + image_size, left : left + image_size]
+
+
+def random_crop_arr(
+    pil_image: Image.Image,
+    image_size: int,
+    min_crop_frac: float = 0.8,
+    max_crop_frac: float = 1.0,
+    *,
+    rng: random.Random = random,
+) -> np.ndarray:
+    """A random square: uint8 [H, W] or [H, W, C].
+
+    Its side is a random fraction, between the two given, of the picture's shorter side. Draws three numbers
+    from `rng`: the scale, the top, the left.
+    """
+    shorter = rng.randrange(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac) + 1)
+    arr = np.array(_scale_shorter_side(pil_image, shorter))
+    top, left = (rng.randrange(side - image_size + 1) for side in arr.shape[:2])
+    return arr[top : top + image_size, left : left + image_size]
+
+
+def _scale_shorter_side(image: Image.Image, target: int) -> Image.Image:
+    # One bicubic step would alias at large factors, so halve by averaging first.
+    while min(image.size) >= 2 * target:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = target / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.resize(size, resample=Image.Resampling.BICUBIC)
+
+
+def _to_channels(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits: Pillow would clip them at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert(MODES[channels])
+
+
+def _list_image_files_recursively(data_dir: str) -> list[str]:
+    """The paths of all pictures below a folder, depth first in alphabetical order."""
+    results = []
+    for entry in sorted(bf.scandir(data_dir), key=lambda entry: entry.name):
+        stem, _, extension = entry.name.rpartition(".")
+        if stem and extension.lower() in EXTENSIONS:
+            results.append(bf.join(data_dir, entry.name))
+        elif entry.is_dir:
+            results.extend(_list_image_files_recursively(bf.join(data_dir, entry.name)))
+    return results
+
+
+def _choose(values: Sequence[Any] | np.ndarray, indices: Sequence[int]) -> Sequence[Any] | np.ndarray:
+    return values[indices] if isinstance(values, np.ndarray) else [values[idx] for idx in indices]
+
+
+def _list_images(data_dir: str) -> list[str]:
+    if not bf.exists(data_dir):
+        raise UserFileError(f"data not found: {data_dir!r} does not exist")
+    if not bf.isdir(data_dir):
+        raise UserFileError(f"{data_dir!r} is neither a folder of pictures nor an .npz file")
+    paths = _list_image_files_recursively(data_dir)
+    if not paths:
+        raise UserFileError(f"no pictures ({', '.join(EXTENSIONS)}) in {data_dir!r} or its subfolders")
+    return paths
+
+
+def _prefix(data_dir: str, path: str) -> str | None:
+    prefix, underscore, _ = bf.basename(path).partition("_")
+    return prefix if underscore else None
+
+
+def _leaf_folder(data_dir: str, path: str) -> str | None:
+    folders = _folders(data_dir, path)
+    return folders[-1] if folders else None
+
+
+def _top_folder(data_dir: str, path: str) -> str | None:
+    folders = _folders(data_dir, path)
+    return folders[0] if folders else None
+
+
+def _folders(data_dir: str, path: str) -> list[str]:
+    return [part for part in path[len(data_dir) :].split("/") if part][:-1]
+
+
+def _first_with_meaning(
+    rules: Sequence[Callable[[str, str], str | None]], data_dir: str, paths: Sequence[str]
+) -> list[str] | None:
+    """The names that the first rule gives whose names have a meaning; None where none has."""
+    for rule in rules:
+        names = [rule(data_dir, path) for path in paths]
+        counts = Counter(names)
+        shared = sum(count for count in counts.values() if count > 1)
+        if None not in counts and len(counts) > 1 and 2 * shared >= len(names):
+            return names
+    return None
+
+
+def _tried(label_from: str) -> str:
+    by_prefix = "the file names up to the first '_'"
+    if label_from == "auto":
+        return f"neither {by_prefix} nor the folders make"
+    return f"{by_prefix if label_from == 'prefix' else 'the folders'} do not make"
+
+
+def _same_partition(a: Sequence[str], b: Sequence[str]) -> bool:
+    return len(set(zip(a, b, strict=True))) == len(set(a)) == len(set(b))
+
+
+def _is_npz(path: str) -> bool:
+    return path.lower().endswith(".npz")
+
+
+def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    if not bf.exists(path):
+        raise UserFileError(f"data not found: {path!r} does not exist")
+    with bf.BlobFile(path, "rb") as file:
+        data = io.BytesIO(file.read())
+    try:
+        with np.load(data) as arrays:
+            if "arr_0" not in arrays:
+                raise UserValueError(
+                    f"{path!r} has no array arr_0 with the pictures, only {', '.join(arrays)}"
+                )
+            labels = next((arrays[key] for key in ("labels", "arr_1") if key in arrays), None)
+            return arrays["arr_0"], labels
+    except UserValueError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserValueError(f"{path!r} is not a sound .npz file: {error}") from error
+
+
+class _Guarded(Dataset):
+    """A dataset whose items tell which pictures could not be read: the main process counts them."""
+
+    def __init__(self, dataset: PictureDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, idx: int) -> tuple[np.ndarray | None, dict[str, np.ndarray], list[str]]:
+        return self.dataset.load_or_next(idx)
+
+
+class _Seeded(_Guarded):
+    """The same for the keys of `ResumableBatches`: the augmentation is a function of (seed, position)."""
+
+    def __init__(self, dataset: PictureDataset, seed: int):
+        super().__init__(dataset)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray | None, dict[str, np.ndarray], list[str]]:
+        position, idx = key
+        arr, out_dict, bad = self.dataset.load_or_next(idx, random.Random(f"{self.seed}/{position}"))
+        return arr, {"position": np.array(position, dtype=np.int64), **out_dict}, bad
+
+
+def _collate(
+    items: Sequence[tuple[np.ndarray | None, dict[str, np.ndarray], list[str]]],
+) -> tuple[th.Tensor | None, dict[str, th.Tensor], list[str]]:
+    arrays, dicts, bad = zip(*items, strict=True)
+    messages = [message for one in bad for message in one]
+    if any(arr is None for arr in arrays):  # too many bad ones: the messages will stop the training
+        return None, {}, messages
+    cond = {key: th.from_numpy(np.stack([d[key] for d in dicts])) for key in dicts[0]}
+    return th.from_numpy(np.stack(arrays)), cond, messages
+
+
+def _endless(loader: DataLoader, max_bad: int) -> Batches:
+    seen: set[str] = set()
+    while True:
+        for batch, cond, bad in loader:
+            _report(bad, seen, max_bad, logger.warn)
+            if batch is None:
+                raise _none_readable(bad)
+            yield batch, cond
+
+
+def _report(bad: Sequence[str], seen: set[str], max_bad: int, warn: Callable[[str], Any]) -> None:
+    """Warn of every bad picture once. Raises UserError at more than `max_bad` of them."""
+    for message in bad:
+        if message in seen:
+            continue
+        seen.add(message)
+        if len(seen) > max_bad:
+            raise UserError(
+                f"more than max_bad={max_bad} pictures cannot be read, the last of them {message}; "
+                "repair or remove them (the others were named before)"
+            )
+        warn(f"WARNING: skipped a picture that cannot be read ({len(seen)} of at most {max_bad}): {message}")
+
+
+def _none_readable(bad: Sequence[str]) -> UserError:
+    return UserError(f"none of the pictures can be read, for instance {bad[-1]}")

@@ -1,0 +1,686 @@
+"""The training engine (upstream: guided_diffusion/train_util.py).
+
+`TrainLoop` has upstream's constructor, methods, files and logged values. Beyond that it synchronises gradients on every
+backend, writes complete checkpoints from which training continues bit for bit, skips steps with non-finite numbers, and
+stops cleanly on SIGTERM or Ctrl-C. Another objective is a subclass that overrides `compute_losses`.
+"""
+
+import contextlib
+import copy
+import math
+import os
+import secrets
+import signal
+import threading
+
+import blobfile as bf
+import torch as th
+import torch.distributed as dist
+from torch.nn.parallel.distributed import DistributedDataParallel as DDP
+from torch.optim import AdamW
+from tqdm import tqdm
+
+from . import checkpoint_util, dist_util, logger
+from .checkpoint_util import (
+    find_complete_checkpoint,
+    is_remote,
+    rng_state,
+    save_atomic,
+    seed_everything,
+    set_rng_state,
+)
+from .errors import UserError, UserFileError, UserValueError
+from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from .nn import update_ema
+from .resample import LossAwareSampler, UniformSampler
+from .seeding import PerSample, derive_seed
+
+__all__ = [
+    "INITIAL_LOG_LOSS_SCALE",
+    "TrainLoop",
+    "find_complete_checkpoint",
+    "find_ema_checkpoint",
+    "find_resume_checkpoint",
+    "get_blob_logdir",
+    "log_loss_dict",
+    "parse_resume_step_from_filename",
+]
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+# What a seed is for: streams of random numbers that must not coincide.
+_STEP, _TIMESTEPS, _SAMPLE = range(3)
+
+
+class TrainLoop:
+    """Trains `model` on the loss of `diffusion`.
+
+    Upstream's arguments: data: iterator of (pictures [b, C, H, W], dict of tensors [b, ...]) for this rank; batch_size: b;
+    microbatch: samples per backward pass (-1: all of them; the gradient is the mean over the batch either way); ema_rate:
+    one rate or several separated by commas; log_interval, save_interval: in steps; resume_checkpoint: a complete
+    checkpoint (checkpoint*.pt), a run folder (its newest one), or ADM's model*.pt, beside which a complete checkpoint of the
+    same step is preferred; lr_anneal_steps: the learning rate falls linearly to zero over so many steps, then training ends.
+
+    More:
+    iterations: end after so many steps counted from the very first (0: never).
+    seed: draw everything from (seed, step, place in the global batch): n ranks with batch b then do what one rank with
+        batch n*b does, up to rounding; dropout and the model's own draws are seeded per (seed, rank, step). "auto" takes
+        the seed of the run that is resumed, or a fresh one: `loop.seed` tells. None leaves the generators alone.
+    precision: fp32, bf16 (autocast) or fp16 (upstream's use_fp16: loss scaling, float32 master weights).
+    compile: torch.compile the model.
+    config: plain dict that is stored in every checkpoint.
+    max_nonfinite: this many steps whose loss or gradient is not finite are skipped; the next one ends training.
+    progress: show a progress bar on rank 0.
+    on_save: called as on_save(loop) on every rank after each save; it cannot disturb the random numbers of training.
+    keep_checkpoints: complete checkpoints to keep; ADM's own files all stay.
+    find_unused_parameters: as in DistributedDataParallel, for models that do not use every weight in every step.
+
+    `data` may also be a function (step) -> iterator, or have `seek(step)` or `iter_from(step)`: then a resumed run sees the
+    batches that it would have seen. Raises `UserError` for what a user can mend: a checkpoint that does not fit, a
+    precision that the device lacks, data that end, losses that stay non-finite.
+    """
+
+    initial_lg_loss_scale = INITIAL_LOG_LOSS_SCALE
+
+    def __init__(
+        self,
+        *,
+        model,
+        diffusion,
+        data,
+        batch_size,
+        microbatch,
+        lr,
+        ema_rate,
+        log_interval,
+        save_interval,
+        resume_checkpoint,
+        use_fp16=False,
+        fp16_scale_growth=1e-3,
+        schedule_sampler=None,
+        weight_decay=0.0,
+        lr_anneal_steps=0,
+        iterations=0,
+        seed=None,
+        precision="fp32",
+        compile=False,
+        config=None,
+        max_nonfinite=20,
+        progress=False,
+        on_save=None,
+        keep_checkpoints=2,
+        find_unused_parameters=False,
+    ):
+        self.model = model
+        self.diffusion = diffusion
+        self.data = data
+        self.batch_size = batch_size
+        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self.lr = lr
+        self.ema_rate = _parse_rates(ema_rate)
+        self.log_interval = log_interval
+        self.save_interval = save_interval
+        self.resume_checkpoint = resume_checkpoint
+        self.precision = _check_precision("fp16" if use_fp16 else precision)
+        self.use_fp16 = self.precision == "fp16"
+        self.fp16_scale_growth = fp16_scale_growth
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.weight_decay = weight_decay
+        self.lr_anneal_steps = lr_anneal_steps
+        self.iterations = iterations
+        self.seed = seed
+        self.config = config or {}
+        self.max_nonfinite = max_nonfinite
+        self.progress = progress
+        self.on_save = on_save
+        self.keep_checkpoints = keep_checkpoints
+
+        self.step = 0  # steps of this run, or, after an exact resume, of all runs
+        self.resume_step = 0  # steps of earlier runs, known from a file name only
+        self.rank, self.world_size = dist_util.get_rank(), dist_util.get_world_size()
+        self.global_batch = self.batch_size * self.world_size
+        self.sync_cuda = th.cuda.is_available()
+        self.stop_requested = False
+        self.nonfinite_steps = 0  # skipped so far, over all runs
+
+        self._resume_state = None
+        self._load_and_sync_parameters()
+        if compile:
+            model.compile()
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=self.model,
+            use_fp16=self.use_fp16,
+            fp16_scale_growth=fp16_scale_growth,
+            initial_lg_loss_scale=self.initial_lg_loss_scale,
+        )
+        if self.use_fp16 and hasattr(model, "dtype"):
+            model.dtype = th.float16  # the activations' type, where the model was not made with use_fp16
+        self.opt = AdamW(
+            self.mp_trainer.master_params, lr=self.lr, weight_decay=self.weight_decay, fused=self._can_fuse()
+        )
+        if self._resume_state is not None:
+            self.load_state_dict(self._resume_state)
+        elif self.resume_step:
+            self._load_optimizer_state()
+            self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
+        else:
+            self.ema_params = [copy.deepcopy(self.mp_trainer.master_params) for _ in self.ema_rate]
+        if self.seed == "auto":
+            self.seed = _fresh_seed()
+        self.steps_done = self.step + self.resume_step
+        self._saved_at = None
+        self._skipped_before = self.nonfinite_steps
+
+        self.use_ddp = self.world_size > 1
+        self.ddp_model = self._distribute(find_unused_parameters) if self.use_ddp else self.model
+
+    # ------------------------------------------------------------------------------------------------------- set-up
+
+    def _distribute(self, find_unused_parameters):
+        device = dist_util.dev()
+        on_gpu = th.device(device).type == "cuda"
+        return DDP(
+            self.model,
+            device_ids=[device] if on_gpu else None,
+            output_device=device if on_gpu else None,
+            bucket_cap_mb=128,
+            find_unused_parameters=find_unused_parameters,
+        )
+
+    def _can_fuse(self):
+        return all(p.device.type in ("cuda", "cpu") for p in self.mp_trainer.master_params)
+
+    def _load_and_sync_parameters(self):
+        """Find what to resume from, and give every rank the same weights."""
+        path = find_resume_checkpoint() or self.resume_checkpoint
+        complete = _complete_checkpoint_for(path) if path else None
+        if complete:
+            logger.log(f"resuming exactly from {complete}")
+            self._resume_state = checkpoint_util.load_complete(complete)
+            checkpoint_util.load_weights(self.model, self._resume_state["model"], complete)
+        elif path and not os.path.isdir(path):
+            self.resume_step = parse_resume_step_from_filename(path)
+            logger.log(
+                f"loading model from checkpoint: {path} (its data order and random numbers start anew)"
+            )
+            checkpoint_util.load_weights(self.model, _load_everywhere(path), path)
+        dist_util.sync_params(self.model.parameters())
+
+    def _load_ema_parameters(self, rate):
+        """The moving average that ADM saved beside the model; the model's own weights where it did not."""
+        main = find_resume_checkpoint() or self.resume_checkpoint
+        path = find_ema_checkpoint(main, self.resume_step, rate)
+        if not path:
+            return copy.deepcopy(self.mp_trainer.master_params)
+        logger.log(f"loading EMA from checkpoint: {path}...")
+        params = self.mp_trainer.state_dict_to_master_params(_load_everywhere(path))
+        # The optimizer and the average must not share memory.
+        params = [
+            p.detach().clone().to(m.device)
+            for p, m in zip(params, self.mp_trainer.master_params, strict=True)
+        ]
+        dist_util.sync_params(params)
+        return params
+
+    def _load_optimizer_state(self):
+        """The optimizer that ADM saved beside the model, if it is there."""
+        main = find_resume_checkpoint() or self.resume_checkpoint
+        path = bf.join(bf.dirname(main), f"opt{self.resume_step:06}.pt")
+        if bf.exists(path):
+            logger.log(f"loading optimizer state from checkpoint: {path}")
+            self.opt.load_state_dict(_load_everywhere(path))
+
+    # ----------------------------------------------------------------------------------------------------- the loop
+
+    def run_loop(self):
+        """Train until `iterations` or `lr_anneal_steps`, or until SIGTERM or Ctrl-C: the step is finished and saved."""
+        if self.rank == 0 and not is_remote(get_blob_logdir()):
+            checkpoint_util.remove_stray_files(get_blob_logdir())
+        batches = self._open_data()
+        self._continue_from_resume_state()
+        with self._stop_on_signals(), self._progress_bar() as bar:
+            while not self._finished():
+                batch, cond = self._next_batch(batches)
+                self.run_step(batch, cond)
+                bar.update()
+                if not self.step % self.log_interval:
+                    logger.dumpkvs()
+                saved = self._save_if_due()
+                # Upstream's integration tests end at the second save.
+                if saved and self.step and os.environ.get("DIFFUSION_TRAINING_TEST"):
+                    return
+                self.step += 1
+                if self.stop_requested:
+                    logger.log(f"stopping after {self.steps_done} steps, as asked by a signal")
+                    break
+            if self.steps_done != self._saved_at:
+                self._save_last()
+
+    def _save_last(self):
+        self.save()
+
+    def _save_if_due(self):
+        due = self.step % self.save_interval == 0
+        if due:
+            self.save()
+        return due
+
+    def _finished(self):
+        limits = [limit for limit in (self.iterations, self.lr_anneal_steps) if limit]
+        return bool(limits) and self.step + self.resume_step >= min(limits)
+
+    def _open_data(self):
+        """The iterator of batches, at the position of the next step where `data` can be positioned."""
+        start = self.step + self.resume_step
+        if hasattr(self.data, "iter_from"):
+            return iter(self.data.iter_from(start))
+        if hasattr(self.data, "seek"):
+            self.data.seek(start)
+        elif callable(self.data):
+            return iter(self.data(start))
+        elif self._resume_state is not None:
+            logger.log(
+                "the data cannot be positioned: this run sees other batches than one that never stopped"
+            )
+        return iter(self.data)
+
+    def _next_batch(self, batches):
+        try:
+            return next(batches)
+        except StopIteration:
+            raise UserError(
+                f"the data ended after {self.steps_done} steps; training needs an endless iterator"
+            ) from None
+
+    def _progress_bar(self):
+        total = min((n for n in (self.iterations, self.lr_anneal_steps) if n), default=None)
+        hidden = not self.progress or self.rank != 0
+        return tqdm(total=total, initial=self.step + self.resume_step, unit="step", disable=hidden)
+
+    @contextlib.contextmanager
+    def _stop_on_signals(self):
+        """Note SIGTERM and SIGINT for the end of the step; a second one has its usual effect."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may handle signals
+            return
+
+        def note(number, _frame):
+            self._signalled = True
+            signal.signal(number, previous[number])
+
+        self._signalled = False
+        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    _signalled = False
+
+    # ------------------------------------------------------------------------------------------------------ one step
+
+    def run_step(self, batch, cond):
+        """One optimizer step on this rank's batch [b, C, H, W]; skipped on all ranks if a number is not finite on one."""
+        self._seed_step(len(batch))
+        self._losses_finite = True
+        self.forward_backward(batch, cond)
+        if self._agree_to_step():
+            if self.mp_trainer.optimize(self.opt):
+                self._update_ema()
+        else:
+            self._skip_step()
+        self._anneal_lr()
+        self.log_step()
+        self.steps_done = self.step + self.resume_step + 1
+        if self.nonfinite_steps - self._skipped_before > self.max_nonfinite:
+            self._give_up()
+
+    def forward_backward(self, batch, cond):
+        """Leave the gradient of the mean loss over the batch (of all ranks) in the parameters."""
+        self.mp_trainer.zero_grad()
+        for start in range(0, len(batch), self.microbatch):
+            part = slice(start, start + self.microbatch)
+            micro = batch[part].to(dist_util.dev(), non_blocking=True)
+            micro_cond = {k: v[part].to(dist_util.dev(), non_blocking=True) for k, v in cond.items()}
+            self._micro_start = start
+            last = part.stop >= len(batch)
+            # The ranks exchange gradients once per step, in the last backward pass.
+            with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
+                losses, t, weights = self.compute_losses(micro, micro_cond)
+            finite = th.isfinite(losses["loss"].detach())
+            if isinstance(self.schedule_sampler, LossAwareSampler):
+                self.schedule_sampler.update_with_local_losses(t[finite], losses["loss"].detach()[finite])
+            if bool(finite.all()):
+                self.log_losses(losses, t, weights)
+            else:
+                self._losses_finite = False
+            loss = (losses["loss"] * weights).mean()
+            self.mp_trainer.backward(loss * (len(micro) / len(batch)))
+
+    def compute_losses(self, micro, micro_cond):
+        """(losses, t, weights) of a microbatch [b, C, H, W]: the hook of other objectives.
+
+        losses: dict of tensors [b]; "loss" is trained on, all are logged. t: int64 [b]. weights: [b], multiplies the
+        losses. The network is to be called as `self.ddp_model`, within `self.autocast()`.
+        """
+        t, weights = self.sample_timesteps(len(micro))
+        # Unseeded, the diffusion draws the noise by itself, as upstream.
+        given = {} if self.seed is None else {"noise": self.sample_noise(micro)}
+        with self.autocast():
+            losses = self.diffusion.training_losses(
+                self.ddp_model, micro, t, model_kwargs=micro_cond, **given
+            )
+        return losses, t, weights
+
+    def log_losses(self, losses, t, weights):
+        """Log what `compute_losses` returned, weighted; called only where the loss is finite."""
+        log_loss_dict(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+
+    def autocast(self):
+        """The context in which the network runs: bfloat16 where that was asked for."""
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return th.autocast(th.device(dist_util.dev()).type, dtype=th.bfloat16)
+
+    def sample_timesteps(self, count):
+        """(t int64 [count], weights [count]) for the samples of the current microbatch."""
+        if self._planned is None:
+            return self.schedule_sampler.sample(count, dist_util.dev())
+        own = slice(self._first + self._micro_start, self._first + self._micro_start + count)
+        return tuple(drawn[own] for drawn in self._planned)
+
+    def sample_noise(self, like):
+        """Standard normal noise shaped and typed like the current microbatch's tensor [b, ...]; see `sample_random`."""
+        if self.seed is None:
+            return th.randn_like(like)
+        return self.sample_random(len(like), 0, like.device).randn_like(like)
+
+    def sample_random(self, count, stream, device):
+        """Generators for the `count` samples of the current microbatch: what they draw depends on the seed, the step and the
+        sample's place in the global batch alone. `stream`: a number that tells uses apart; 0 is the diffusion's noise.
+        """
+        if self.seed is None:
+            raise UserValueError("random numbers by sample need a seed")
+        step, first = self.step + self.resume_step, self._first + self._micro_start
+        seeds = (
+            derive_seed(self.seed, _SAMPLE, stream, step, place) for place in range(first, first + count)
+        )
+        return PerSample(seeds, device)
+
+    def _seed_step(self, count):
+        """With a seed: draw the timesteps of the whole global batch on every rank, then seed what else is random."""
+        self._planned, self._micro_start, self._first = None, 0, self.rank * count
+        if self.seed is None:
+            return
+        step = self.step + self.resume_step
+        seed_everything(derive_seed(self.seed, _TIMESTEPS, step))
+        self._planned = self.schedule_sampler.sample(count * self.world_size, dist_util.dev())
+        seed_everything(derive_seed(self.seed, _STEP, self.rank, step))
+
+    _planned, _micro_start, _first = None, 0, 0
+
+    def _agree_to_step(self):
+        """Whether losses and gradients are finite on every rank; also passes a signal on from any rank to all.
+
+        Half precision is left to its loss scaler as far as gradients go: there an overflow is part of the method.
+        """
+        bad = th.tensor(float(not self._losses_finite), device=dist_util.dev())
+        grads = [p.grad for p in self.mp_trainer.model_params if p.grad is not None]
+        if not self.use_fp16 and grads:
+            norms = th.stack([norm.float() for norm in th._foreach_norm(grads)])
+            bad = th.maximum(bad, 1.0 - th.isfinite(norms).all().float())
+        flags = th.stack([bad, th.full_like(bad, float(self._signalled))])
+        if self.world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        bad, stop = flags.tolist()
+        self.stop_requested = bool(stop)
+        return not bad
+
+    def _skip_step(self):
+        self.mp_trainer.zero_grad()
+        self.nonfinite_steps += 1
+        logger.logkv("nonfinite_steps", self.nonfinite_steps)
+        logger.log(
+            f"step {self.step + self.resume_step}: the loss or its gradient is not finite, the step is skipped "
+            f"({self.nonfinite_steps} so far)"
+        )
+
+    def _give_up(self):
+        self.step += 1
+        self.save()
+        raise UserError(
+            f"{self.nonfinite_steps - self._skipped_before} steps had a loss or gradient that is not finite, more than "
+            f"max_nonfinite = {self.max_nonfinite}: look at the data, lower lr, or use another precision. "
+            f"The weights before them are saved in {get_blob_logdir()}"
+        )
+
+    def _update_ema(self):
+        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+            update_ema(params, self.mp_trainer.master_params, rate=rate)
+
+    def _anneal_lr(self):
+        if not self.lr_anneal_steps:
+            return
+        done = (self.step + self.resume_step) / self.lr_anneal_steps
+        for group in self.opt.param_groups:
+            group["lr"] = self.lr * (1 - done)
+
+    def log_step(self):
+        """Log the step and the number of samples seen by all ranks."""
+        step = self.step + self.resume_step
+        logger.logkv("step", step)
+        logger.logkv("samples", (step + 1) * self.global_batch)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self):
+        """Write ADM's files (model, one EMA per rate, optimizer) and the complete checkpoint; called on every rank."""
+        if self.on_save is not None:
+            kept = rng_state()
+            self.on_save(self)
+            set_rng_state(kept)
+        state = self.state_dict()
+        if self.rank == 0:
+            self._write(state)
+        self._saved_at = self.steps_done
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _write(self, state):
+        number = f"{self.step + self.resume_step:06d}"
+        folder = get_blob_logdir()
+        files = {f"model{number}.pt": state["model"]}
+        for rate in self.ema_rate:
+            files[f"ema_{rate}_{number}.pt"] = state["ema"][str(rate)]
+        files[f"opt{number}.pt"] = state["optimizer"]
+        # Last, so that its presence says that the others are complete.
+        files[f"checkpoint{number}.pt"] = state
+        for name, value in files.items():
+            logger.log(f"saving {name}...")
+            save_atomic(value, bf.join(folder, name))
+        if not is_remote(folder):
+            checkpoint_util.prune_checkpoints(folder, self.keep_checkpoints, f"checkpoint{number}.pt")
+
+    def state_dict(self):
+        """Everything that training depends on, in plain values and tensors; gathers from, and returns to, every rank."""
+        own = rng_state()
+        every_rng = [own]
+        if self.world_size > 1:
+            every_rng = [None] * self.world_size
+            dist.all_gather_object(every_rng, own)
+        sampler = self.schedule_sampler
+        return {
+            "format": checkpoint_util.FORMAT,
+            "version": checkpoint_util.VERSION,
+            "config": self.config,
+            "step": self.steps_done,  # the next step, and the position in the data
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "seed": self.seed,
+            "model": self._weights(self.mp_trainer.master_params),
+            "ema": {
+                str(rate): self._weights(params)
+                for rate, params in zip(self.ema_rate, self.ema_params, strict=True)
+            },
+            "optimizer": self.opt.state_dict(),
+            "lg_loss_scale": getattr(self.mp_trainer, "lg_loss_scale", INITIAL_LOG_LOSS_SCALE),
+            "schedule_sampler": sampler.state_dict() if hasattr(sampler, "state_dict") else {},
+            "nonfinite_steps": self.nonfinite_steps,
+            "rng": every_rng,
+            "extra": self.extra_state(),
+        }
+
+    def load_state_dict(self, state):
+        """Continue from `state_dict()`; random numbers and `extra_state` follow when the loop starts."""
+        self.step, self.resume_step = state["step"], 0
+        if self.seed == "auto" and state["seed"] is not None:
+            self.seed = state["seed"]
+        self.nonfinite_steps = state["nonfinite_steps"]
+        self.mp_trainer.lg_loss_scale = state["lg_loss_scale"]
+        masters = self.mp_trainer.master_params
+        self.ema_params = []
+        for rate in self.ema_rate:
+            # An EMA that the earlier run did not keep starts at the weights.
+            weights = state["ema"].get(str(rate), state["model"])
+            params = self.mp_trainer.state_dict_to_master_params(weights)
+            self.ema_params.append(
+                [p.detach().to(m.device, th.float32, copy=True) for p, m in zip(params, masters, strict=True)]
+            )
+        fused = [group["fused"] for group in self.opt.param_groups]
+        self.opt.load_state_dict(state["optimizer"])
+        for group, value in zip(self.opt.param_groups, fused, strict=True):
+            group["fused"] = value  # as this device allows, not as the earlier one did
+        if state["schedule_sampler"] and hasattr(self.schedule_sampler, "load_state_dict"):
+            self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+
+    def extra_state(self):
+        """What a subclass wants back after a resume: a dict of plain values and tensors."""
+        return {}
+
+    def load_extra_state(self, state):
+        """Take back what `extra_state` returned; called when the loop starts."""
+
+    def _continue_from_resume_state(self):
+        state, self._resume_state = self._resume_state, None
+        if state is None:
+            return
+        self.load_extra_state(state["extra"])
+        for name, value in (
+            ("world_size", self.world_size),
+            ("batch_size", self.batch_size),
+            ("seed", self.seed),
+        ):
+            if state[name] != value:
+                logger.log(f"{name} was {state[name]} and is now {value}: not the same run, bit for bit")
+        if self.rank < len(state["rng"]):
+            set_rng_state(state["rng"][self.rank])
+
+    def _weights(self, params):
+        """A state dict with `params` in the model's place, free of the memory that training changes."""
+        return self.mp_trainer.master_params_to_state_dict(params)
+
+
+# ------------------------------------------------------------------------------------------------------ file names
+
+
+def parse_resume_step_from_filename(filename):
+    """path/to/modelNNNNNN.pt -> NNNNNN; 0 for other names."""
+    _, found, rest = filename.rpartition("model")
+    number = rest.split(".")[0]
+    return int(number) if found and number.isdecimal() else 0
+
+
+def get_blob_logdir():
+    """Where checkpoints go: the logger's folder. Forks replace it to store them elsewhere."""
+    return logger.get_dir()
+
+
+def find_ema_checkpoint(main_checkpoint, step, rate):
+    """The path of the EMA with `rate` beside the model file `main_checkpoint`, or None."""
+    folder = bf.dirname(main_checkpoint) if main_checkpoint else None
+    path = bf.join(folder, f"ema_{rate}_{step:06d}.pt") if folder is not None else None
+    return path if path and bf.exists(path) else None
+
+
+def find_resume_checkpoint():
+    """A checkpoint found by other means than the flag: none here. For clusters that restart jobs by themselves."""
+    return None
+
+
+def _complete_checkpoint_for(path):
+    """The complete checkpoint that `path` means (a file, a run folder, a model*.pt with one beside it), or None.
+
+    None for a run folder only if it is this run's own, still empty one: a job that is always started with the same
+    command begins there.
+    """
+    folder, name = os.path.split(path)
+    if is_remote(path):
+        return path if name.startswith("checkpoint") else None
+    if os.path.isdir(path):
+        found = find_complete_checkpoint(path)
+        if found is None and os.path.realpath(path) != os.path.realpath(get_blob_logdir()):
+            raise UserFileError(f"no complete checkpoint (checkpoint*.pt) in {path}")
+        return found
+    if not os.path.exists(path):
+        raise UserFileError(f"no such checkpoint: {path}")
+    if name.startswith("checkpoint"):
+        return path
+    beside = os.path.join(folder, name.replace("model", "checkpoint", 1))
+    return (
+        beside
+        if name.startswith("model") and beside in checkpoint_util.complete_checkpoints(folder)
+        else None
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- logging
+
+
+def log_loss_dict(diffusion, ts, losses):
+    """Log the mean of every loss [B], and of its samples by quarter of the diffusion (key_q0 .. key_q3).
+
+    ts: int64 [B]. One copy to the host, however many losses there are.
+    """
+    table = th.stack([ts.double(), *(values.detach().double() for values in losses.values())]).tolist()
+    quarters = [math.floor(4 * t / diffusion.num_timesteps) for t in table[0]]
+    for key, values in zip(losses, table[1:], strict=True):
+        logger.logkv_mean(key, sum(values) / len(values))
+        for quarter, value in zip(quarters, values, strict=True):
+            logger.logkv_mean(f"{key}_q{quarter}", value)
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _parse_rates(ema_rate):
+    if isinstance(ema_rate, float):
+        return [ema_rate]
+    try:
+        rates = [float(rate) for rate in ema_rate.split(",") if rate.strip()]
+    except ValueError:
+        rates = [math.nan]
+    if not all(0 <= rate < 1 for rate in rates):
+        raise UserValueError(f"ema_rate {ema_rate!r} must be numbers from 0 to below 1, separated by commas")
+    return rates
+
+
+def _check_precision(precision):
+    if precision not in PRECISIONS:
+        raise UserValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if precision == "bf16" and th.cuda.is_available() and not th.cuda.is_bf16_supported():
+        raise UserError("this GPU has no bfloat16: use --precision fp16 or fp32")
+    return precision
+
+
+def _fresh_seed():
+    """A seed from the operating system, the same on every rank."""
+    seed = [secrets.randbits(31)]
+    if dist_util.get_world_size() > 1:
+        dist.broadcast_object_list(seed, src=0, device=dist_util.dev())
+    return seed[0]
+
+
+def _load_everywhere(path):
+    """Read a file of tensors to the CPU, on every rank."""
+    return dist_util.load_state_dict(path, map_location="cpu")

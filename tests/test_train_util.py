@@ -1,0 +1,435 @@
+"""Training: the same result however it is split, stopped, killed or resumed, and the files that ADM's users know."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+
+from guided_diffusion import checkpoint_util, logger, train_util
+from guided_diffusion.errors import UserError
+from guided_diffusion.train_util import (
+    find_complete_checkpoint,
+    find_ema_checkpoint,
+    log_loss_dict,
+    parse_resume_step_from_filename,
+)
+from tests.train_driver import loop, pictures, small_model
+
+DRIVER = Path(__file__).with_name("train_driver.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def logged(tmp_path):
+    """Everything is written to a folder of this test."""
+    with logger.scoped_configure(dir=str(tmp_path / "run"), format_strs=["json"]):
+        yield tmp_path / "run"
+
+
+def same(a, b):
+    """Whether two checkpoints (or parts of them) are the same, bit for bit."""
+    if isinstance(a, th.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool((a == b).all())
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def final(folder, step=20):
+    return th.load(Path(folder) / f"checkpoint{step:06d}.pt", weights_only=True)
+
+
+def command(ranks, folder, *flags):
+    start = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
+    return [*start, sys.executable, str(DRIVER), str(folder), *map(str, flags)]
+
+
+def run(ranks, folder, *flags):
+    """A whole run in processes of its own."""
+    subprocess.run(
+        command(ranks, folder, *flags), check=True, env=ENVIRONMENT, capture_output=True, timeout=120
+    )
+
+
+class Started:
+    """A run that a test watches, and ends."""
+
+    def __init__(self, ranks, folder, *flags):
+        self.process = subprocess.Popen(
+            command(ranks, folder, *flags),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+        self.pids = []
+        while len(self.pids) < ranks:
+            self.pids.append(int(self._wait_for("pid").split()[1]))
+
+    def _wait_for(self, word):
+        for line in self.process.stdout:
+            if line.startswith(word):
+                return line
+        raise AssertionError(f"the run ended early: {self.process.stderr.read()}")
+
+    def wait_for_steps(self, count):
+        for _ in range(count):
+            self._wait_for("step")
+
+    def kill(self):
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+        self.process.communicate(timeout=60)
+
+    def terminate(self, rank):
+        os.kill(self.pids[rank], signal.SIGTERM)
+        output, errors = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, errors
+        return output
+
+
+# ------------------------------------------------------------------------------------------------ ranks and microbatches
+
+
+def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path):
+    """20 steps, one of which every rank skips because one picture of one rank is not finite."""
+    run(2, tmp_path / "two", "--batch_size", 2, "--broken", 21)
+    run(1, tmp_path / "one", "--batch_size", 4, "--broken", 21)
+    two, one = final(tmp_path / "two"), final(tmp_path / "one")
+    assert two["nonfinite_steps"] == one["nonfinite_steps"] == 1
+    fresh = small_model().state_dict()
+    for part in ("model", "ema"):
+        ours, theirs = (state["model"] if part == "model" else state["ema"]["0.9"] for state in (two, one))
+        assert max(float((ours[k] - theirs[k]).detach().abs().max()) for k in ours) < 1e-5
+        assert min(float((ours[k] - fresh[k]).detach().abs().max()) for k in ours) > 1e-4  # it did learn
+
+
+def test_microbatches_give_the_gradient_of_the_batch():
+    gradients = []
+    for microbatch in (-1, 2):  # 2 + 2 + 1 of 5
+        training = loop(5, microbatch=microbatch)
+        batch, cond = next(pictures(5))
+        training._seed_step(5)
+        training.forward_backward(batch, cond)
+        gradients.append(th.cat([p.grad.flatten() for p in training.model.parameters()]))
+    assert float((gradients[0] - gradients[1]).abs().max()) < 1e-5 * float(gradients[0].abs().max())
+
+
+# ----------------------------------------------------------------------------------------------------- stop and resume
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_run_ends_with_the_same_bits(tmp_path, ranks):
+    """SIGKILL at a random moment, SIGTERM to one rank, SIGKILL inside a checkpoint; the same command resumes each time."""
+    flags = ("--batch_size", 2, "--sampler", "loss-second-moment", "--save_interval", 4)
+    run(ranks, tmp_path / "straight", *flags)
+    folder = tmp_path / "killed"
+    again = (*flags, "--resume", folder)
+
+    seed = int(time.time())
+    started = Started(ranks, folder, *again, "--slow", 0.02)
+    started.wait_for_steps(ranks * 3)
+    time.sleep(random.Random(seed).uniform(0, 0.4))
+    started.kill()
+
+    started = Started(ranks, folder, *again, "--pause", 0.1)
+    started.wait_for_steps(ranks)
+    assert "stopped" in started.terminate(rank=ranks - 1)
+    stopped = find_complete_checkpoint(str(folder))
+    assert checkpoint_util.load_complete(stopped)["step"] < 20
+
+    started = Started(ranks, folder, *again, "--slow", 30)
+    written = folder / "checkpoint.none"
+    deadline = time.monotonic() + 60
+    while not written.exists():
+        written = next(folder.glob("*.pt.tmp"), written)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    started.kill()
+    assert list(folder.glob("*.pt.tmp")), "the run was to be killed while it wrote"
+    assert find_complete_checkpoint(str(folder)) == stopped
+
+    run(ranks, folder, *again)
+    assert not list(folder.glob("*.tmp"))
+    assert same(final(folder), final(tmp_path / "straight")), f"killed with seed {seed}"
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
+def test_resumed_run_is_the_run_that_never_stopped(logged, seed, sampler):
+    """Within one process, with annealing, with and without seeds: the generators' states are in the checkpoint."""
+
+    def train(iterations, resume=""):
+        th.manual_seed(1), np.random.seed(1), random.seed(1)
+        training = loop(
+            sampler=sampler,
+            seed=seed,
+            iterations=iterations,
+            lr_anneal_steps=40,
+            resume_checkpoint=resume,
+            keep_checkpoints=9,
+        )
+        training.run_loop()
+        return training.state_dict()
+
+    straight = train(12)
+    for file in logged.glob("*.pt"):
+        file.unlink()
+    train(7)
+    first = str(logged / "checkpoint000007.pt")
+    th.rand(3), np.random.rand(3)  # another process would stand elsewhere
+    assert same(train(12, resume=first), straight)
+    # ADM's name for the same step finds the complete checkpoint beside it.
+    assert same(train(12, resume=first.replace("checkpoint", "model")), straight)
+
+
+def test_callback_at_saves_does_not_disturb_training():
+    def draw(training):
+        th.rand(3), np.random.rand(3)
+
+    states = []
+    for on_save in (None, draw):
+        th.manual_seed(1), np.random.seed(1)
+        training = loop(seed=None, iterations=6, save_interval=2, on_save=on_save)
+        training.run_loop()
+        states.append(training.state_dict())
+    assert same(*states)
+
+
+def test_only_whole_checkpoints_are_found_and_the_last_two_kept(logged):
+    loop(iterations=12).run_loop()
+    assert sorted(p.name for p in logged.glob("checkpoint*")) == [
+        "checkpoint000010.pt",
+        "checkpoint000012.pt",
+    ]
+    assert len(list(logged.glob("model*.pt"))) == 4  # 0, 5, 10, 12: ADM's files stay
+    newest = logged / "checkpoint000012.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert find_complete_checkpoint(str(logged)) == str(logged / "checkpoint000010.pt")
+    assert find_complete_checkpoint(str(logged / "absent")) is None
+
+
+def test_steps_are_the_same_with_another_batch_order_only_if_the_data_can_seek(logged):
+    """An iterator, a function of the step, an object with seek, one with iter_from."""
+
+    class Seekable:
+        def __init__(self):
+            self.start = 0
+
+        def seek(self, step):
+            self.start = step
+
+        def __iter__(self):
+            return pictures(2, self.start)
+
+    class Stream:
+        def iter_from(self, step):
+            return pictures(2, step)
+
+    loop(iterations=3).run_loop()
+    first = str(logged / "checkpoint000003.pt")
+    states = []
+    for data in (lambda step: pictures(2, step), Seekable(), Stream(), pictures(2)):
+        training = loop(iterations=6, data=data, resume_checkpoint=first)
+        training.run_loop()
+        states.append(training.state_dict())
+    assert same(states[0], states[1]) and same(states[0], states[2])
+    assert not same(states[0]["model"], states[3]["model"])
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_step_with_a_non_finite_loss_changes_nothing():
+    training = loop(2, sampler="loss-second-moment", data=lambda start: pictures(2, start, broken=[5]))
+    batches = training._open_data()
+    for step in range(4):
+        before = training.state_dict()
+        kept = [
+            p.clone()
+            for p in (*training.model.parameters(), *training.ema_params[0], *training.ema_params[1])
+        ]
+        training.run_step(*next(batches))
+        changed = not all(map(th.equal, kept, (*training.model.parameters(), *sum(training.ema_params, []))))
+        assert changed == (step != 2)
+        assert training.nonfinite_steps == before["nonfinite_steps"] + (step == 2)
+        training.step += 1
+    assert np.isfinite(training.schedule_sampler._loss_history).all()
+
+
+def test_gradients_that_are_not_finite_are_skipped_too():
+    """The square root of zero: a finite loss with an infinite gradient."""
+    training = loop(2)
+
+    def compute_losses(micro, cond):
+        first = next(training.model.parameters())
+        return (
+            {"loss": ((first * 0).abs().sum().sqrt() + th.zeros(len(micro)))},
+            th.zeros(2).long(),
+            th.ones(2),
+        )
+
+    training.compute_losses = compute_losses
+    kept = [p.clone() for p in training.model.parameters()]
+    training.run_step(*next(pictures(2)))
+    assert training.nonfinite_steps == 1
+    assert all(map(th.equal, kept, training.model.parameters()))
+
+
+def test_run_ends_with_a_message_when_losses_stay_non_finite(logged):
+    data = lambda start: pictures(2, start, broken=range(4, 1000))  # noqa: E731
+    with pytest.raises(UserError, match="max_nonfinite = 3"):
+        loop(2, data=data, max_nonfinite=3).run_loop()
+    state = checkpoint_util.load_complete(find_complete_checkpoint(str(logged)))
+    assert state["nonfinite_steps"] == 4 and state["step"] == 6
+    assert all(bool(th.isfinite(value).all()) for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resume_checkpoint": "no/such/model000010.pt"}, "no such checkpoint: no/such/model000010.pt"),
+        ({"precision": "fp8"}, "unknown precision 'fp8': choose one of fp32, bf16, fp16"),
+        ({"ema_rate": "0.9,big"}, "ema_rate '0.9,big' must be numbers"),
+    ],
+)
+def test_impossible_flags_are_named(changes, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        loop(**changes)
+
+
+def test_checkpoints_that_do_not_fit_are_refused_in_one_line(logged, tmp_path):
+    other = th.nn.Linear(2, 2)
+    th.save(other.state_dict(), tmp_path / "model000001.pt")
+    with pytest.raises(
+        UserError, match="does not fit the model that the flags describe: .* are missing"
+    ) as caught:
+        loop(resume_checkpoint=str(tmp_path / "model000001.pt"))
+    assert "\n" not in str(caught.value)
+    th.save({"format": "something"}, tmp_path / "checkpoint000001.pt")
+    with pytest.raises(UserError, match="is not a complete checkpoint"):
+        loop(resume_checkpoint=str(tmp_path / "checkpoint000001.pt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        loop(resume_checkpoint=str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="the data ended after 1 step"):
+        loop(data=iter([next(pictures(2))])).run_loop()
+
+
+# ---------------------------------------------------------------------------------------------------- as upstream does
+
+
+def test_upstream_files_and_logged_values(logged):
+    loop(lr_anneal_steps=12).run_loop()
+    for step in (0, 5, 10, 12):
+        for name in ("model", "ema_0.9_", "ema_0.99_", "opt"):
+            assert (logged / f"{name}{step:06d}.pt").is_file()
+    weights = th.load(logged / "model000012.pt", weights_only=True)
+    assert list(weights) == list(small_model().state_dict())
+    rows = [json.loads(line) for line in (logged / "progress.json").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 5, 10]
+    assert [row["samples"] for row in rows] == [2, 12, 22]
+    assert {"loss", "mse", "grad_norm", "param_norm"} <= set(rows[1])
+
+
+def test_resuming_from_adm_files_loads_weights_averages_and_optimizer(logged):
+    """A folder that ADM wrote: no complete checkpoint in it."""
+    first = loop(iterations=7)
+    first.run_loop()
+    (logged / "checkpoint000007.pt").unlink()
+    second = loop(resume_checkpoint=str(logged / "model000007.pt"), iterations=9)
+    assert (second.step, second.resume_step) == (0, 7)
+    assert same(second.model.state_dict(), first.model.state_dict())
+    assert all(map(same, second.ema_params, first.ema_params))
+    assert same(second.opt.state_dict()["state"], first.opt.state_dict()["state"])
+    second.run_loop()
+    assert (logged / "model000009.pt").is_file()
+    (logged / "checkpoint000007.pt").unlink()
+    (logged / "ema_0.9_000007.pt").unlink()  # an average that was not kept starts at the weights
+    third = loop(resume_checkpoint=str(logged / "model000007.pt"))
+    assert all(map(th.equal, third.ema_params[0], third.model.parameters()))
+
+
+def test_integration_switch_ends_at_the_second_save(logged, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_TRAINING_TEST", "1")
+    loop().run_loop()
+    assert (logged / "model000005.pt").exists() and not (logged / "model000010.pt").exists()
+
+
+def test_averages_follow_the_weights():
+    """ema = rate ema + (1 - rate) weights after every step, from the initial weights on."""
+    training = loop(2, ema_rate="0.9")
+    expected = [p.detach().clone() for p in training.model.parameters()]
+    for batch, cond in (next(pictures(2, start)) for start in range(3)):
+        training.run_step(batch, cond)
+        expected = [
+            0.9 * e + 0.1 * p.detach() for e, p in zip(expected, training.model.parameters(), strict=True)
+        ]
+        training.step += 1
+    assert all(th.allclose(e, p, atol=1e-6) for e, p in zip(expected, training.ema_params[0], strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains_like_float32(precision):
+    losses = {}
+    for name in ("fp32", precision):
+        training = loop(8, precision=name, lr=1e-3)
+        batches = training._open_data()
+        for _ in range(15):
+            training.run_step(*next(batches))
+            training.step += 1
+        means = logger.dumpkvs()
+        losses[name] = means["loss"]
+        assert all(p.dtype == th.float32 for p in training.ema_params[0])
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+def test_annealing_brings_the_rate_to_zero():
+    training = loop(lr=1.0, lr_anneal_steps=4)
+    rates = []
+    for training.step in range(5):
+        training._anneal_lr()
+        rates.append(training.opt.param_groups[0]["lr"])
+    assert rates == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_step_is_read_from_file_names():
+    assert parse_resume_step_from_filename("runs/model_a/model012345.pt") == 12345
+    assert parse_resume_step_from_filename("model000000.pt") == 0
+    assert parse_resume_step_from_filename("ema_0.9_000100.pt") == 0
+    assert parse_resume_step_from_filename("model_best.pt") == 0
+
+
+def test_averages_are_found_beside_the_model(tmp_path):
+    (tmp_path / "ema_0.9999_000010.pt").touch()
+    assert find_ema_checkpoint(str(tmp_path / "model000010.pt"), 10, 0.9999) == str(
+        tmp_path / "ema_0.9999_000010.pt"
+    )
+    assert find_ema_checkpoint(str(tmp_path / "model000010.pt"), 10, 0.5) is None
+    assert find_ema_checkpoint(None, 10, 0.9999) is None
+
+
+def test_losses_are_logged_by_quarter():
+    class Diffusion:
+        num_timesteps = 8
+
+    log_loss_dict(Diffusion, th.tensor([0, 1, 2, 7]), {"loss": th.tensor([1.0, 3.0, 5.0, 7.0])})
+    values = logger.dumpkvs()
+    assert values == {"loss": 4.0, "loss_q0": 2.0, "loss_q1": 5.0, "loss_q3": 7.0}
+
+
+def test_fork_may_replace_where_checkpoints_go(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(train_util, "get_blob_logdir", lambda: str(tmp_path / "elsewhere"))
+    loop(iterations=1).run_loop()
+    assert (tmp_path / "elsewhere" / "model000000.pt").exists()
