@@ -1,0 +1,68 @@
+"""Generate images with a model that a noisy classifier guides towards random classes.
+
+python scripts/classifier_sample.py --model_path MODEL --classifier_path CLASSIFIER --classifier_scale 1.0 (and flags)
+"""
+
+import _common
+import torch as th
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.script_util import (
+    classifier_defaults,
+    create_classifier,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
+
+
+def main():
+    args = create_argparser().parse_args()
+    _common.start(args)
+    logger.log("creating model and diffusion...")
+    model, diffusion = create_model_and_diffusion(**_common.pick(args, model_and_diffusion_defaults()))
+    model = _common.load_model(model, args.model_path, "model_path", args.use_fp16)
+    logger.log("loading classifier...")
+    classifier = create_classifier(**_common.pick(args, classifier_defaults()))
+    classifier = _common.load_model(
+        classifier, args.classifier_path, "classifier_path", args.classifier_use_fp16
+    )
+    sample = _common.sampler_of(diffusion, args.use_ddim)
+    shape = (args.batch_size, args.image_channels, args.image_size, args.image_size)
+
+    def guidance(x, t, y):
+        """classifier_scale * grad_x log p(y | x_t) (Dhariwal & Nichol 2021, algorithms 1 and 2)."""
+        with th.enable_grad():
+            x = x.detach().requires_grad_()
+            log_p = classifier(x, t).log_softmax(dim=-1).gather(1, y[:, None])
+            return th.autograd.grad(log_p.sum(), x)[0] * args.classifier_scale
+
+    def network(x, t, y):
+        return model(x, t, y) if args.class_cond else model(x, t)
+
+    def draw():
+        labels = _common.random_labels(args.batch_size, args.num_classes)
+        images = sample(
+            network,
+            shape,
+            clip_denoised=args.clip_denoised,
+            model_kwargs={"y": labels},
+            cond_fn=guidance,
+            device=dist_util.dev(),
+        )
+        return _common.to_uint8(images), labels
+
+    logger.log("sampling...")
+    _common.save_samples(*_common.collect(args.num_samples, draw))
+
+
+def create_argparser():
+    own = dict(classifier_path="", classifier_scale=1.0)
+    return _common.make_parser(
+        __doc__, _common.sampling_defaults(), own, model_and_diffusion_defaults(), classifier_defaults()
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,41 @@
+"""Train a diffusion model on images.
+
+    python scripts/image_train.py --data_dir FOLDER --image_size 64 --batch_size 32
+    mpiexec -n 8 python scripts/image_train.py ...      (or torchrun --nproc_per_node 8)
+
+Resume with --resume_checkpoint RUN_FOLDER.
+"""
+
+import _common
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+
+
+def main():
+    args = create_argparser().parse_args()
+    _common.start(args)
+    logger.log("creating model and diffusion...")
+    model, diffusion = create_model_and_diffusion(**_common.pick(args, model_and_diffusion_defaults()))
+    _common.train(
+        args,
+        model.to(dist_util.dev()),
+        diffusion,
+        image_size=args.image_size,
+        class_cond=args.class_cond,
+        ema_rate=args.ema_rate,
+        use_fp16=args.use_fp16,
+        fp16_scale_growth=args.fp16_scale_growth,
+        lr_anneal_steps=args.lr_anneal_steps,
+    )
+
+
+def create_argparser():
+    defaults = _common.training_defaults(), model_and_diffusion_defaults()
+    return _common.add_training_flags(_common.make_parser(__doc__, *defaults))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

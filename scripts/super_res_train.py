@@ -1,0 +1,47 @@
+"""Train a super-resolution model: pictures of large_size pixels given the same in small_size.
+
+python scripts/super_res_train.py --data_dir FOLDER --large_size 256 --small_size 64 --batch_size 8
+"""
+
+import _common
+import torch.nn.functional as F
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.script_util import sr_create_model_and_diffusion, sr_model_and_diffusion_defaults
+
+
+def main():
+    args = create_argparser().parse_args()
+    _common.start(args)
+    logger.log("creating model...")
+    model, diffusion = sr_create_model_and_diffusion(**_common.pick(args, sr_model_and_diffusion_defaults()))
+
+    def with_low_res(batches):
+        for images, cond in batches:
+            # Averages over areas: what a camera with larger pixels sees.
+            cond["low_res"] = F.interpolate(images, args.small_size, mode="area")
+            yield images, cond
+
+    _common.train(
+        args,
+        model.to(dist_util.dev()),
+        diffusion,
+        image_size=args.large_size,
+        class_cond=args.class_cond,
+        prepare=with_low_res,
+        ema_rate=args.ema_rate,
+        use_fp16=args.use_fp16,
+        fp16_scale_growth=args.fp16_scale_growth,
+        lr_anneal_steps=args.lr_anneal_steps,
+    )
+
+
+def create_argparser():
+    defaults = _common.training_defaults(), sr_model_and_diffusion_defaults()
+    return _common.add_training_flags(_common.make_parser(__doc__, *defaults))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
