@@ -1,0 +1,1 @@
+"""The metrics of the MT-Diffusion paper and of ADM, in PyTorch. Imports nothing else of this project."""

@@ -1,0 +1,242 @@
+"""Sets of pictures, read in pieces: an .npz file as ADM's samplers write it, a folder, or an array in memory."""
+
+import queue
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from evaluations.errors import EvaluationError, MissingFileError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+DECODERS = 8  # threads; Pillow releases the interpreter's lock while it decodes
+AHEAD = 4  # batches that are read while the network works
+T = TypeVar("T")
+
+
+class Images(Protocol):
+    """N pictures of one size, uint8 RGB."""
+
+    name: str  # for messages and reports
+    shape: tuple[int, int, int, int]  # N, height, width, 3
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        """The pictures `start` to `stop`, in order, [at most size, H, W, 3] at a time."""
+        ...
+
+
+class ArrayImages:
+    """Pictures in memory: uint8 [N, H, W, 3]."""
+
+    def __init__(self, array: np.ndarray, name: str = "array"):
+        check_array(array.shape, array.dtype, name, lambda: [array])
+        self.array, self.name, self.shape = array, name, array.shape
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        for first in range(start, stop, size):
+            yield self.array[first : min(first + size, stop)]
+
+
+class NpzImages:
+    """Pictures under `key` in an .npz file, read from the file piece by piece."""
+
+    def __init__(self, path: str | Path, key: str = "arr_0"):
+        self.path, self.key, self.name = Path(path), key, f"{key} of {path}"
+        keys = npz_keys(path)
+        if key not in keys:
+            raise EvaluationError(
+                f"{path} has no array {key} (it holds {', '.join(sorted(keys)) or 'nothing'})"
+            )
+        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+            self.shape, self._fortran, self._dtype = _read_header(member, self.name)
+        check_array(self.shape, self._dtype, self.name, lambda: self._rows(0, self.shape[0], 256))
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        yield from self._rows(start, stop, size)
+
+    def _rows(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        if self._fortran:  # its rows are not consecutive in the file
+            with np.load(self.path) as arrays:
+                array = arrays[self.key]
+            yield from (array[first : min(first + size, stop)] for first in range(start, stop, size))
+            return
+        row = int(np.prod(self.shape[1:])) * self._dtype.itemsize
+        with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as member:
+            _read_header(member, self.name)
+            member.seek(start * row, 1)
+            for first in range(start, stop, size):
+                count = min(size, stop - first)
+                data = member.read(count * row)
+                if len(data) < count * row:
+                    raise EvaluationError(f"{self.name} ends early: the file is incomplete, write it again")
+                yield np.frombuffer(data, self._dtype).reshape(count, *self.shape[1:])
+
+
+class FolderImages:
+    """Picture files, decoded by several threads. Grey and palette pictures become RGB, as ADM's data loader does it.
+
+    `size` crops and scales to a square as ADM's training does; without it all pictures must be of one size.
+    """
+
+    def __init__(self, files: list[Path], name: str, size: int | None = None):
+        if not files:
+            raise EvaluationError(f"{name} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+        self.files, self.name, self.size = files, name, size
+        height, width = self._decode(files[0]).shape[:2]
+        self.shape = (len(files), height, width, 3)
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(DECODERS) as pool:
+            for first in range(start, stop, size):
+                pictures = list(pool.map(self._decode, self.files[first : min(first + size, stop)]))
+                for file, picture in zip(self.files[first:stop], pictures, strict=False):
+                    if picture.shape != self.shape[1:]:
+                        raise EvaluationError(
+                            f"{file} is {_pixels(picture.shape)}, others are {_pixels(self.shape[1:])}: "
+                            f"scale them to one size (make_reference.py: --image_size)"
+                        )
+                yield np.stack(pictures)
+
+    def _decode(self, file: Path) -> np.ndarray:
+        return decode_picture(file, self.size)
+
+
+def open_images(path: str | Path, size: int | None = None) -> Images:
+    """Pictures from an .npz file (arr_0) or a folder. Raises EvaluationError for anything else."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return FolderImages(list_pictures(path), str(path), size)
+    return NpzImages(path)
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """All picture files below a folder, sorted by path."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise MissingFileError(f"folder {folder} does not exist")
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
+
+
+def npz_keys(path: str | Path) -> set[str]:
+    """Names of the arrays in an .npz file."""
+    if not Path(path).is_file():
+        raise MissingFileError(f"{path} does not exist")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except zipfile.BadZipFile as error:
+        raise EvaluationError(f"{path} is not an .npz file (it is damaged, or something else)") from error
+
+
+def load_array(path: str | Path, key: str) -> np.ndarray:
+    """One array of an .npz file. Raises EvaluationError where it is missing or not numeric."""
+    keys = npz_keys(path)
+    if key not in keys:
+        raise EvaluationError(f"{path} has no array {key} (it holds {', '.join(sorted(keys)) or 'nothing'})")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[key]
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"{key} of {path} cannot be read ({error})") from error
+
+
+def check_array(shape: tuple, dtype: np.dtype, name: str, pieces: Callable[[], Iterable[np.ndarray]]) -> None:
+    """Raise EvaluationError unless an array holds uint8 RGB pictures [N, H, W, 3], N >= 1.
+
+    `pieces` yields the data; only read to say more about an array that is not acceptable anyway.
+    """
+    if dtype != np.uint8:
+        extra = ""
+        if np.issubdtype(dtype, np.floating):
+            broken = sum(int((~np.isfinite(piece)).sum()) for piece in pieces())
+            extra = f" and {broken} of its values are NaN or infinite" if broken else ""
+            extra += "; from [-1, 1] convert with ((x + 1) * 127.5).clip(0, 255).astype('uint8')"
+        raise EvaluationError(f"{name} is {dtype}, pictures must be uint8 0 to 255{extra}")
+    if len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1):
+        raise EvaluationError(
+            f"{name} holds grey pictures {list(shape)}: repeat the channel to get [N, H, W, 3]"
+        )
+    if len(shape) != 4 or shape[-1] != 3:
+        hint = ": move the channels last" if len(shape) == 4 and shape[1] == 3 else ""
+        raise EvaluationError(f"{name} has shape {list(shape)}, expected [N, H, W, 3]{hint}")
+    if 0 in shape:
+        raise EvaluationError(f"{name} is empty: its shape is {list(shape)}")
+
+
+def decode_picture(file: Path, size: int | None = None) -> np.ndarray:
+    """One picture file as uint8 RGB [H, W, 3], cropped to a square of `size` pixels if that is given."""
+    try:
+        with Image.open(file) as picture:
+            picture = picture.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise EvaluationError(f"{file} cannot be read as a picture ({error})") from error
+    return np.asarray(center_crop(picture, size) if size else picture)
+
+
+def center_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The central square, scaled to `size` pixels the way ADM prepares its training data (`center_crop_arr`)."""
+    # Halving by averages first, then bicubic for the rest: avoids the aliasing of one large step.
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    scaled = (round(picture.width * scale), round(picture.height * scale))
+    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def prefetch(items: Iterable[T], ahead: int = AHEAD) -> Iterator[T]:
+    """The same items, produced by a thread while the caller works on earlier ones. Errors come through."""
+    waiting: queue.Queue = queue.Queue(ahead)
+    abandoned = threading.Event()
+
+    def put(entry: tuple[T | None, BaseException | None, bool]) -> bool:
+        while not abandoned.is_set():
+            try:
+                waiting.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((item, None, False)):
+                    return
+            put((None, None, True))
+        except BaseException as error:  # noqa: BLE001 - raised again where the items are used
+            put((None, error, True))
+
+    threading.Thread(target=produce, daemon=True).start()
+    try:
+        while True:
+            item, error, last = waiting.get()
+            if error:
+                raise error
+            if last:
+                return
+            yield item
+    finally:
+        abandoned.set()
+
+
+def _read_header(member, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type of the array that starts here."""
+    try:
+        version = np.lib.format.read_magic(member)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        return read(member)
+    except ValueError as error:
+        raise EvaluationError(f"{name} is not a NumPy array ({error})") from error
+
+
+def _pixels(shape: tuple) -> str:
+    return f"{shape[1]}x{shape[0]}"

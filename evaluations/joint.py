@@ -1,0 +1,324 @@
+"""Metrics of jointly generated pairs: a picture, and its label, segmentation map, masked copy or representation.
+
+    python evaluations/joint.py ref.npz samples.npz
+    python evaluations/joint.py ref.npz samples.npz --modality arr_1 --conditional conditional.npz --json joint.json
+    python evaluations/joint.py ref.npz samples.npz --modality maps --palette cityscapes --predicted segmenter.npz
+
+Pictures stand under arr_0, uint8 [N, H, W, 3], the other half of each pair under --modality (in the reference under
+--ref_modality, if it has another name there):
+    integers [N], or floats [N, C] that are probabilities     labels; -1 or all 0 is unknown
+    integers [N, H, W]                                        segmentation maps (class indices; needs --palette)
+    uint8 [N, H, W, 3]                                        pictures: masked copies or, with --palette, colour maps
+    other floats [N, D]                                       representations
+
+- Joint Frechet distance (FJD, DeVries et al. 2019): of the pictures' features with the other half's features beside
+  them. It sees what FID cannot: good pictures with the wrong partners.
+- Label agreement: how often a classifier finds the label that was generated with the picture. The classifier is a
+  linear one on the reference's Inception features (its accuracy on held-out references is printed beside), or
+  --predicted brings the labels (arr_0) of a better one.
+- Pair mIoU: of segmentation maps against those that --predicted (arr_0) finds in the generated pictures; of masked
+  copies, between the pixels that are masked and the pixels where the copy differs from the picture.
+- Consistency: pairs (x, y) generated jointly against pictures generated for given y (--conditional). A model that
+  learned one joint distribution draws both from the same one. Their joint Frechet distance is printed with what it
+  would be if they were: the mean over random regroupings of the same pairs.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if not __package__:  # run as a script: look for modules in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluations import distributed
+from evaluations.arguments import add_json_option, add_network_options
+from evaluations.errors import EvaluationError, exit_on_error
+from evaluations.features import BATCH_SIZE, extract_features
+from evaluations.frechet import frechet_distance
+from evaluations.images import ArrayImages, NpzImages, load_array
+from evaluations.inception import RESIZE_MODE, Inception, load_inception
+from evaluations.joint_metrics import (
+    fit_classifier,
+    joint_frechet,
+    label_agreement,
+    map_pair_miou,
+    masked_pair_miou,
+    partner_scale,
+    regrouped_frechet,
+)
+from evaluations.segmentation import Palette, load_palette, to_indices
+
+Kind = Literal["labels", "maps", "pictures", "vectors"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N pictures with the other half of each pair, as features and as data."""
+
+    pool: Tensor  # [N, 2048] of the pictures
+    partner: Tensor  # [N, D] of the other half
+    kind: Kind
+    data: np.ndarray  # the other half itself
+    pictures: np.ndarray | None  # where the metric looks at pixels
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Jointly against conditionally generated pairs."""
+
+    joint_frechet: float  # between the two
+    joint_frechet_if_equal: float  # between random regroupings of both
+    label_agreement_conditional: float | None
+    n_conditional: int
+
+
+@dataclass(frozen=True)
+class JointEvaluation:
+    """The joint metrics, and everything needed to compute them again. None: does not apply to this modality."""
+
+    joint_frechet: float
+    frechet: float  # of the pictures alone
+    partner_frechet: float  # of the other halves alone
+    label_agreement: float | None
+    classifier_accuracy: float | None  # of the linear classifier on held-out references
+    pair_miou: float | None
+    consistency: Consistency | None
+    modality: str
+    kind: Kind
+    partner_scale: float
+    n_reference: int
+    n_samples: int
+    seed: int
+    resize: str
+    weights: str
+    weights_sha256: str
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+@dataclass(frozen=True)
+class Partner:
+    """The other halves of N pairs."""
+
+    kind: Kind
+    data: np.ndarray  # labels as integers [N], -1 for unknown
+    name: str
+
+
+def read_partner(path: str | Path, key: str) -> Partner:
+    """What stands under `key` of an .npz, told by type and shape. Raises EvaluationError for anything else."""
+    data, name = load_array(path, key), f"{key} of {path}"
+    integer = np.issubdtype(data.dtype, np.integer)
+    if data.ndim == 1 and integer:
+        return Partner("labels", data.astype(np.int64), name)
+    if data.ndim == 3 and integer:
+        return Partner("maps", data, name)
+    if data.ndim == 4 and data.shape[-1] == 3 and data.dtype == np.uint8:
+        return Partner("pictures", data, name)
+    if data.ndim == 2 and np.issubdtype(data.dtype, np.floating):
+        if not np.isfinite(data).all():
+            raise EvaluationError(f"{name} holds NaN or infinite values")
+        total = data.sum(1)
+        if (data >= 0).all() and (np.isclose(total, 1, atol=1e-3) | (total == 0)).all():
+            return Partner("labels", np.where(total > 0, data.argmax(1), -1), name)
+        return Partner("vectors", data, name)
+    raise EvaluationError(
+        f"{name} is {data.dtype} {list(data.shape)}, expected labels [N], maps [N, H, W], "
+        "uint8 pictures [N, H, W, 3] or float vectors [N, D]"
+    )
+
+
+def load_pairs(
+    path: str | Path,
+    partner: Partner,
+    network: Inception,
+    classes: int | None = None,
+    palette: Palette | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Pairs | None:
+    """Pictures of an .npz with their partners. `classes`: width of the labels' one-hot vectors. None on ranks above 0."""
+    images = NpzImages(path)
+    if len(partner.data) != images.shape[0]:
+        raise EvaluationError(
+            f"{path} has {images.shape[0]} pictures, but {partner.name} are {len(partner.data)}"
+        )
+    features = extract_features(images, network, batch_size)
+    beside = _partner_features(partner, network, classes, palette, batch_size)
+    if features is None:
+        return None
+    pictures = load_array(path, "arr_0") if partner.kind == "pictures" and not palette else None
+    return Pairs(features.pool, beside, partner.kind, partner.data, pictures)
+
+
+def _partner_features(
+    partner: Partner, network: Inception, classes: int | None, palette: Palette | None, batch_size: int
+) -> Tensor | None:
+    data = partner.data
+    if partner.kind == "vectors":
+        return torch.from_numpy(data).float()
+    if partner.kind == "labels":
+        vectors = torch.zeros(len(data), classes)
+        known = np.flatnonzero(data >= 0)
+        vectors[known, data[known]] = 1
+        return vectors
+    if partner.kind == "maps":
+        if palette is None:
+            raise EvaluationError(f"{partner.name} holds class indices: --palette says which")
+        colors = np.concatenate([palette.colors, palette.void_colors[:1], np.zeros((1, 3), np.uint8)])
+        data = colors[to_indices(data, palette)]
+    features = extract_features(ArrayImages(data, partner.name), network, batch_size)
+    return None if features is None else features.pool
+
+
+def evaluate_joint(
+    reference: Pairs,
+    samples: Pairs,
+    network: Inception,
+    modality: str = "arr_1",
+    conditional: Pairs | None = None,
+    predicted: np.ndarray | None = None,
+    palette: Palette | None = None,
+    seed: int = 0,
+) -> JointEvaluation:
+    """All joint metrics that apply to this kind of pairs; `modality` is its name in the report."""
+    kind = samples.kind
+    scale = partner_scale(reference.pool, reference.partner)
+    pairs, real = (samples.pool, samples.partner), (reference.pool, reference.partner)
+    classifier = (
+        fit_classifier(reference.pool, reference.data) if kind == "labels" and predicted is None else None
+    )
+    agreement = miou = None
+    if kind == "labels":
+        found = classifier.predict(samples.pool) if classifier else predicted
+        agreement = label_agreement(samples.data, found)
+    elif palette and predicted is not None:
+        miou = map_pair_miou(samples.data, predicted, palette)
+    elif kind == "pictures" and not palette:
+        miou = masked_pair_miou(samples.pictures, samples.data)
+    consistency = None
+    if conditional:
+        given = (conditional.pool, conditional.partner)
+        consistency = Consistency(
+            joint_frechet=joint_frechet(pairs, given, scale),
+            joint_frechet_if_equal=regrouped_frechet(pairs, given, scale, seed),
+            label_agreement_conditional=(
+                label_agreement(conditional.data, classifier.predict(conditional.pool))
+                if classifier
+                else None
+            ),
+            n_conditional=len(conditional.pool),
+        )
+    return JointEvaluation(
+        joint_frechet=joint_frechet(real, pairs, scale),
+        frechet=frechet_distance(reference.pool, samples.pool),
+        partner_frechet=frechet_distance(reference.partner, samples.partner),
+        label_agreement=agreement,
+        classifier_accuracy=classifier.accuracy if classifier else None,
+        pair_miou=miou,
+        consistency=consistency,
+        modality=modality,
+        kind=kind,
+        partner_scale=scale,
+        n_reference=len(reference.pool),
+        n_samples=len(samples.pool),
+        seed=seed,
+        resize=RESIZE_MODE,
+        weights=network.source,
+        weights_sha256=network.sha256,
+    )
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ref_batch", help="real pairs, .npz")
+    parser.add_argument("sample_batch", help="jointly generated pairs, .npz")
+    parser.add_argument(
+        "--modality", default="arr_1", metavar="KEY", help="array with the other half of the pairs"
+    )
+    parser.add_argument("--ref_modality", metavar="KEY", help="its name in the reference, if it is another")
+    parser.add_argument(
+        "--conditional", metavar="FILE", help="pairs whose pictures were generated for given partners"
+    )
+    parser.add_argument(
+        "--predicted", metavar="FILE", help="labels or maps (arr_0) found in the generated pictures"
+    )
+    parser.add_argument(
+        "--palette", help="of segmentation maps: cityscapes, or a file with `R G B name` lines"
+    )
+    add_network_options(parser)
+    add_json_option(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the regroupings")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    with exit_on_error(), distributed.ranks():
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate as the command line asks. Raises EvaluationError."""
+    palette = load_palette(args.palette) if args.palette else None
+    predicted = load_array(args.predicted, "arr_0") if args.predicted else None
+    keys = {args.ref_batch: args.ref_modality or args.modality}
+    files = [path for path in (args.ref_batch, args.sample_batch, args.conditional) if path]
+    partners = [read_partner(path, keys.get(path, args.modality)) for path in files]
+    if len({partner.kind for partner in partners}) > 1:
+        kinds = ", ".join(f"{partner.name}: {partner.kind}" for partner in partners)
+        raise EvaluationError(f"the pairs are not of one kind ({kinds})")
+    sizes = {NpzImages(path).shape[1:3] for path in files}
+    if len(sizes) > 1:
+        raise EvaluationError(f"the pictures are of different sizes {sorted(sizes)} (height, width)")
+    classes = max(int(p.data.max()) for p in partners) + 1 if partners[0].kind == "labels" else None
+    network = load_inception(args.inception, args.device)
+    pairs = [
+        load_pairs(path, partner, network, classes, palette, args.batch_size)
+        for path, partner in zip(files, partners, strict=True)
+    ]
+    if pairs[0] is None:  # another rank has them
+        return
+    conditional = pairs[2] if args.conditional else None
+    result = evaluate_joint(
+        pairs[0], pairs[1], network, args.modality, conditional, predicted, palette, args.seed
+    )
+    for line in report(result):
+        print(line)
+    if args.json:
+        args.json.write_text(result.to_json() + "\n")
+
+
+def report(result: JointEvaluation) -> list[str]:
+    """The lines that the command prints."""
+    lines = [
+        f"Joint Frechet distance: {result.joint_frechet}",
+        f"Frechet distance of the pictures: {result.frechet}",
+        f"Frechet distance of {result.modality}: {result.partner_frechet}",
+    ]
+    if result.label_agreement is not None:
+        lines.append(f"Label agreement: {result.label_agreement}")
+    if result.classifier_accuracy is not None:
+        lines.append(f"Classifier accuracy on held-out references: {result.classifier_accuracy}")
+    if result.pair_miou is not None:
+        lines.append(f"Pair mIoU: {result.pair_miou}")
+    if given := result.consistency:
+        lines.append(f"Joint against conditional: {given.joint_frechet}")
+        lines.append(f"Joint against conditional, if they were one: {given.joint_frechet_if_equal}")
+        if given.label_agreement_conditional is not None:
+            lines.append(f"Label agreement, conditional: {given.label_agreement_conditional}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Write a reference batch for the evaluator: pictures and the statistics of their features, under ADM's keys.
+
+    python evaluations/make_reference.py imagenet/train ref64.npz --image_size 64
+    python evaluations/make_reference.py imagenet/train ref64.npz --image_size 64 --classes classes.txt --labels
+    python evaluations/make_reference.py samples.npz ref.npz
+    torchrun --nproc_per_node 8 evaluations/make_reference.py imagenet/train ref64.npz --image_size 64
+
+The statistics (`mu`, `sigma`, `mu_s`, `sigma_s`) are those of all the source's pictures; `arr_0` keeps --num_images of
+them, drawn by --seed, for precision and recall. A picture's class is the folder it lies in or, in a flat folder, its
+file name up to the first underscore, as in ADM's data loader; of an .npz it is the number in arr_1. `meta` says how all
+this was computed, as JSON.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script: look for modules in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from evaluations import distributed
+from evaluations.arguments import add_network_options, new_file, positive
+from evaluations.errors import EvaluationError, exit_on_error
+from evaluations.evaluator import META
+from evaluations.features import BATCH_SIZE, stream_features
+from evaluations.frechet import RunningStatistics, Statistics
+from evaluations.images import (
+    ArrayImages,
+    FolderImages,
+    Images,
+    NpzImages,
+    list_pictures,
+    load_array,
+    npz_keys,
+)
+from evaluations.inception import RESIZE_MODE, Inception, load_inception
+
+NUM_IMAGES = 10_000  # that ADM's reference batches keep
+CROP_MODE = "box-halving-bicubic-center"  # of images.center_crop
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The pictures that make the reference, with the class of each where it is known."""
+
+    images: Images
+    labels: np.ndarray | None  # [N] numbers of the classes in alphabetical order, or arr_1 of the .npz
+
+
+@dataclass(frozen=True)
+class Meta:
+    """How a reference batch was made; stored in it as JSON."""
+
+    source: str
+    n_statistics: int
+    n_pictures: int
+    image_size: int | None
+    crop: str | None
+    classes: list[str] | None
+    seed: int
+    resize: str
+    weights: str
+    weights_sha256: str
+
+
+def select(source: str | Path, image_size: int | None = None, classes: list[str] | None = None) -> Selection:
+    """Pictures of a folder or .npz, only those of `classes` if given. Raises EvaluationError where none are left."""
+    source = Path(source).expanduser()
+    if source.is_file():
+        return _select_from_npz(source, image_size, classes)
+    files = list_pictures(source)
+    if not files:
+        raise EvaluationError(f"{source} holds no pictures")
+    names = [_class_name(file, source) for file in files]
+    known = sorted(set(names))
+    if classes is not None:
+        if missing := sorted(set(classes) - set(known)):
+            raise EvaluationError(f"{source} has no pictures of class {', '.join(missing[:5])}")
+        files = [file for file, name in zip(files, names, strict=True) if name in set(classes)]
+        names = [name for name in names if name in set(classes)]
+    labels = np.array([known.index(name) for name in names])
+    return Selection(FolderImages(files, str(source), image_size), labels)
+
+
+def _select_from_npz(source: Path, image_size: int | None, classes: list[str] | None) -> Selection:
+    images = NpzImages(source)
+    if image_size and images.shape[1:3] != (image_size, image_size):
+        raise EvaluationError(
+            f"{images.name} has shape {list(images.shape)}: --image_size scales folders only"
+        )
+    labels = load_array(source, "arr_1") if "arr_1" in npz_keys(source) else None
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise EvaluationError(
+            f"arr_1 of {source} has shape {list(labels.shape)}, expected one label per picture"
+        )
+    if classes is None:
+        return Selection(images, labels)
+    if labels is None:
+        raise EvaluationError(f"{source} has no labels (arr_1) to select classes by")
+    wanted = [int(name) for name in classes if name.lstrip("-").isdigit()]
+    if len(wanted) < len(classes) or not set(wanted) <= set(labels.tolist()):
+        raise EvaluationError(f"the classes of {source} are numbers from {labels.min()} to {labels.max()}")
+    chosen = np.flatnonzero(np.isin(labels, wanted))
+    return Selection(ArrayImages(pick(images, chosen), images.name), labels[chosen])
+
+
+def _class_name(file: Path, root: Path) -> str:
+    return file.parent.name if file.parent != root else file.name.split("_")[0]
+
+
+def read_classes(path: str | Path) -> list[str]:
+    """Class names of a text file: the first word of every line; lines that start with # are comments."""
+    if not Path(path).is_file():
+        raise EvaluationError(f"class list {path} does not exist")
+    lines = [line.split() for line in Path(path).read_text().splitlines()]
+    names = [words[0] for words in lines if words and not words[0].startswith("#")]
+    if not names:
+        raise EvaluationError(f"class list {path} is empty: write one class name per line")
+    return names
+
+
+def pick(images: Images, indices: np.ndarray, batch_size: int = BATCH_SIZE) -> np.ndarray:
+    """The pictures at `indices` (ascending) as one array."""
+    if isinstance(images, FolderImages):
+        chosen = FolderImages([images.files[i] for i in indices], images.name, images.size)
+        return np.concatenate(list(chosen.batches(0, len(indices), batch_size)))
+    kept = np.empty((len(indices), *images.shape[1:]), np.uint8)
+    first = 0
+    for batch in images.batches(0, images.shape[0], batch_size):
+        inside = (indices >= first) & (indices < first + len(batch))
+        kept[inside] = batch[indices[inside] - first]
+        first += len(batch)
+    return kept
+
+
+def reference_statistics(
+    images: Images, network: Inception, batch_size: int = BATCH_SIZE, progress: bool = True
+) -> tuple[Statistics, Statistics] | None:
+    """Statistics of pool_3 and of the spatial features of all `images`; None on ranks other than 0."""
+    running = RunningStatistics(), RunningStatistics()
+    for output in stream_features(images, network, batch_size, progress):
+        running[0].add(output.pool)
+        running[1].add(output.spatial)
+    everyone = distributed.gather_objects(running)
+    if everyone is None:
+        return None
+    for other in everyone[1:]:
+        running[0].merge(other[0])
+        running[1].merge(other[1])
+    return running[0].result(), running[1].result()
+
+
+def write_reference(
+    path: str | Path,
+    pictures: np.ndarray,
+    pool: Statistics,
+    spatial: Statistics,
+    meta: Meta,
+    labels: np.ndarray | None,
+) -> None:
+    """Write the .npz, whole or not at all."""
+    arrays = {
+        "arr_0": pictures,
+        "mu": pool.mu,
+        "sigma": pool.sigma,
+        "mu_s": spatial.mu,
+        "sigma_s": spatial.sigma,
+    }
+    if labels is not None:
+        arrays["arr_1"] = labels
+    unfinished = Path(f"{path}.unfinished")
+    with open(unfinished, "wb") as file:
+        np.savez(file, **arrays, **{META: np.array(json.dumps(asdict(meta)))})
+    os.replace(unfinished, path)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help="folder of pictures, or .npz with arr_0")
+    parser.add_argument("output", type=new_file, help="the .npz to write")
+    parser.add_argument(
+        "--image_size", type=positive, help="crop and scale to a square as ADM's training does"
+    )
+    parser.add_argument("--num_images", type=positive, default=NUM_IMAGES, help="pictures kept in arr_0")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="only these classes: a text file, one name per line"
+    )
+    parser.add_argument(
+        "--labels", action="store_true", help="also write the labels of the kept pictures, as arr_1"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of the pictures kept")
+    add_network_options(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    with exit_on_error(), distributed.ranks():
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the reference batch that the command line asks for. Raises EvaluationError."""
+    if args.output.suffix != ".npz":
+        raise EvaluationError(f"{args.output} cannot be written: a reference batch is an .npz file")
+    classes = read_classes(args.classes) if args.classes else None
+    selection = select(args.source, args.image_size, classes)
+    if args.labels and selection.labels is None:
+        raise EvaluationError(f"{args.source} has no labels (arr_1)")
+    network = load_inception(args.inception, args.device)
+    computed = reference_statistics(selection.images, network, args.batch_size)
+    if computed is None:  # another rank has them
+        return
+    count = selection.images.shape[0]
+    kept = np.sort(np.random.default_rng(args.seed).permutation(count)[: args.num_images])
+    meta = Meta(
+        source=str(args.source),
+        n_statistics=count,
+        n_pictures=len(kept),
+        image_size=args.image_size,
+        crop=CROP_MODE if args.image_size else None,
+        classes=classes,
+        seed=args.seed,
+        resize=RESIZE_MODE,
+        weights=network.source,
+        weights_sha256=network.sha256,
+    )
+    labels = selection.labels[kept] if args.labels else None
+    write_reference(args.output, pick(selection.images, kept), *computed, meta, labels)
+    print(f"{args.output}: statistics of {count} pictures, {len(kept)} of them kept")
+
+
+if __name__ == "__main__":
+    main()

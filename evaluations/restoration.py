@@ -1,0 +1,309 @@
+"""Table 1 of the paper: LPIPS between clean pictures and masked, SDEdit-restored and MT-Diffusion-restored ones.
+
+    python evaluations/restoration.py mask photos/ table1 --image_size 64 --num_images 1000
+    python evaluations/restoration.py sdedit table1 --model_path single_task.pt --num_channels 128 ...
+    for m in 5 10 15 20; do
+        python scripts/mt_image_sample.py --model_path runs/mine --given masked=table1/holes_$m.npz --log_dir table1/mt_$m
+    done
+    python evaluations/restoration.py table table1 --json table1/table.json
+
+`mask` writes holes_M.npz for every number M of masks: arr_0 the masked pictures, mask the pixels that are left, clean the
+pictures themselves. Masks are squares anywhere inside the picture, and may overlap; masked pixels are grey (0 in
+[-1, 1]). Picture k has the same masks whatever else is in the set. `table` also takes other methods' results:
+--row "Name=folder/name_{m}.npz" (arr_0, in the same order).
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script: look for modules in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from evaluations import distributed
+from evaluations.arguments import add_device_option, add_json_option, positive
+from evaluations.errors import EvaluationError, MissingFileError, exit_on_error
+from evaluations.images import load_array, npz_keys
+from evaluations.lpips import BACKBONES, LPIPS, load_lpips, lpips_distances
+from evaluations.make_reference import pick, select
+from evaluations.sdedit import STRENGTH, load_single_task, restore
+
+MASKS = (5, 10, 15, 20)
+MASK_SIZE = 16  # pixels
+MASK_COLOR = 128  # of 255: the middle of the range, as the model is trained with
+MASKED_ROW, SDEDIT_ROW, MT_ROW = "clean-masked", "SDEdit", "MT-Diffusion-X"
+SDEDIT_FILE, MT_FILE = "sdedit_{m}.npz", "mt_{m}"  # in the folder of the holes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean LPIPS of one method at one number of masks; `error` is the standard error of the mean."""
+
+    method: str
+    masks: int
+    lpips: float
+    error: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """Table 1, and everything needed to compute it again."""
+
+    cells: list[Cell]
+    net: str
+    weights_sha256: dict[str, str]  # by file name
+    mask_size: int
+    seeds: dict[int, int]  # of the masks, by their number
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def draw_masks(
+    count: int, height: int, width: int, masks: int, size: int = MASK_SIZE, seed: int = 0
+) -> np.ndarray:
+    """Which pixels are left, bool [count, height, width], under `masks` squares of `size` pixels per picture."""
+    if size < 1 or size > min(height, width) or masks < 0:
+        raise EvaluationError(f"{masks} masks of {size} pixels do not fit pictures of {width}x{height}")
+    left = np.ones((count, height, width), bool)
+    for index in range(count):
+        random = np.random.default_rng([seed, masks, index])
+        tops = random.integers(0, height - size + 1, masks)
+        lefts = random.integers(0, width - size + 1, masks)
+        for y, x in zip(tops, lefts, strict=True):
+            left[index, y : y + size, x : x + size] = False
+    return left
+
+
+def apply_masks(pictures: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [N, H, W, 3] with all but the pixels that are `left` [N, H, W] grey."""
+    return np.where(left[..., None], pictures, np.uint8(MASK_COLOR))
+
+
+def write_holes(
+    source: str | Path,
+    folder: str | Path,
+    masks: tuple[int, ...] = MASKS,
+    size: int = MASK_SIZE,
+    image_size: int | None = None,
+    num_images: int | None = None,
+    seed: int = 0,
+) -> list[Path]:
+    """Write holes_M.npz into `folder` for every number of masks; `num_images` of the source are drawn by `seed`."""
+    selection = select(source, image_size)
+    count = selection.images.shape[0]
+    if num_images and num_images > count:
+        raise EvaluationError(f"{source} has {count} pictures, {num_images} were asked for")
+    chosen = np.sort(np.random.default_rng(seed).permutation(count)[:num_images])
+    clean = pick(selection.images, chosen)
+    extra = {} if selection.labels is None else {"labels": selection.labels[chosen]}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    written = []
+    for m in masks:
+        left = draw_masks(*clean.shape[:3], m, size, seed)
+        path = Path(folder) / f"holes_{m}.npz"
+        np.savez_compressed(
+            path, arr_0=apply_masks(clean, left), mask=left, clean=clean, seed=seed, mask_size=size, **extra
+        )
+        written.append(path)
+    return written
+
+
+def find_holes(folder: str | Path) -> dict[int, Path]:
+    """The holes_M.npz of a folder by their number of masks. Raises EvaluationError where there are none."""
+    files = {path.stem.removeprefix("holes_"): path for path in Path(folder).glob("holes_*.npz")}
+    holes = {
+        int(number): files[number] for number in sorted(files, key=lambda n: (len(n), n)) if number.isdigit()
+    }
+    if not holes:
+        raise MissingFileError(f"{folder} holds no holes_M.npz: write them with `restoration.py mask`")
+    return holes
+
+
+def find_result(pattern: str, masks: int) -> Path | None:
+    """The .npz of a method: `pattern` with {m} filled in, or the only samples_*.npz in the folder of that name."""
+    path = Path(pattern.replace("{m}", str(masks)))
+    if path.is_dir():
+        found = sorted(path.glob("samples_*.npz"))
+        if len(found) > 1:
+            raise EvaluationError(
+                f"{path} holds {len(found)} samples_*.npz: leave one, or name it with --row"
+            )
+        return found[0] if found else None
+    return path if path.is_file() else None
+
+
+def restoration_table(folder: str | Path, rows: dict[str, str], model: LPIPS) -> Table:
+    """LPIPS to the clean pictures of the masked ones in `folder`, and of every method in `rows` (name: pattern).
+
+    Numbers of masks for which a method has no result are left out of its row.
+    """
+    cells, seeds, sizes = [], {}, set()
+    for m, path in find_holes(folder).items():
+        clean = load_array(path, "clean")
+        seeds[m] = int(load_array(path, "seed"))
+        sizes.add(int(load_array(path, "mask_size")))
+        results = {MASKED_ROW: path} | {name: find_result(pattern, m) for name, pattern in rows.items()}
+        for name, result in results.items():
+            if result is None:
+                continue
+            pictures = load_array(result, "arr_0")
+            if pictures.shape != clean.shape:
+                raise EvaluationError(
+                    f"{result} has {list(pictures.shape)}, the clean pictures are {list(clean.shape)}: restore all of {path}"
+                )
+            distances = lpips_distances(model, clean, pictures)
+            error = distances.std(ddof=1) / len(distances) ** 0.5 if len(distances) > 1 else 0.0
+            cells.append(Cell(name, m, float(distances.mean()), float(error), len(distances)))
+    if len(sizes) > 1:
+        raise EvaluationError(
+            f"the holes in {folder} are of different sizes {sorted(sizes)}: they make no table"
+        )
+    return Table(cells, model.net_name, model.sha256, sizes.pop(), seeds)
+
+
+def format_table(table: Table) -> list[str]:
+    """The lines to print: a row per method, a column per number of masks."""
+    masks = sorted({cell.masks for cell in table.cells})
+    methods = list(dict.fromkeys(cell.method for cell in table.cells))
+    values = {(cell.method, cell.masks): f"{cell.lpips:.4f} ± {cell.error:.4f}" for cell in table.cells}
+    width = max(len(method) for method in methods)
+    lines = [" ".join([" " * width, *(f"{f'm = {m}':>16}" for m in masks)])]
+    for method in methods:
+        lines.append(
+            " ".join([f"{method:<{width}}", *(f"{values.get((method, m), '-'):>16}" for m in masks)])
+        )
+    return lines
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    mask = commands.add_parser("mask", help="cut holes into clean pictures")
+    mask.add_argument("source", help="folder of pictures, or .npz with arr_0")
+    mask.add_argument("folder", help="where to write holes_M.npz")
+    mask.add_argument("--masks", type=int, nargs="+", default=list(MASKS), help="numbers of masks")
+    mask.add_argument("--mask_size", type=positive, default=MASK_SIZE, help="pixels")
+    mask.add_argument("--image_size", type=positive, help="crop and scale to a square as ADM's training does")
+    mask.add_argument("--num_images", type=positive, help="how many, drawn by the seed; all by default")
+    mask.add_argument("--seed", type=int, default=0)
+
+    edit = commands.add_parser("sdedit", help="restore the holes by SDEdit with a single-task model")
+    edit.add_argument("folder", help="with holes_M.npz; sdedit_M.npz are written beside them")
+    edit.add_argument(
+        "--model_path", required=True, help="weights of the model; its flags are those of training"
+    )
+    edit.add_argument(
+        "--strength", type=float, default=STRENGTH, help="share of the steps that are noised and denoised"
+    )
+    edit.add_argument("--keep_known", action="store_true", help="put the known pixels back at the end")
+    edit.add_argument("--use_ddim", action="store_true")
+    edit.add_argument("--batch_size", type=positive, default=64)
+    edit.add_argument("--seed", type=int, default=0)
+    add_device_option(edit)
+
+    table = commands.add_parser("table", help="print Table 1")
+    table.add_argument("folder", help="with holes_M.npz and the restored pictures")
+    table.add_argument(
+        "--row", action="append", default=[], metavar="NAME=PATTERN", help="a further method; {m}: masks"
+    )
+    table.add_argument("--net", choices=list(BACKBONES), default="alex", help="of LPIPS")
+    table.add_argument(
+        "--lpips_weights", nargs="+", metavar="FILE", help="local weights; downloaded if not given"
+    )
+    add_json_option(table)
+    add_device_option(table)
+
+    args, rest = parser.parse_known_args(arguments)
+    if args.command != "sdedit":
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return args
+    args.flags = _model_flags(rest)
+    return args
+
+
+def _model_flags(arguments: list[str]) -> dict:
+    """The single-task model's flags, with guided-diffusion's names and defaults."""
+    from guided_diffusion.script_util import add_dict_to_argparser, model_and_diffusion_defaults
+
+    parser = argparse.ArgumentParser(prog="restoration.py sdedit", allow_abbrev=False)
+    add_dict_to_argparser(parser, model_and_diffusion_defaults())
+    return vars(parser.parse_args(arguments))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    with exit_on_error(), distributed.ranks():
+        {"mask": run_mask, "sdedit": run_sdedit, "table": run_table}[args.command](args)
+
+
+def run_mask(args: argparse.Namespace) -> None:
+    paths = write_holes(
+        args.source,
+        args.folder,
+        tuple(args.masks),
+        args.mask_size,
+        args.image_size,
+        args.num_images,
+        args.seed,
+    )
+    for path in paths:
+        print(path)
+
+
+def run_sdedit(args: argparse.Namespace) -> None:
+    holes = find_holes(args.folder)
+    device = distributed.choose_device(args.device)
+    model, diffusion = load_single_task(args.model_path, args.flags, device)
+    for m, path in holes.items():
+        masked = load_array(path, "arr_0")
+        if masked.shape[1:3] != (args.flags["image_size"],) * 2:
+            raise EvaluationError(
+                f"{path} has pictures of {masked.shape[2]}x{masked.shape[1]}, the model makes {args.flags['image_size']}"
+            )
+        labels = None
+        if args.flags["class_cond"]:
+            if "labels" not in npz_keys(path):
+                raise EvaluationError(f"{path} has no labels, and the model is class-conditional")
+            labels = load_array(path, "labels")
+        restored = restore(
+            masked, diffusion, model, device, args.seed, args.strength, args.use_ddim, args.batch_size, labels
+        )
+        if restored is None:  # another rank has them
+            continue
+        if args.keep_known:
+            restored = np.where(load_array(path, "mask")[..., None], masked, restored)
+        output = Path(args.folder) / SDEDIT_FILE.format(m=m)
+        np.savez_compressed(output, arr_0=restored, seed=args.seed, strength=args.strength)
+        print(output)
+
+
+def run_table(args: argparse.Namespace) -> None:
+    find_holes(args.folder)  # before weights are downloaded for nothing
+    rows = {SDEDIT_ROW: str(Path(args.folder) / SDEDIT_FILE), MT_ROW: str(Path(args.folder) / MT_FILE)}
+    for row in args.row:
+        name, found, pattern = row.partition("=")
+        if not found or not name or not pattern:
+            raise EvaluationError(f"--row {row}: expected NAME=PATTERN")
+        rows[name] = pattern
+    model = load_lpips(args.net, args.lpips_weights, distributed.choose_device(args.device))
+    table = restoration_table(args.folder, rows, model)
+    print(f"LPIPS ({table.net}, v0.1) to the clean pictures, mean ± standard error; lower is better")
+    for line in format_table(table):
+        print(line)
+    if args.json:
+        args.json.write_text(table.to_json() + "\n")
+
+
+if __name__ == "__main__":
+    main()

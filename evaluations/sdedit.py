@@ -1,0 +1,104 @@
+"""Restoration by SDEdit (Meng et al. 2022) with a single-task model: the paper's baseline in Table 1.
+
+The masked picture is noised to an intermediate step and denoised again by the unconditional model. How far is the
+`strength`: at 1 nothing of the picture is left, at 0 it comes back as it was. This is the one module of the evaluation that
+runs a diffusion model; it takes any with guided-diffusion's interface.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluations import distributed
+from evaluations.errors import EvaluationError, MissingFileError
+
+STRENGTH = 0.5
+
+
+@torch.no_grad()
+def sdedit(
+    diffusion,
+    model: torch.nn.Module,
+    pictures: Tensor,
+    randn_like: Callable[[Tensor], Tensor],
+    strength: float = STRENGTH,
+    use_ddim: bool = False,
+    model_kwargs: dict | None = None,
+) -> Tensor:
+    """Noise `pictures` [B, C, H, W] in [-1, 1] to `strength` (0 to 1] of the diffusion's steps, and denoise them.
+
+    `randn_like(x)` makes all the noise. Raises EvaluationError for a strength that leaves no step.
+    """
+    start = round(strength * diffusion.num_timesteps) - 1
+    if not 0 < strength <= 1 or start < 0:
+        raise EvaluationError(
+            f"strength {strength} leaves no step of {diffusion.num_timesteps}: choose from (0, 1]"
+        )
+    step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
+    times = torch.arange(start, -1, -1, device=pictures.device)[:, None].expand(-1, len(pictures))
+    z = diffusion.q_sample(pictures, times[0], randn_like(pictures))
+    for t in times:
+        z = step(model, z, t, clip_denoised=True, model_kwargs=model_kwargs or {}, randn_like=randn_like)[
+            "sample"
+        ]
+    return z.clamp(-1, 1)
+
+
+def restore(
+    masked: np.ndarray,
+    diffusion,
+    model: torch.nn.Module,
+    device: torch.device,
+    seed: int = 0,
+    strength: float = STRENGTH,
+    use_ddim: bool = False,
+    batch_size: int = 64,
+    labels: np.ndarray | None = None,
+) -> np.ndarray | None:
+    """SDEdit of `masked` pictures, uint8 [N, H, W, 3], `labels` [N] for a class-conditional model.
+
+    Picture k is the same whatever the batch size and the number of ranks. None on ranks other than 0.
+    """
+    from guided_diffusion.seeding import PerSample  # here: nothing else of the evaluation needs the models
+
+    start, stop = distributed.share(len(masked))
+    parts = [torch.empty(0, *masked.shape[1:], dtype=torch.uint8)]
+    with tqdm(total=stop - start, unit="picture", disable=distributed.rank() > 0) as bar:
+        for first in range(start, stop, batch_size):
+            indices = range(first, min(first + batch_size, stop))
+            x = torch.from_numpy(masked[indices.start : indices.stop]).to(device)
+            x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
+            random = PerSample.derived(seed, indices, device)
+            kwargs = {}
+            if labels is not None:
+                kwargs["y"] = torch.from_numpy(labels[indices.start : indices.stop]).long().to(device)
+            x = sdedit(diffusion, model, x, random.randn_like, strength, use_ddim, kwargs)
+            parts.append(((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
+            bar.update(len(indices))
+    gathered = distributed.gather_rows(torch.cat(parts), len(masked))
+    return None if gathered is None else gathered.numpy()
+
+
+def load_single_task(path: str | Path, flags: dict, device: torch.device):
+    """(model, diffusion) of guided-diffusion from weights and the flags of training. Raises EvaluationError."""
+    from guided_diffusion import checkpoint_util, dist_util
+    from guided_diffusion.errors import UserError
+    from guided_diffusion.script_util import create_model_and_diffusion
+
+    if not Path(path).is_file():
+        raise MissingFileError(f"model {path} does not exist")
+    try:
+        model, diffusion = create_model_and_diffusion(**flags)
+        checkpoint_util.load_weights(
+            model, dist_util.load_state_dict(str(path), map_location="cpu"), str(path)
+        )
+    except UserError as error:
+        raise EvaluationError(str(error)) from error
+    model.to(device)
+    if flags["use_fp16"]:
+        model.convert_to_fp16()
+    return model.eval(), diffusion
