@@ -70,6 +70,8 @@ class SpacedDiffusion(GaussianDiffusion):
         kept_alphas = alphas_cumprod[self.timestep_map]
         previous = np.concatenate([[1.0], kept_alphas[:-1]])
         kwargs["betas"] = 1.0 - kept_alphas / previous
+        if kwargs.get("aggregation") is not None:
+            kwargs["aggregation"] = kwargs["aggregation"].respaced(self.timestep_map, 1.0 - kwargs["betas"])
         super().__init__(**kwargs)
 
     def _wrap_model(self, model):

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .fp16_util import convert_module_to_f16, convert_module_to_f32
+from .heads import Features, Heads
 from .nn import avg_pool_nd, checkpoint, conv_nd, linear, normalization, timestep_embedding, zero_module
 
 
@@ -377,9 +378,10 @@ class UNetModel(_Encoder):
     by class.
 
     attention_resolutions: the downsampling factors at which attention is used; channel_mult: width of each
-    level as a multiple of model_channels (fractions allowed); num_classes: makes `y` a required input; the
-    remaining arguments are passed to the blocks. image_size is kept for callers, the network works at any
-    size divisible by its stride.
+    level as a multiple of model_channels (fractions allowed); num_classes: makes `y` a required input;
+    modalities: what it predicts beside its output (modalities.py), each with a head of its own; the remaining
+    arguments are passed to the blocks. image_size is kept for callers, the network works at any size
+    divisible by its stride.
     """
 
     def __init__(
@@ -403,6 +405,7 @@ class UNetModel(_Encoder):
         use_scale_shift_norm=False,
         resblock_updown=False,
         use_new_attention_order=False,
+        modalities=(),
     ):
         super().__init__()
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -414,6 +417,10 @@ class UNetModel(_Encoder):
         self.out = nn.Sequential(
             normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
         )
+        if modalities:
+            self.heads = Heads(
+                modalities, middle_channels=self._skip_channels[-1], last_channels=ch, dims=dims
+            )
 
     def _build_decoder(self):
         """Make output_blocks, the encoder's mirror image; returns the width of the features they give."""
@@ -443,13 +450,17 @@ class UNetModel(_Encoder):
     def forward(self, x, timesteps, y=None):
         """x [B, in_channels, ...], timesteps [B], y exactly if class-conditional -> [B, out_channels, ...].
 
-        y: class indices int64 [B].
+        y: class indices int64 [B], or class probabilities float [B, classes], where zeros mean no class. With
+        modalities: (that output, the heads' predictions by name).
         """
         return self._predict(x, self._embed(timesteps, y))
 
     def _predict(self, x, *conditioning):
         skips, middle = self._encode(x, *conditioning)
-        return self._read_out(self._decode(middle, skips, *conditioning).type(x.dtype))
+        last = self._decode(middle, skips, *conditioning).type(x.dtype)
+        if not self.modalities:
+            return self._read_out(last)
+        return self._read_out(last), self.heads(Features(middle.type(x.dtype), last))
 
     def _read_out(self, last):
         return self.out(last)
@@ -458,7 +469,9 @@ class UNetModel(_Encoder):
         emb = self._embed_time(timesteps)
         if (y is None) != (self.num_classes is None):
             raise ValueError("labels y must be given exactly when the model is class-conditional")
-        return emb if y is None else emb + self.label_emb(y)
+        if y is None:
+            return emb
+        return emb + (y @ self.label_emb.weight if y.is_floating_point() else self.label_emb(y))
 
     def _decode(self, h, skips, *conditioning):
         for block in self.output_blocks:
