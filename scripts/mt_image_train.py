@@ -1,0 +1,216 @@
+"""Train one U-Net on images and other modalities of them.
+
+    python scripts/mt_image_train.py --data_dir pictures/ --modalities masked:X,label:U --log_dir runs/mine
+    mpiexec -n 8 python scripts/mt_image_train.py --config mine.yaml --data_dir pictures/
+    torchrun --nproc_per_node 8 scripts/mt_image_train.py --config mine.yaml --data_dir pictures/
+
+Flags: ADM's, `--modalities` (names with their variant: masked, label; "" for single-task training),
+`--aggregation` (bump, paper-normalized, constant, paper), and those below. `--config FILE.yaml` sets any of
+them; the command line wins. The same command continues a run that was stopped, bit for bit. --log_dir
+receives checkpoint*.pt (complete), model*.pt, ema_*.pt, opt*.pt (as ADM writes them), config.yaml,
+progress.csv, tb/ (TensorBoard) and samples*.png.
+"""
+
+import os
+
+import _common  # noqa: F401 (first: it makes the package importable)
+import numpy as np
+import torch as th
+
+from guided_diffusion import checkpoint_util, dist_util, logger
+from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
+from guided_diffusion.figures import Row, contact_sheet, to_uint8
+from guided_diffusion.image_datasets import count_classes, hold_out, load_stream, open_dataset
+from guided_diffusion.modalities import wants_labels
+from guided_diffusion.mt_train import MultiTaskTrainLoop
+from guided_diffusion.mt_util import CONFIG_NAME, JointModel, mt_defaults, parse_flags, write_config
+from guided_diffusion.samplers import joint_sample
+from guided_diffusion.seeding import PerSample
+
+GRID = 12  # samples drawn at every save
+
+
+def defaults() -> dict:
+    """All flags with their defaults: the model's, ADM's for training, and those that ADM does not have."""
+    adm = _common.training_defaults()
+    del adm["use_fp16"]  # the model's; --precision fp16 sets it
+    return (
+        mt_defaults()
+        | adm
+        | dict(
+            num_classes=0,  # 0: as many as the data have
+            log_dir="",  # "": $OPENAI_LOGDIR, or a temporary folder
+            iterations=0,  # 0: until stopped
+            seed=0,
+            precision="auto",  # bf16 where the GPU has it, else fp32; or fp32, bf16, fp16
+            compile="auto",  # on a GPU; or true, false
+            held_out=128,  # pictures that measure the heads and are not trained on; at most a tenth of the data
+            random_crop=False,
+            random_flip=True,
+            label_from="auto",  # or prefix, folder
+            num_workers=2,
+            max_bad=10,  # unreadable pictures before training stops
+            max_nonfinite=20,  # steps skipped for NaN or infinity before training stops
+            keep_checkpoints=2,
+            progress=True,
+            sample_steps=25,  # DPM-Solver++ steps of the picture at every save; 0: none
+        )
+    )
+
+
+@exit_on_user_error()
+def main():
+    flags = parse_flags(defaults(), description=__doc__)
+    dist_util.setup_dist()
+    logger.configure(dir=flags["log_dir"] or None, format_strs=log_formats())
+    flags = complete(flags)
+    dataset = open_dataset(
+        flags["data_dir"],
+        flags["image_size"],
+        class_cond=flags["num_classes"] > 0,
+        random_crop=flags["random_crop"],
+        random_flip=flags["random_flip"],
+        image_channels=flags["image_channels"],
+        max_bad=flags["max_bad"],
+        label_from=flags["label_from"],
+    )
+    dataset, held_out = hold_out(dataset, min(flags["held_out"], len(dataset) // 10), flags["seed"])
+    resume = flags["resume_checkpoint"] or (logger.get_dir() if flags["log_dir"] else "")
+    check_same_model(flags, resume)
+    th.manual_seed(flags["seed"])  # the same fresh weights everywhere
+    model = JointModel.from_flags(flags)
+    for m in model.tasks:
+        if m.kind != "label" and m.derive is None:
+            raise UserValueError(
+                f"modality {m.name}: the data bring pictures and labels only, no {m.kind} beside them"
+            )
+    describe(model, len(dataset), len(held_out[0]))
+    if dist_util.get_rank() == 0:
+        write_config(flags, os.path.join(logger.get_dir(), CONFIG_NAME))
+
+    device = dist_util.dev()
+    model.network.to(device)
+    if device.type == "cuda":
+        model.network.to(memory_format=th.channels_last)
+    images, cond = held_out
+    MultiTaskTrainLoop(
+        tasks=model.tasks,
+        held_out=(images.to(device), {key: value.to(device) for key, value in cond.items()}),
+        model=model.network,
+        diffusion=model.diffusion,
+        data=lambda step: load_stream(
+            dataset, flags["batch_size"], flags["seed"], start_step=step, num_workers=flags["num_workers"]
+        ),
+        resume_checkpoint=resume,
+        schedule_sampler=_common.schedule_sampler(flags["schedule_sampler"], model.diffusion),
+        compile=flags["compile"] == "true",
+        config=flags,
+        on_save=lambda loop: draw_samples(loop, model, flags),
+        **{
+            name: flags[name]
+            for name in (
+                "batch_size",
+                "microbatch",
+                "lr",
+                "ema_rate",
+                "log_interval",
+                "save_interval",
+                "fp16_scale_growth",
+                "weight_decay",
+                "lr_anneal_steps",
+                "iterations",
+                "seed",
+                "precision",
+                "max_nonfinite",
+                "progress",
+                "keep_checkpoints",
+            )
+        },
+    ).run_loop()
+
+
+def log_formats() -> list[str] | None:
+    """ADM's, and TensorBoard on rank 0, unless the environment chooses; None for the logger's own choice."""
+    if "OPENAI_LOG_FORMAT" in os.environ or logger.get_rank_without_mpi_import() > 0:
+        return None
+    return ["stdout", "log", "csv", "tensorboard"]
+
+
+def complete(flags: dict) -> dict:
+    """The flags with everything decided that was left to the data or the machine."""
+    flags = dict(flags)
+    if not flags["data_dir"]:
+        raise UserValueError("give --data_dir: a folder of pictures or an .npz file")
+    if not wants_labels(flags["modalities"]):
+        flags["num_classes"] = 0
+    elif not flags["num_classes"]:
+        flags["num_classes"] = count_classes(flags["data_dir"], flags["label_from"])
+    on_gpu = dist_util.dev().type == "cuda"
+    if flags["aggregation"] == "paper" and flags["precision"] in ("bf16", "fp16"):
+        raise UserValueError(
+            "aggregation paper makes the shift so large that half precision rounds the noise away: use --precision fp32"
+        )
+    if flags["use_fp16"]:
+        flags["precision"] = "fp16"
+    if flags["precision"] == "auto":
+        half = on_gpu and th.cuda.is_bf16_supported() and flags["aggregation"] != "paper"
+        flags["precision"] = "bf16" if half else "fp32"
+    if flags["compile"] == "auto":
+        flags["compile"] = "true" if on_gpu else "false"
+    if flags["compile"] not in ("true", "false"):
+        raise UserValueError(f"compile must be auto, true or false, not {flags['compile']!r}")
+    return flags
+
+
+def check_same_model(flags: dict, resume: str) -> None:
+    """UserError if the run to resume trained another model, or with other random numbers."""
+    path = resume
+    if os.path.isdir(path):
+        path = checkpoint_util.find_complete_checkpoint(path) or ""
+    if not os.path.basename(path).startswith("checkpoint"):
+        return
+    before = checkpoint_util.load_complete(path)["config"]
+    fixed = [*mt_defaults(), "seed", "held_out"]
+    changed = [name for name in fixed if name in before and before[name] != flags[name]]
+    if changed:
+        was = ", ".join(f"{name} was {before[name]!r} and is now {flags[name]!r}" for name in changed)
+        raise UserError(f"{path} belongs to another model: {was}. Use another --log_dir, or the former flags")
+
+
+def describe(model: JointModel, pictures: int, held_out: int) -> None:
+    """Log the sizes, and for every modality how far its shift may carry an error of its prediction."""
+    weights = sum(p.numel() for p in model.network.parameters())
+    logger.log(f"{weights / 1e6:.2f} M parameters, {pictures} pictures, {held_out} held out")
+    if model.diffusion.aggregation is not None:
+        logger.log(model.diffusion.aggregation.report(model.diffusion.alphas_cumprod))
+
+
+def draw_samples(loop: MultiTaskTrainLoop, model: JointModel, flags: dict) -> None:
+    """Joint samples of the averaged weights, by rank 0: samplesNNNNNN.png beside the checkpoint of that
+    number, and in TensorBoard."""
+    if not flags["sample_steps"] or dist_util.get_rank() != 0:
+        return
+    shape = (GRID, flags["image_channels"], flags["image_size"], flags["image_size"])
+    diffusion = model.respaced(min(flags["sample_steps"], model.diffusion.num_timesteps))
+    loop.model.eval()
+    with loop.ema_weights() as network:
+        random = PerSample.derived(flags["seed"], range(GRID), dist_util.dev())
+        sample = joint_sample(diffusion, model.tasks, network, shape, random, sampler="dpm++")
+    loop.model.train()
+    rows = [Row("image", to_uint8(sample.images), _captions(model.tasks, sample.values))]
+    rows += [Row(m.name, to_uint8(sample.values[m.name])) for m in model.tasks if m.kind == "image"]
+    sheet = contact_sheet(rows)
+    number = loop.step + loop.resume_step
+    sheet.save(os.path.join(logger.get_dir(), f"samples{number:06d}.png"))
+    for log in logger.get_current().output_formats:
+        if isinstance(log, logger.TensorBoardOutputFormat):
+            log.writer.add_image("samples", np.asarray(sheet), number, dataformats="HWC")
+
+
+def _captions(tasks, values):
+    labels = [values[m.name].argmax(dim=1).tolist() for m in tasks if m.kind == "label"]
+    return [" ".join(map(str, numbers)) for numbers in zip(*labels, strict=True)]
+
+
+if __name__ == "__main__":
+    main()
