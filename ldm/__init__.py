@@ -1,0 +1,1 @@
+"""Latent diffusion, on the interface of CompVis/latent-diffusion."""

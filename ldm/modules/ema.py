@@ -1,0 +1,62 @@
+"""Moving average of a network's weights (interface and state-dict keys: latent-diffusion,
+ldm/modules/ema.py)."""
+
+import torch
+from torch import nn
+
+
+class LitEma(nn.Module):
+    """A copy of the trainable parameters of `model` that follows them slowly; call it after every update.
+
+    decay in [0, 1]; use_num_upates (upstream's name): begin with a smaller decay, (1 + n) / (10 + n) after n
+    updates. A parameter's copy is the buffer of its name without dots, as checkpoints have it.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True):
+        super().__init__()
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay must lie in [0, 1], got {decay}")
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
+        # -1: updates are not counted.
+        self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
+        self.m_name2s_name = {
+            name: name.replace(".", "") for name, p in model.named_parameters() if p.requires_grad
+        }
+        own = dict(model.named_parameters())
+        for name, shadow in self.m_name2s_name.items():
+            self.register_buffer(shadow, own[name].detach().clone())
+        self.collected_params: list[torch.Tensor] = []
+
+    def _pairs(self, model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(the copies, the parameters of `model`), in the same order."""
+        own, shadows = dict(model.named_parameters()), dict(self.named_buffers())
+        names = self.m_name2s_name.items()
+        return [shadows[shadow] for _, shadow in names], [own[name] for name, _ in names]
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module) -> None:
+        """copy = decay * copy + (1 - decay) * parameter."""
+        shadows, parameters = self._pairs(model)
+        counts = self.num_updates >= 0  # stays on the device, as all of this: no step waits for a number
+        self.num_updates += counts
+        n = self.num_updates
+        decay = torch.where(counts, torch.minimum(self.decay, (1 + n) / (10 + n)), self.decay)
+        steps = torch._foreach_sub(parameters, shadows)
+        torch._foreach_mul_(steps, 1 - decay)
+        torch._foreach_add_(shadows, steps)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the parameters of `model` by their averages."""
+        shadows, parameters = self._pairs(model)
+        torch._foreach_copy_(parameters, shadows)
+
+    def store(self, parameters) -> None:
+        """Keep `parameters`, for `restore`."""
+        self.collected_params = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def restore(self, parameters) -> None:
+        """Give `parameters` the values that `store` kept."""
+        torch._foreach_copy_(list(parameters), self.collected_params)
+        self.collected_params = []
