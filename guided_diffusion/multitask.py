@@ -79,14 +79,16 @@ class MultiTask:
         """kappa by name, for `Aggregation.named`."""
         return {m.name: m.peak for m in self}
 
-    def apply(self, network, z: th.Tensor, timesteps: th.Tensor, shown: Values):
+    def apply(
+        self, network, z: th.Tensor, timesteps: th.Tensor, shown: Values, conditioning: Mapping | None = None
+    ):
         """network(z, timesteps) with the X modalities of `shown`; those not shown get the null input.
 
-        (output, predictions).
+        conditioning: what else the network is called with, such as `context`. Returns (output, predictions).
         """
-        channels, conditioning = [z], {}
+        channels, conditioning = [z], dict(conditioning or {})
         if self.num_classes is not None:
-            conditioning["y"] = z.new_zeros(len(z), self.num_classes)
+            conditioning.setdefault("y", z.new_zeros(len(z), self.num_classes))
         for m in self:
             if not m.as_input:
                 continue
@@ -207,19 +209,20 @@ def multitask_losses(
     noise: th.Tensor | None = None,
     random: PerSample | None = None,
     encoder=None,
+    conditioning: Mapping | None = None,
 ) -> dict[str, th.Tensor]:
     """Equation 6 at timesteps t [B]: the diffusion's own terms, and `KL_name` for every modality; all [B].
 
     `loss` is the sum: MSE(eps) + sum_i lambda_i KL_i. A missing value adds neither shift nor loss. random:
     decides which X inputs are replaced by the null input (none if None); encoder: the network that encodes,
-    where `network` is wrapped for training.
+    where `network` is wrapped for training; conditioning: what else the network is called with (`context`).
     """
     encodings = tasks.encode(network if encoder is None else encoder, batch, images)
     shown = _shown(tasks, batch, random)
     predictions = {}
 
     def noise_network(z, timesteps):
-        output, heads = tasks.apply(network, z, timesteps, shown)
+        output, heads = tasks.apply(network, z, timesteps, shown, conditioning)
         predictions.update(heads)
         return output
 
@@ -247,12 +250,16 @@ def _shown(tasks, batch, random):
 
 
 class JointDenoiser:
-    """The network as a sampler's model: (z_t, timesteps) -> JointOutput. One forward pass a step.
+    """The network as a sampler's model: (z_t, timesteps, **conditioning) -> JointOutput. One forward pass a
+    step, two with guidance.
 
     given: the known modalities [B, ...]; the others are estimated. In variant U a given value conditions
     through the model's own head, by Bayes: its `score` is strength * grad log p(x_i | z_t); 1 is exact for
     the image (the estimates of further unknown modalities remain E[x_j | z_t]), 0 only holds the value fixed,
     which is no conditioning. In variant X the network sees the value.
+    guidance: scale of classifier-free guidance (Ho & Salimans 2022), 1 for none: the noise without the given
+    X modalities, and with `unconditional` in place of the conditioning's entries of those names, is
+    extrapolated towards that with them.
     order: `posterior` encodes the estimates of this very pass (equation 5 is linear in e_i, so this is the
     exact mean); `paper` is Algorithm 1 to the letter: encode the estimates of the step before, starting from
     initial[name] [B, ...]. `estimates` and `encodings` hold the latest values and e_i.
@@ -266,6 +273,8 @@ class JointDenoiser:
         strength: float | Mapping[str, float] = 1.0,
         order: str = "posterior",
         initial: Values | None = None,
+        guidance: float = 1.0,
+        unconditional: Mapping | None = None,
     ):
         if order not in ("posterior", "paper"):
             raise UserValueError(f"unknown order {order!r}: choose posterior or paper")
@@ -287,6 +296,12 @@ class JointDenoiser:
         }
         self.estimates = {**(initial or {}), **self.given}
         self.encodings: Values = {}
+        self.guidance, self.unconditional = float(guidance), dict(unconditional or {})
+        if self.guidance != 1 and not self.unconditional and not any(tasks[n].as_input for n in self.given):
+            raise UserValueError(
+                "classifier-free guidance needs something that the network sees: a given modality of variant X, "
+                "or conditioning; for a given U modality there is the strength"
+            )
         self._codes, self._fixed = {}, {}
 
     def parameters(self):
@@ -300,8 +315,10 @@ class JointDenoiser:
         before = dict(self.estimates)
         with th.set_grad_enabled(bool(guided)):
             z_in = z.detach().requires_grad_(bool(guided))
-            output, predictions = tasks.apply(self.network, z_in, timesteps, shown)
+            output, predictions = tasks.apply(self.network, z_in, timesteps, shown, kwargs)
             score = self._score(z_in, timesteps, predictions, guided) if guided else None
+        if self.guidance != 1:
+            output = self._extrapolate(output, z, timesteps, kwargs)
         predictions = {name: p.detach().float() for name, p in predictions.items()}
         self.estimates = {
             name: self.given[name] if name in self.given else tasks[name].expectation(p)
@@ -309,6 +326,15 @@ class JointDenoiser:
         }
         self.encodings = self._encode(self.estimates if self.order == "posterior" else before, z)
         return JointOutput(output.detach(), self.encodings, predictions, score)
+
+    @th.no_grad()
+    def _extrapolate(self, output, z, timesteps, conditioning):
+        """Classifier-free guidance of the prediction; a learned variance stays that of the conditional
+        pass."""
+        free, _ = self.tasks.apply(self.network, z, timesteps, {}, {**conditioning, **self.unconditional})
+        channels = z.shape[1]
+        mean = free[:, :channels] + self.guidance * (output[:, :channels] - free[:, :channels])
+        return th.cat([mean, output[:, channels:]], dim=1)
 
     def _score(self, z, timesteps, predictions, guided):
         total = 0.0
@@ -341,6 +367,7 @@ def predict_modalities(
     given: Values | None = None,
     times: Sequence[int] = (0, 10, 20),
     random: PerSample | None = None,
+    conditioning: Mapping | None = None,
 ) -> Values:
     """p(x_i | image, given): the heads' expectations on noised images [B, C, H, W], averaged over the
     diffusion indices `times`.
@@ -362,7 +389,7 @@ def predict_modalities(
         t = th.full((len(images),), step, device=images.device)
         noise = random.randn_like(images) if random is not None else th.randn_like(images)
         z = diffusion.q_sample(images, t, noise, encodings)
-        _, predictions = tasks.apply(network, z, tasks.timesteps(t), shown)
+        _, predictions = tasks.apply(network, z, tasks.timesteps(t), shown, conditioning)
         for name, prediction in predictions.items():
             estimate = tasks[name].expectation(prediction.float()) / len(times)
             total[name] = total[name] + estimate if name in total else estimate

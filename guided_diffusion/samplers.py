@@ -214,13 +214,17 @@ def joint_sample(
     order: str = "posterior",
     clip_denoised: bool = True,
     cond_fn=None,
+    guidance: float = 1.0,
+    model_kwargs: dict | None = None,
+    unconditional: dict | None = None,
     progress: bool = False,
 ) -> JointSample:
     """Images of `shape` [B, C, H, W] and the modalities that are not given, by any sampler of SAMPLERS.
 
-    random: one generator per sample, so that a sample does not depend on the batch. given, strength, order:
-    see JointDenoiser. known: pixels to restore around. UserValueError for an unknown sampler, shapes that do
-    not fit, or resampling with a sampler that cannot.
+    random: one generator per sample, so that a sample does not depend on the batch. given, strength, order,
+    guidance, unconditional: see JointDenoiser. model_kwargs: the network's conditioning beside the modalities
+    (`context`), which cond_fn gets too. known: pixels to restore around. UserValueError for an unknown
+    sampler, shapes that do not fit, or resampling with a sampler that cannot.
     """
     if sampler not in SAMPLERS:
         raise UserValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -236,7 +240,7 @@ def joint_sample(
         for m in tasks:
             draw = random.randn(m.shape).to(device)
             initial[m.name] = draw.softmax(dim=1) if m.kind == "label" else draw
-    denoiser = JointDenoiser(tasks, network, given, strength, order, initial)
+    denoiser = JointDenoiser(tasks, network, given, strength, order, initial, guidance, unconditional)
     last = th.full((shape[0],), diffusion.num_timesteps - 1, device=device)
     # Where atil_T is not negligible the known shift is part of z_T.
     z = diffusion.from_frame(noise, last, tasks.encode(network, Batch(dict(given or {})), noise))
@@ -249,7 +253,14 @@ def joint_sample(
         options["repeats"] = known.repeats
     with th.no_grad():
         steps = SAMPLERS[sampler](
-            diffusion, denoiser, z, random.randn_like, clip_denoised=clip_denoised, cond_fn=cond_fn, **options
+            diffusion,
+            denoiser,
+            z,
+            random.randn_like,
+            clip_denoised=clip_denoised,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+            **options,
         )
         for out in tqdm(steps, total=diffusion.num_timesteps, disable=not progress, desc=sampler):
             images = out["sample"]
