@@ -1,0 +1,289 @@
+"""Scores by a classifier that is trained on the data themselves, for pictures that Inception does not suit: small ones,
+or where its weights cannot be had. They compare models on one data set, and are not the literature's FID.
+
+    python evaluations/judge.py train cifar10/train judge.pt --image_size 16
+    python evaluations/judge.py score judge.pt cifar10/test samples.npz --image_size 16 --labels label --json scores.json
+
+Pictures are folders, or .npz files with uint8 [N, H, W, 3] under arr_0. `train` needs their classes (the folder or file
+name prefix, or arr_1), leaves every tenth picture out and prints the accuracy there. `score` prints Frechet distance, precision and recall of the
+judge's 256 features, the Inception Score formula on its class probabilities and, with --labels, how often the label
+generated with a picture (int [N], or probabilities [N, classes]) is the one that the judge sees.
+"""
+
+import argparse
+import dataclasses
+import json
+import pickle
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script: look for modules in the repository, not in this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from evaluations.arguments import add_device_option, add_json_option, new_file, positive
+from evaluations.errors import EvaluationError, exit_on_error
+from evaluations.frechet import frechet_bias, frechet_distance
+from evaluations.images import load_array
+from evaluations.joint_metrics import label_agreement
+from evaluations.make_reference import pick, select
+from evaluations.precision_recall import precision_recall
+from evaluations.scores import inception_score
+from evaluations.weights import existing_file, sha256_of
+
+FEATURES = 256
+BATCH_SIZE = 128
+HELD_OUT = 10  # every tenth picture
+FORMAT = "mt-diffusion-judge-1"
+
+
+class Judge(nn.Module):
+    """A small convolutional classifier for uint8 RGB pictures of any size from 8 pixels on."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+
+        def block(width_in: int, width: int) -> nn.Sequential:
+            convolution = nn.Conv2d(width_in, width, 3, padding=1, bias=False)
+            return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
+
+        pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.body = nn.Sequential(
+            block(3, 32), block(32, 64), pool, block(64, 128), pool, block(128, FEATURES)
+        )
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, 3, H, W] -> (features [B, 256], logits [B, classes])."""
+        features = self.body(pictures.float() / 127.5 - 1).mean(dim=(2, 3))
+        return features, self.head(features)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The scores, and what they depend on. None: no labels were given."""
+
+    frechet: float
+    frechet_bias: float  # of it, because the sets are finite
+    score: float
+    precision: float
+    recall: float
+    label_agreement: float | None
+    judge_accuracy: float  # on pictures that it was not trained on
+    n_reference: int
+    n_samples: int
+    judge: str
+    judge_sha256: str
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def train_judge(
+    pictures: np.ndarray,
+    labels: np.ndarray,
+    epochs: int = 6,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+) -> tuple[Judge, float]:
+    """A judge of pictures uint8 [N, H, W, 3] with labels int [N], and its accuracy on every tenth, which it never saw.
+
+    EvaluationError for fewer than two classes or labels that are not 0..K-1.
+    """
+    classes = int(labels.max()) + 1 if len(labels) else 0
+    if classes < 2 or labels.min() < 0:
+        raise EvaluationError(
+            f"a judge needs labels from 0 on of at least two classes, got {np.unique(labels)[:5]}"
+        )
+    torch.manual_seed(seed)
+    judge = Judge(classes).to(device)
+    x, y = _tensor(pictures), torch.from_numpy(labels.astype(np.int64))
+    held_out = torch.arange(len(x)) % HELD_OUT == 0
+    rows = (~held_out).nonzero()[:, 0]
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2)
+    steps = epochs * -(-len(rows) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    with tqdm(total=steps, unit="step", disable=not progress) as bar:
+        for _ in range(epochs):
+            for part in rows[torch.randperm(len(rows))].split(BATCH_SIZE):
+                _, logits = judge(_augment(x[part]).to(device))
+                loss = F.cross_entropy(logits, y[part].to(device), label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    _, probabilities = inspect(judge.eval(), pictures[held_out.numpy()], device)
+    return judge, float((probabilities.argmax(1) == y[held_out]).double().mean())
+
+
+def _tensor(pictures: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+
+
+def _augment(x: Tensor) -> Tensor:
+    """Each picture moved by up to an eighth, its edge repeated, and half of them mirrored."""
+    height, width = x.shape[2:]
+    by = max(1, width // 8)
+    padded = F.pad(x.float(), (by,) * 4, mode="replicate").to(x.dtype)
+    top, left = (torch.randint(2 * by + 1, (len(x), 1)) for _ in range(2))
+    columns = torch.arange(width).expand(len(x), -1)
+    columns = torch.where(torch.rand(len(x), 1) < 0.5, columns, columns.flip(1)) + left
+    rows = torch.arange(height).expand(len(x), -1) + top
+    return padded[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
+
+
+@torch.no_grad()
+def inspect(judge: Judge, pictures: np.ndarray, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """(features [N, 256], class probabilities [N, classes]) of pictures uint8 [N, H, W, 3], on the CPU."""
+    outputs = [judge(part.to(device)) for part in _tensor(pictures).split(BATCH_SIZE)]
+    return torch.cat([f.cpu() for f, _ in outputs]), torch.cat(
+        [logits.softmax(1).cpu() for _, logits in outputs]
+    )
+
+
+def save_judge(judge: Judge, accuracy: float, path: str | Path) -> None:
+    """Write a judge with its accuracy on held-out pictures."""
+    classes = judge.head.out_features
+    torch.save(
+        {"format": FORMAT, "classes": classes, "accuracy": accuracy, "model": judge.state_dict()}, path
+    )
+
+
+def load_judge(path: str | Path) -> tuple[Judge, float]:
+    """A judge that `save_judge` wrote, in evaluation mode, and its accuracy. EvaluationError for other files."""
+    path = existing_file(path, "judge")
+    try:
+        # torch.load fails in many ways on what is no archive.
+        content = (
+            torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
+        )
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise EvaluationError(f"{path} cannot be read as weights: {error}") from error
+    if not (isinstance(content, dict) and content.get("format") == FORMAT):
+        raise EvaluationError(f"{path} is not a judge: make one with `judge.py train`")
+    judge = Judge(content["classes"])
+    judge.load_state_dict(content["model"])
+    return judge.eval(), content["accuracy"]
+
+
+def score(
+    path: str | Path,
+    reference: np.ndarray,
+    samples: np.ndarray,
+    labels: np.ndarray | None,
+    device: str = "cpu",
+) -> Judgement:
+    """Judge samples uint8 [M, H, W, 3] against reference pictures [N, H, W, 3] with the judge in `path`."""
+    judge, accuracy = load_judge(path)
+    if reference.shape[1:] != samples.shape[1:]:
+        raise EvaluationError(f"reference pictures are {reference.shape[1:3]}, samples {samples.shape[1:3]}")
+    expected, _ = inspect(judge.to(device), reference, device)
+    features, probabilities = inspect(judge, samples, device)
+    frechet = frechet_distance(expected, features)
+    manifold = precision_recall(expected, features)
+    agreement = None if labels is None else label_agreement(labels, probabilities.argmax(1).numpy())
+    return Judgement(
+        frechet,
+        frechet_bias(expected, features, frechet),
+        inception_score(probabilities),
+        manifold.precision,
+        manifold.recall,
+        agreement,
+        accuracy,
+        len(reference),
+        len(samples),
+        str(path),
+        sha256_of(path),
+    )
+
+
+def _pictures(source: str, size: int | None, number: int | None = None, seed: int = 0):
+    """(pictures uint8 [N, H, W, 3], classes [N] or None) of a folder or .npz, or `number` of them drawn by `seed`."""
+    selection = select(source, size)
+    chosen = np.arange(selection.images.shape[0])
+    if number and number < len(chosen):
+        chosen = np.sort(np.random.default_rng(seed).choice(len(chosen), number, replace=False))
+    labels = None if selection.labels is None else selection.labels[chosen]
+    return pick(selection.images, chosen), labels
+
+
+def _labels(path: str, key: str) -> np.ndarray:
+    """Integers [N]; of probabilities the likeliest, -1 where all are 0."""
+    array = load_array(path, key)
+    if array.ndim == 2 and np.issubdtype(array.dtype, np.floating):
+        return np.where(array.sum(1) > 0, array.argmax(1), -1)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise EvaluationError(
+            f"{key} of {path} is {array.dtype} {list(array.shape)}: labels are integers [N] or [N, K]"
+        )
+    return array
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a judge on labelled pictures")
+    train.add_argument("data", help="folder of pictures, or .npz with arr_0 and arr_1")
+    train.add_argument("judge", type=new_file)
+    train.add_argument("--epochs", type=positive, default=6)
+    judge = commands.add_parser("score", help="judge samples")
+    judge.add_argument("judge")
+    judge.add_argument("reference", help="folder of pictures, or .npz with arr_0")
+    judge.add_argument("samples", help=".npz with arr_0")
+    judge.add_argument("--num_images", type=positive, help="of the reference, drawn by --seed (default: all)")
+    judge.add_argument("--labels", metavar="KEY", help="the array of the samples' generated labels")
+    add_json_option(judge)
+    for command in (train, judge):
+        add_device_option(command)
+        command.add_argument(
+            "--image_size", type=positive, help="crop and scale to a square as ADM's training does"
+        )
+        command.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    with exit_on_error():
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if args.command == "train":
+            pictures, labels = _pictures(args.data, args.image_size)
+            if labels is None:
+                raise EvaluationError(f"{args.data} has no labels (arr_1)")
+            judge, accuracy = train_judge(pictures, labels, args.epochs, args.seed, device, progress=True)
+            save_judge(judge.cpu(), accuracy, args.judge)
+            print(f"accuracy on held-out pictures: {accuracy:.4f}")
+            return
+        labels = _labels(args.samples, args.labels) if args.labels else None
+        reference, _ = _pictures(args.reference, args.image_size, args.num_images, args.seed)
+        result = score(args.judge, reference, _pictures(args.samples, None)[0], labels, device)
+        for name in (
+            "frechet",
+            "frechet_bias",
+            "score",
+            "precision",
+            "recall",
+            "label_agreement",
+            "judge_accuracy",
+        ):
+            if getattr(result, name) is not None:
+                print(f"{name.replace('_', ' ')}: {getattr(result, name):.4f}")
+        if args.json:
+            args.json.write_text(result.to_json() + "\n")
+
+
+if __name__ == "__main__":
+    main()
