@@ -11,13 +11,16 @@ Labels have a meaning where there are at least two, and at least half of the pic
 another. The labels are numbered in the alphabetical order of their names.
 """
 
+import atexit
 import contextlib
 import copy
 import io
 import math
 import random
+import signal
 import struct
 import warnings
+import weakref
 import zipfile
 import zlib
 from collections import Counter
@@ -114,6 +117,7 @@ def load_data(
         persistent_workers=num_workers > 0,
         pin_memory=th.cuda.is_available(),
         collate_fn=_collate,
+        worker_init_fn=outlive_signals,
     )
     return _endless(loader, max_bad)
 
@@ -147,9 +151,20 @@ def load_stream(
         num_workers=num_workers,
         pin_memory=th.cuda.is_available(),
         collate_fn=_collate,
+        worker_init_fn=outlive_signals,
         generator=th.Generator(),  # else the loader would draw a seed from the global generator
     )
     return _endless(loader, dataset.max_bad)
+
+
+def outlive_signals(_worker: int) -> None:
+    """The `worker_init_fn` of data workers: they go on after Ctrl-C and a SIGTERM.
+
+    Terminals and schedulers send those to every process of a job, but only the training process can finish
+    its step and save; it ends its workers itself. A second SIGTERM has its usual effect.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 
 
 def open_dataset(
@@ -695,6 +710,19 @@ def _collate(
 
 
 def _endless(loader: DataLoader, max_bad: int) -> Batches:
+    stream = _batches(loader, max_bad)
+    # A program may end in the middle of a stream: closing it tells its workers, which one signal would not.
+    atexit.register(_close, weakref.ref(stream))
+    return stream
+
+
+def _close(reference: weakref.ref) -> None:
+    stream = reference()
+    if stream is not None:
+        stream.close()
+
+
+def _batches(loader: DataLoader, max_bad: int) -> Batches:
     seen: set[str] = set()
     while True:
         for batch, cond, bad in loader:

@@ -1,9 +1,13 @@
 """Pictures of every kind come out right, labels mean something, bad files are named, streams are resumed."""
 
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
 import random
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -382,6 +386,29 @@ def test_a_stream_continues_at_any_step_with_any_number_of_workers(prefix_folder
         rest = take(load_stream(dataset, 5, 1, start_step=start, num_workers=num_workers), 12 - start)
         assert equal(rest, whole[start:])
     assert not equal(take(load_stream(dataset, 5, seed=2, num_workers=0), 12), whole)
+
+
+def test_workers_outlive_the_signals_that_a_whole_job_gets(prefix_folder):
+    """Ctrl-C and SIGTERM reach them too, but it is for the training process to end them."""
+    dataset = open_dataset(str(prefix_folder), 8)
+    whole = take(load_stream(dataset, 5, seed=1, num_workers=0), 9)
+    stream = load_stream(dataset, 5, seed=1, num_workers=2)
+    first = take(stream, 3)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for worker in workers:
+            os.kill(worker.pid, number)
+    assert equal(first + take(stream, 6), whole)
+    assert all(worker.is_alive() for worker in workers)
+    with contextlib.suppress(RuntimeError):  # torch tells of a dead worker wherever this process stands
+        for _ in range(100):  # the next one, once the first has been seen
+            workers[0].terminate()
+            workers[0].join(timeout=0.2)
+    assert not workers[0].is_alive()
+    stream.close()
+    workers[1].join(timeout=10)
+    assert not workers[1].is_alive()
 
 
 def test_augmentation_is_drawn_anew_at_every_position():
