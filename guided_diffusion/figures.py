@@ -1,5 +1,6 @@
-"""Pictures for people: contact sheets of samples and their modalities."""
+"""Pictures for people: contact sheets of samples and their modalities, and curves."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -84,3 +85,154 @@ def _picture(image, tile):
         picture = Image.fromarray(np.ascontiguousarray(image[..., 0]), "L").convert("RGB")
     factor = max(1, round(tile / picture.height))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y) joined by lines, under a name in the legend."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Where the curves of `line_plot` lie in the picture: data ranges, and their box in pixels."""
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    box: tuple[int, int, int, int]  # left, top, right, bottom
+
+    def pixel(self, x: float, y: float) -> tuple[float, float]:
+        """The place of a point."""
+        left, top, right, bottom = self.box
+        across = (x - self.x_range[0]) / (self.x_range[1] - self.x_range[0])
+        up = (y - self.y_range[0]) / (self.y_range[1] - self.y_range[0])
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+
+# Told apart by the colour-blind too (Okabe and Ito).
+_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0))
+
+
+def line_plot(
+    curves: Sequence[Curve], x_label: str, y_label: str, title: str = "", size: tuple[int, int] = (640, 420)
+) -> tuple[Image.Image, Axes]:
+    """The curves over labelled axes with round ticks and a legend below; y starts at 0 if no value is
+    negative.
+
+    Points that are not finite are left out. ValueError if nothing remains.
+    """
+    curves = [_finite(curve) for curve in curves]
+    if not any(len(curve.x) for curve in curves):
+        raise ValueError("a plot needs at least one finite point")
+    xs, ys = ([v for c in curves for v in values(c)] for values in (lambda c: c.x, lambda c: c.y))
+    x_ticks, y_ticks = round_ticks(min(xs), max(xs)), round_ticks(min(0.0, *ys), max(ys))
+    font = ImageFont.load_default(size=_TEXT)
+    legend = _legend_lines(curves, size[0] - 4 * _MARGIN, font)
+    numbers = max(font.getlength(_number(tick)) for tick in y_ticks)
+    line = _TEXT + 5
+    box = (
+        int(numbers) + line + 3 * _MARGIN,
+        line + _MARGIN,
+        size[0] - 3 * _MARGIN,
+        size[1] - 2 * line - len(legend) * line - 2 * _MARGIN,
+    )
+    axes = Axes((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), box)
+    picture = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(picture)
+    _draw_axes(draw, axes, x_ticks, y_ticks, font)
+    middle = (box[0] + box[2]) / 2
+    draw.text((middle, _MARGIN), title, fill=_INK, font=font, anchor="mt")
+    draw.text((middle, box[3] + line + 2), x_label, fill=_INK, font=font, anchor="mt")
+    _draw_upright(picture, y_label, (_MARGIN, (box[1] + box[3]) / 2), font)
+    for k, curve in enumerate(curves):
+        _draw_curve(draw, axes, curve, _COLOURS[k % len(_COLOURS)])
+    for row, entries in enumerate(legend):
+        for left, k in entries:
+            top = box[3] + (2 + row) * line + 2 * _MARGIN
+            middle_y = top + _TEXT / 2
+            _draw_path(
+                draw, [(left, middle_y), (left + 24, middle_y)], _COLOURS[k % len(_COLOURS)], curves[k].dashed
+            )
+            draw.text((left + 30, top), curves[k].name, fill=_INK, font=font)
+    return picture, axes
+
+
+def round_ticks(low: float, high: float, about: int = 6) -> list[float]:
+    """Round numbers at even distances whose first and last enclose low..high."""
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    rough = (high - low) / about
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def _finite(curve):
+    kept = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    return Curve(curve.name, [x for x, _ in kept], [y for _, y in kept], curve.dashed)
+
+
+def _number(value):
+    return f"{value:.6g}"
+
+
+def _draw_axes(draw, axes, x_ticks, y_ticks, font):
+    left, top, right, bottom = axes.box
+    grid = (225, 225, 225)
+    for tick in x_ticks:
+        place, _ = axes.pixel(tick, axes.y_range[0])
+        draw.line([(place, top), (place, bottom)], fill=grid)
+        draw.text((place, bottom + 4), _number(tick), fill=_INK, font=font, anchor="mt")
+    for tick in y_ticks:
+        _, place = axes.pixel(axes.x_range[0], tick)
+        draw.line([(left, place), (right, place)], fill=grid)
+        draw.text((left - 4, place), _number(tick), fill=_INK, font=font, anchor="rm")
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill=_INK)
+
+
+def _draw_curve(draw, axes, curve, colour):
+    points = [axes.pixel(x, y) for x, y in zip(curve.x, curve.y, strict=True)]
+    _draw_path(draw, points, colour, curve.dashed)
+    for x, y in points if len(points) <= 40 else ():
+        draw.ellipse([(x - 2.5, y - 2.5), (x + 2.5, y + 2.5)], fill=colour)
+
+
+def _draw_path(draw, points, colour, dashed):
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        # Dashes of 4 pixels.
+        pieces = max(1, round(math.hypot(x1 - x0, y1 - y0) / 4)) if dashed else 1
+        for k in range(0, pieces, 2):
+            start, end = k / pieces, (k + 1) / pieces
+            draw.line(
+                [
+                    (x0 + start * (x1 - x0), y0 + start * (y1 - y0)),
+                    (x0 + end * (x1 - x0), y0 + end * (y1 - y0)),
+                ],
+                fill=colour,
+                width=2,
+            )
+
+
+def _draw_upright(picture, text, place, font):
+    strip = Image.new("L", (int(font.getlength(text)) + 2, _TEXT + 4), 0)
+    ImageDraw.Draw(strip).text((1, 0), text, fill=255, font=font)
+    strip = strip.rotate(90, expand=True)
+    picture.paste(_INK, (int(place[0]), int(place[1] - strip.height / 2)), strip)
+
+
+def _legend_lines(curves, width, font):
+    """(left, index) of the legend's entries, by line."""
+    lines, left = [[]], 2 * _MARGIN
+    for k, curve in enumerate(curves):
+        wide = 30 + font.getlength(curve.name) + 16
+        if lines[-1] and left + wide > width:
+            lines.append([])
+            left = 2 * _MARGIN
+        lines[-1].append((left, k))
+        left += wide
+    return lines

@@ -48,14 +48,16 @@ class MiddleHead(nn.Sequential):
 
 
 class Heads(nn.ModuleDict):
-    """One head per modality, by name.
+    """One head per modality, by name; none where its head is `none`.
 
-    Gaussian heads carry `variance`: their squared error at each timestep, once measured.
+    Classifier heads read no features but the predicted image: `MultiTask.apply` calls them. Gaussian heads
+    carry `variance`: their squared error at each timestep, once measured.
     """
 
     def __init__(
         self, modalities: Sequence["Modality"], middle_channels: int, last_channels: int, dims: int = 2
     ):
+        modalities = [m for m in modalities if m.head != "none"]
         super().__init__({m.name: self._make(m, middle_channels, last_channels, dims) for m in modalities})
         for modality in modalities:
             if modality.likelihood == "gaussian":
@@ -67,10 +69,13 @@ class Heads(nn.ModuleDict):
             return OutputHead(last_channels, modality.shape[0], dims)
         if modality.head == "middle":
             return MiddleHead(middle_channels, modality.shape[0], modality.hidden)
+        if modality.head == "classifier":
+            return modality.classifier.build(modality.shape[0])
         raise UserValueError(
-            f"modality {modality.name}: unknown head {modality.head!r}, choose out or middle"
+            f"modality {modality.name}: unknown head {modality.head!r}, choose out, middle or classifier"
         )
 
     def forward(self, features: Features) -> dict[str, th.Tensor]:
         """The raw predictions: images [B, C, H, W], logits [B, classes], vectors [B, D]."""
-        return {name: head(features) for name, head in self.items()}
+        feature_heads = (OutputHead, MiddleHead)
+        return {name: head(features) for name, head in self.items() if isinstance(head, feature_heads)}

@@ -11,6 +11,7 @@ from typing import Literal
 import torch as th
 import torch.nn.functional as F
 
+from .classifier_head import ClassifierOptions
 from .errors import UserValueError
 from .losses import discretized_gaussian_log_likelihood
 from .nn import mean_flat
@@ -69,20 +70,22 @@ class Modality:
 
     name: unique; kind and shape: `image` (C, H, W), `label` (classes,), `vector` (D,). encoder E_i:
     `identity` (the value lies in the diffusion space already), `unet` (the shared U-Net at z = 0, t = 0 fed
-    the value through its conditioning; centred and of unit RMS), or a callable value -> [B, C, H, W]. head
-    D_i: `out` or `middle` (heads.py), `hidden` units in the latter. likelihood: `gaussian` or `categorical`.
-    loss_weight: lambda of equation 6. peak: kappa, the largest atil. as_input: variant X, the network also
+    the value through its conditioning; centred and of unit RMS), a callable value -> [B, C, H, W], or `none`
+    (the value does not enter the latent). head D_i: `out`, `middle` (`hidden` units in it) or `classifier`
+    (heads.py), or `none`: with neither it is a condition that the network sees, as in ADM. likelihood:
+    `gaussian` or `categorical`. loss_weight: lambda of equation 6. peak: kappa, the largest atil. as_input: variant X, the network also
     sees the value, which is replaced by the null input with probability null_probability in training;
     otherwise variant U. centre: what `unet` encodings are taken relative to: the `mean` over classes, or the
     encoding of the `null` input (one forward pass less per class not in the batch). derive: makes the value
-    from the image; None if the data bring it.
+    from the image; None if the data bring it. bounded: an image's values lie in [-1, 1], predictions are
+    clipped to that (latents are not bounded).
     """
 
     name: str
     kind: Literal["image", "label", "vector"]
     shape: tuple[int, ...]
     encoder: str | Callable[[th.Tensor], th.Tensor] = "identity"
-    head: Literal["out", "middle"] = "out"
+    head: Literal["out", "middle", "classifier", "none"] = "out"
     likelihood: Literal["gaussian", "categorical"] = "gaussian"
     loss_weight: float = 0.1
     peak: float = 0.5
@@ -91,7 +94,9 @@ class Modality:
     hidden: int | None = None
     centre: Literal["mean", "null"] = "mean"
     derive: Callable[[th.Tensor, PerSample], th.Tensor] | None = None
+    classifier: ClassifierOptions = ClassifierOptions()
     variance_bins: int = 32
+    bounded: bool = True
 
     def __post_init__(self):
         if not self.name.isidentifier() or hasattr(th.nn.ModuleDict, self.name) or self.name in RESERVED:
@@ -108,20 +113,26 @@ class Modality:
             self._refuse(f"a {self.kind} is not in the diffusion space: the encoder cannot be identity")
         if self.encoder == "unet" and self.kind != "label":
             self._refuse("the U-Net as encoder needs a conditioning input, which only a label has here")
-        if not callable(self.encoder) and self.encoder not in ("identity", "unet"):
-            self._refuse(f"unknown encoder {self.encoder!r}, choose identity, unet or a callable")
+        if not callable(self.encoder) and self.encoder not in ("identity", "unet", "none"):
+            self._refuse(f"unknown encoder {self.encoder!r}, choose identity, unet, none or a callable")
         if (self.likelihood == "categorical") != (self.kind == "label"):
             self._refuse(
                 f"the likelihood of a {self.kind} is {'categorical' if self.kind == 'label' else 'gaussian'}"
             )
-        if (self.head == "out") != (self.kind == "image"):
-            self._refuse(
-                f"the head of a {self.kind} is {'out' if self.kind == 'image' else 'middle'}, not {self.head!r}"
-            )
+        heads = {"image": ("out",), "vector": ("middle",), "label": ("middle", "classifier")}[self.kind]
+        if self.head not in (*heads, "none"):
+            self._refuse(f"the head of a {self.kind} is {' or '.join(heads)}, or none, not {self.head!r}")
+        if self.head == "none" and not self.as_input:
+            self._refuse("without a head nothing tells the value: the network must see it (variant X)")
         if self.as_input and self.kind == "vector":
             self._refuse("this network has no input for a vector: use variant U")
         if not (self.loss_weight >= 0 and 0 <= self.null_probability <= 1):
             self._refuse("loss_weight must be at least 0 and null_probability a probability")
+
+    @property
+    def required(self) -> bool:
+        """Whether the network never learns to do without the value: then sampling must be given one."""
+        return self.as_input and self.null_probability == 0
 
     def _refuse(self, why):
         raise UserValueError(f"modality {self.name}: {why}")
@@ -142,7 +153,7 @@ class Modality:
         """The head's output as a value: probabilities, a clipped image, the vector itself."""
         if self.likelihood == "categorical":
             return prediction.softmax(dim=1)
-        return prediction.clamp(-1, 1) if self.kind == "image" else prediction
+        return prediction.clamp(-1, 1) if self.kind == "image" and self.bounded else prediction
 
     def loss(self, prediction: th.Tensor, value: th.Tensor) -> th.Tensor:
         """KL(q(x_i) || p(x_i | z_t)) of equation 6 up to a constant: [B].
@@ -215,9 +226,9 @@ def preset(name: str, kind: str, image_shape: tuple[int, int, int], num_classes:
             raise UserValueError(
                 f"modality {name}: the data have no labels; set --num_classes or give labelled data"
             )
-        return Modality(
-            name, "label", (num_classes,), encoder="unet", head="middle", likelihood="categorical"
-        )
+        channels, size = image_shape[:2]
+        classifier = ClassifierOptions(size, channels)
+        return Modality(name, "label", (num_classes,), "unet", "middle", "categorical", classifier=classifier)
     if kind == "image":
         return Modality(name, "image", image_shape)
     raise UserValueError(f"modality {name}: unknown kind {kind!r}, choose one of {', '.join(PRESETS)}")
@@ -230,11 +241,12 @@ def parse_modalities(
 
     spec: "masked:X,label:U" (names of presets with their variant, U unless given), or a mapping from a name
     to a preset's name under `preset` and any fields of Modality to change; `variant: X` stands for as_input,
-    `patches` for those of RandomPatches. Unless a peak is given, it is 0.5 / N: the sum of N
-    shifts stays at 0.5, above which several modalities cost image quality. ValueError for anything unknown.
+    `patches` for those of RandomPatches, `classifier` for those of ClassifierOptions. Unless a peak is given,
+    it is 0.5 / N, where N of them enter the latent: the sum of their shifts stays at 0.5, above which several
+    modalities cost image quality. ValueError for anything unknown.
     """
     spec = _as_mapping(spec)
-    peak = 0.5 / max(len(spec), 1)
+    peak = 0.5 / max(sum(options.get("encoder") != "none" for options in spec.values()), 1)
     return tuple(
         _from_options(name, dict(options), image_shape, num_classes, peak) for name, options in spec.items()
     )
@@ -270,12 +282,24 @@ def _from_options(name, options, image_shape, num_classes, peak):
         if not isinstance(base.derive, RandomPatches):
             raise UserValueError(f"modality {name}: only masked images have patches")
         changes["derive"] = replace(base.derive, **_known(name, options.pop("patches"), RandomPatches))
+    if "classifier" in options:
+        if options.get("head") != "classifier":
+            raise UserValueError(f"modality {name}: options of the classifier need head: classifier")
+        own = _known(name, options.pop("classifier"), ClassifierOptions)
+        changes["classifier"] = replace(base.classifier, **own)
     changes |= _known(name, options, Modality)
     return replace(base, **changes)
 
 
 def _known(name, options, cls):
-    allowed = {f.name for f in fields(cls)} - {"name", "kind", "derive"}
+    allowed = {f.name for f in fields(cls)} - {
+        "name",
+        "kind",
+        "derive",
+        "classifier",
+        "image_size",
+        "image_channels",
+    }
     unknown = set(options) - allowed
     if unknown:
         raise UserValueError(

@@ -1,6 +1,7 @@
 """Training of several modalities: ADM's loop with the loss of equation 6 (paper section 3.4)."""
 
 import contextlib
+from collections.abc import Mapping
 
 import torch as th
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from .seeding import PerSample, derive_seed
 from .train_util import TrainLoop
 
 # Streams of random numbers beside the loop's own.
-_DATA, _HELD_OUT = 1, 2
+_DATA, _HELD_OUT, _SINGLE_TASK = 1, 2, 3
 _PASSES = 2  # over the held-out pictures, to measure the heads
 
 
@@ -20,11 +21,21 @@ class MultiTaskTrainLoop(TrainLoop):
     """TrainLoop for a network of `tasks`; a seed is required.
 
     held_out: (images [N, C, H, W] in [-1, 1], dict of tensors [N]) that training does not see; before every
-    save, the heads' squared errors on them become the heads' `variance`. Everything else as in TrainLoop.
+    save, the heads' squared errors on them become the heads' `variance`. single_task_probability: with it a
+    sample's modalities all count as missing, so that the network learns the image alone beside the joint
+    model (M*, E*). Everything else as in TrainLoop.
     """
 
-    def __init__(self, *, tasks: MultiTask, held_out: tuple[th.Tensor, dict] | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        tasks: MultiTask,
+        held_out: tuple[th.Tensor, dict] | None = None,
+        single_task_probability: float = 0.0,
+        **kwargs,
+    ):
         self.tasks, self.held_out = tasks, held_out
+        self.single_task_probability = single_task_probability
         super().__init__(**kwargs)
 
     def compute_losses(self, micro, micro_cond):
@@ -32,6 +43,9 @@ class MultiTaskTrainLoop(TrainLoop):
         t, weights = self.sample_timesteps(len(micro))
         random = self.sample_random(len(micro), _DATA, micro.device)
         batch = derive_values(self.tasks, micro, batch_of(self.tasks, micro_cond), random)
+        if self.single_task_probability:
+            alone = self.sample_random(len(micro), _SINGLE_TASK, micro.device).rand()
+            batch = batch.only(alone >= self.single_task_probability)
         noise = self.sample_noise(micro)
         with self.autocast():
             losses = multitask_losses(
@@ -87,12 +101,19 @@ def batch_of(tasks: MultiTask, cond: dict[str, th.Tensor]) -> Batch:
 
 @th.no_grad()
 def measure_variance(
-    diffusion, tasks: MultiTask, network, images: th.Tensor, cond: dict[str, th.Tensor], seed: int = 0
+    diffusion,
+    tasks: MultiTask,
+    network,
+    images: th.Tensor,
+    cond: dict[str, th.Tensor],
+    seed: int = 0,
+    conditioning: Mapping | None = None,
 ) -> None:
     """Write the Gaussian heads' squared error on `images` at every timestep into their `variance` (shared by
     all ranks).
 
-    That is the variance with which p(x_i | z_t) conditions on a given value.
+    That is the variance with which p(x_i | z_t) conditions on a given value. conditioning: what else the
+    network is called with, by name: tensors [N, ...] or lists of them.
     """
     gaussian = [m for m in tasks if m.likelihood == "gaussian"]
     if not gaussian:
@@ -116,7 +137,9 @@ def measure_variance(
             encodings = tasks.encode(network, batch, part, codes)
             z = diffusion.q_sample(part, t, random.randn_like(part), encodings)
             shown = {name: value for name, value in batch.values.items() if tasks[name].as_input}
-            _, predictions = tasks.apply(network, z, tasks.timesteps(t), shown)
+            _, predictions = tasks.apply(
+                network, z, tasks.timesteps(t), shown, _rows(conditioning or {}, chunk)
+            )
             for m in gaussian:
                 error = m.loss(predictions[m.name].float(), batch.values[m.name]).double()
                 index = t * m.variance_bins // steps
@@ -127,6 +150,14 @@ def measure_variance(
             dist.all_reduce(bins[m.name])
         network.heads[m.name].variance.copy_(_filled(bins[m.name]))
     network.train(was_training)
+
+
+def _rows(conditioning, chunk):
+    """The samples `chunk` of tensors, or lists of tensors, by name."""
+    return {
+        name: value[chunk] if isinstance(value, th.Tensor) else [part[chunk] for part in value]
+        for name, value in conditioning.items()
+    }
 
 
 def _filled(table):

@@ -3,9 +3,10 @@
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch as th
 from omegaconf import OmegaConf
 
 from . import checkpoint_util, dist_util
@@ -15,19 +16,24 @@ from .gaussian_diffusion import get_named_beta_schedule
 from .modalities import parse_modalities
 from .multitask import MultiTask
 from .respace import SpacedDiffusion
-from .script_util import DiffusionConfig, ModelConfig, add_dict_to_argparser, model_and_diffusion_defaults
-from .script_util import _split as split_flags
+from .script_util import (
+    DiffusionConfig,
+    ModelConfig,
+    add_dict_to_argparser,
+    model_and_diffusion_defaults,
+    split_flags,
+)
 from .unet import UNetModel
 
 CONFIG_NAME = "config.yaml"
 
 
 def mt_defaults() -> dict:
-    """The flags that describe a model: ADM's, and `modalities` (see parse_modalities; "" for none) and
-    `aggregation`."""
+    """The flags that describe a model: ADM's, and `modalities` (see parse_modalities; "" for none),
+    `aggregation` and `single_task_probability` (how often it learned the image alone)."""
     flags = model_and_diffusion_defaults()
     del flags["class_cond"]  # a label is a modality
-    return flags | dict(modalities="masked:U,label:U", aggregation="bump")
+    return flags | dict(modalities="masked:U,label:U", aggregation="bump", single_task_probability=0.0)
 
 
 @dataclass
@@ -48,6 +54,9 @@ class JointModel:
         flags = {name: flags[name] for name in mt_defaults()}
         model_flags, diffusion_flags = split_flags(flags)
         spec, aggregation = model_flags.pop("modalities"), model_flags.pop("aggregation")
+        single_task = model_flags.pop("single_task_probability")
+        if not 0 <= single_task <= 1:
+            raise UserValueError(f"single_task_probability must be from 0 to 1, not {single_task}")
         size, channels = flags["image_size"], flags["image_channels"]
         classes = flags["num_classes"]
         modalities = parse_modalities(spec, (channels, size, size), classes)
@@ -66,6 +75,8 @@ class JointModel:
                 **{**options, "in_channels": tasks.input_channels, "modalities": modalities}
             )
         )
+        tasks.process = _joint_diffusion(replace(diffusion_config, timestep_respacing=""), tasks, aggregation)
+        tasks.single_task = single_task > 0
         return cls(flags, tasks, network, _joint_diffusion(diffusion_config, tasks, aggregation))
 
     def respaced(self, steps: str | int) -> SpacedDiffusion:
@@ -90,9 +101,52 @@ class JointModel:
         return model
 
 
+# Parts that a model may have beside ADM's U-Net, and another may lack.
+_OPTIONAL = ("heads.", "label_emb.")
+
+
+def initialise(network: UNetModel, path: str) -> tuple[list[str], list[str]]:
+    """Give `network` the weights of another run, for finetuning: of `path` as in `JointModel.load` (averaged
+    ones where there are any), or of ADM's model*.pt or ema_*.pt by themselves.
+
+    Heads and the label's embedding may be missing there, and keep their fresh weights; what the network lacks
+    of them is left. Input channels that the network has beyond those of `path` (X modalities) begin at zero,
+    without influence. Returns the names of both kinds, shortened. UserError for any other difference.
+    """
+    try:
+        state, _, source = _read(path, "ema")
+    except UserFileError:
+        state, source = dist_util.load_state_dict(path, map_location="cpu"), path
+    return take_over(network, state, source)
+
+
+def take_over(network: UNetModel, state: Mapping, source: str) -> tuple[list[str], list[str]]:
+    """`initialise` with the weights `state` that were read from `source`."""
+    own = network.state_dict()
+    if not isinstance(state, Mapping):
+        raise UserError(f"{source} holds no weights (a dict of tensors by name)")
+    fresh = [name for name in own if name not in state and name.startswith(_OPTIONAL)]
+    left = [name for name in state if name not in own and name.startswith(_OPTIONAL)]
+    weights = {name: value for name, value in state.items() if name not in left}
+    stem = "input_blocks.0.0.weight"
+    more = own[stem].shape[1] - weights[stem].shape[1] if stem in weights else 0
+    if more > 0:
+        first = weights[stem]
+        weights[stem] = th.cat([first, first.new_zeros(len(first), more, *first.shape[2:])], dim=1)
+    checkpoint_util.load_weights(network, weights | {name: own[name] for name in fresh}, source)
+    return _parts(fresh), _parts(left)
+
+
+def _parts(names):
+    """heads.label.0.weight -> heads.label, label_emb.weight -> label_emb; each once."""
+    return list(
+        dict.fromkeys(n.split(".")[0] if n.startswith("label") else ".".join(n.split(".")[:2]) for n in names)
+    )
+
+
 def _joint_diffusion(config, tasks, schedule):
     """The process with the aggregation of the full process: respacing keeps its marginals."""
-    if not tasks.modalities:
+    if not tasks.peaks:
         return config.build()
     betas = get_named_beta_schedule(config.noise_schedule, config.steps)
     return config.build(aggregation=Aggregation.named(schedule, betas, tasks.peaks))
@@ -113,7 +167,7 @@ def _read(path, weights):
                 f"{path} holds weights alone, and there is no {CONFIG_NAME} beside it to describe the model"
             )
         return content, read_config(beside), path
-    if not set(mt_defaults()) <= set(content["config"]):
+    if not {"modalities", "aggregation"} <= set(content["config"]):
         raise UserError(
             f"{path} does not describe a model of mt_image_train.py: it was written by another script"
         )

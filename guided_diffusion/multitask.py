@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch as th
 
 from .aggregation import JointOutput
+from .classifier_head import predicted_image
 from .errors import UserValueError
 from .gaussian_diffusion import GaussianDiffusion
 from .modalities import Modality
@@ -31,6 +32,10 @@ class Batch:
     values: Values
     present: dict[str, th.Tensor] = field(default_factory=dict)
 
+    def only(self, where: th.Tensor) -> "Batch":
+        """The batch with every modality missing except `where`, bool [B]."""
+        return Batch(self.values, {name: self.present.get(name, where) & where for name in self.values})
+
     def mask(self, name: str, like: th.Tensor) -> th.Tensor | None:
         """1 where present, 0 elsewhere, shaped to multiply `like` [B, ...]; None if all are."""
         present = self.present.get(name)
@@ -43,8 +48,13 @@ class MultiTask:
     modalities: in the order of the network's input channels; image_channels: those of the image itself;
     num_classes: if the network takes `y`; steps: the length T of the full process, and rescaled: whether the
     network is called with t * 1000 / T (rescale_timesteps). ValueError for names that occur twice, or two
-    modalities that both need the network's class input.
+    modalities that both need the network's class input. Set afterwards, where they are needed: process, the
+    full diffusion (for classifier heads, and for guidance in the moving frame); single_task, whether the
+    network also learned images without any modality (M*, E*).
     """
+
+    process: GaussianDiffusion | None = None
+    single_task = False
 
     def __init__(
         self,
@@ -76,15 +86,22 @@ class MultiTask:
 
     @property
     def peaks(self) -> dict[str, float]:
-        """kappa by name, for `Aggregation.named`."""
-        return {m.name: m.peak for m in self}
+        """kappa of those that enter the latent, by name, for `Aggregation.named`."""
+        return {m.name: m.peak for m in self if m.encoder != "none"}
 
     def apply(
-        self, network, z: th.Tensor, timesteps: th.Tensor, shown: Values, conditioning: Mapping | None = None
+        self,
+        network,
+        z: th.Tensor,
+        timesteps: th.Tensor,
+        shown: Values,
+        conditioning: Mapping | None = None,
+        training: bool = False,
     ):
         """network(z, timesteps) with the X modalities of `shown`; those not shown get the null input.
 
-        conditioning: what else the network is called with, such as `context`. Returns (output, predictions).
+        conditioning: what else the network is called with, such as `context`. training: losses of classifier
+        heads stop at the predicted image where they say so. Returns (output, predictions).
         """
         channels, conditioning = [z], dict(conditioning or {})
         if self.num_classes is not None:
@@ -98,7 +115,24 @@ class MultiTask:
             elif value is not None:
                 conditioning["y"] = value
         output = network(th.cat(channels, dim=1) if len(channels) > 1 else z, timesteps, **conditioning)
-        return output if isinstance(output, tuple) else (output, {})
+        output, predictions = output if isinstance(output, tuple) else (output, {})
+        return output, {**predictions, **self._classify(network, output, z, timesteps, training)}
+
+    def _classify(self, network, output, z, timesteps, training):
+        """The logits of the classifier heads, read off the predicted image."""
+        logits = {}
+        for m in self:
+            if m.head == "classifier":
+                image = predicted_image(self._need_process(), output, z, self.indices(timesteps))
+                image = image.detach() if training and m.classifier.detach else image
+                # A network wrapped for training keeps its heads inside.
+                logits[m.name] = getattr(network, "module", network).heads[m.name](image, timesteps)
+        return logits
+
+    def _need_process(self):
+        if self.process is None:
+            raise UserValueError("this needs the full diffusion: set MultiTask.process")
+        return self.process
 
     # Encoders
 
@@ -149,6 +183,8 @@ class MultiTask:
         encodings = {}
         for name, value in batch.values.items():
             m = self[name]
+            if m.encoder == "none":
+                continue
             if m.encoder == "identity":
                 encoding = value
             elif m.encoder == "unet":
@@ -176,6 +212,16 @@ class MultiTask:
     def timesteps(self, t: th.Tensor) -> th.Tensor:
         """What the network is called with at indices t of the full process."""
         return t.float() * (1000.0 / self.steps) if self.rescaled else t
+
+    def indices(self, timesteps: th.Tensor) -> th.Tensor:
+        """The inverse of `timesteps`: int64."""
+        return (timesteps * (self.steps / 1000.0)).round().long() if self.rescaled else timesteps.long()
+
+    def shift(self, encodings: Values, timesteps: th.Tensor) -> th.Tensor | float:
+        """What the encodings add to the latent at the network's timesteps: sum_i atil_t^i e_i, or 0."""
+        if not encodings:
+            return 0.0
+        return self._need_process().aggregation.shift(encodings, self.indices(timesteps))
 
     # Gaussian heads
 
@@ -222,12 +268,14 @@ def multitask_losses(
     predictions = {}
 
     def noise_network(z, timesteps):
-        output, heads = tasks.apply(network, z, timesteps, shown, conditioning)
+        output, heads = tasks.apply(network, z, timesteps, shown, conditioning, training=True)
         predictions.update(heads)
         return output
 
     terms = diffusion.training_losses(noise_network, images, t, noise=noise, encodings=encodings)
     for name, value in batch.values.items():
+        if name not in predictions:
+            continue  # no head: a condition only
         loss = tasks[name].loss(predictions[name].float(), value)
         mask = batch.mask(name, loss)
         terms[f"KL_{name}"] = loss if mask is None else loss * mask
@@ -259,7 +307,9 @@ class JointDenoiser:
     which is no conditioning. In variant X the network sees the value.
     guidance: scale of classifier-free guidance (Ho & Salimans 2022), 1 for none: the noise without the given
     X modalities, and with `unconditional` in place of the conditioning's entries of those names, is
-    extrapolated towards that with them.
+    extrapolated towards that with them. Where the network also learned images alone (tasks.single_task), it
+    is the noise of the image alone, without the given modalities' shifts: that guides towards U ones too.
+    absent: modalities that are left out, neither estimated nor in the latent, as in single-task steps.
     order: `posterior` encodes the estimates of this very pass (equation 5 is linear in e_i, so this is the
     exact mean); `paper` is Algorithm 1 to the letter: encode the estimates of the step before, starting from
     initial[name] [B, ...]. `estimates` and `encodings` hold the latest values and e_i.
@@ -275,6 +325,7 @@ class JointDenoiser:
         initial: Values | None = None,
         guidance: float = 1.0,
         unconditional: Mapping | None = None,
+        absent: Sequence[str] = (),
     ):
         if order not in ("posterior", "paper"):
             raise UserValueError(f"unknown order {order!r}: choose posterior or paper")
@@ -286,6 +337,10 @@ class JointDenoiser:
                     f"unknown modality {name!r}; this model has {', '.join(tasks.modalities) or 'none'}"
                 )
             tasks[name].check(value)
+        self.absent = frozenset(absent)
+        for name in sorted(self.absent):
+            if name not in tasks.modalities or name in self.given:
+                raise UserValueError(f"{name} cannot be left out: it is given, or no modality of this model")
         if isinstance(strength, Mapping) and not set(strength) <= set(tasks.modalities):
             raise UserValueError(
                 f"strength: the model has no {', '.join(set(strength) - set(tasks.modalities))}"
@@ -297,10 +352,12 @@ class JointDenoiser:
         self.estimates = {**(initial or {}), **self.given}
         self.encodings: Values = {}
         self.guidance, self.unconditional = float(guidance), dict(unconditional or {})
-        if self.guidance != 1 and not self.unconditional and not any(tasks[n].as_input for n in self.given):
+        guidable = [n for n in self.given if tasks[n].as_input or tasks.single_task]
+        if self.guidance != 1 and not self.unconditional and not guidable:
             raise UserValueError(
                 "classifier-free guidance needs something that the network sees: a given modality of variant X, "
-                "or conditioning; for a given U modality there is the strength"
+                "or conditioning; for a given U modality there is the strength, and guidance only where the "
+                "model was trained with --single_task_probability"
             )
         self._codes, self._fixed = {}, {}
 
@@ -312,7 +369,7 @@ class JointDenoiser:
         tasks = self.tasks
         shown = {name: value for name, value in self.given.items() if tasks[name].as_input}
         guided = [n for n in self.given if not tasks[n].as_input and self.strength[n] != 0]
-        before = dict(self.estimates)
+        before = {name: value for name, value in self.estimates.items() if name not in self.absent}
         with th.set_grad_enabled(bool(guided)):
             z_in = z.detach().requires_grad_(bool(guided))
             output, predictions = tasks.apply(self.network, z_in, timesteps, shown, kwargs)
@@ -320,10 +377,8 @@ class JointDenoiser:
         if self.guidance != 1:
             output = self._extrapolate(output, z, timesteps, kwargs)
         predictions = {name: p.detach().float() for name, p in predictions.items()}
-        self.estimates = {
-            name: self.given[name] if name in self.given else tasks[name].expectation(p)
-            for name, p in predictions.items()
-        }
+        expected = {n: tasks[n].expectation(p) for n, p in predictions.items() if n not in self.absent}
+        self.estimates = expected | self.given
         self.encodings = self._encode(self.estimates if self.order == "posterior" else before, z)
         return JointOutput(output.detach(), self.encodings, predictions, score)
 
@@ -331,6 +386,8 @@ class JointDenoiser:
     def _extrapolate(self, output, z, timesteps, conditioning):
         """Classifier-free guidance of the prediction; a learned variance stays that of the conditional
         pass."""
+        if self.tasks.single_task:
+            z = z - self.tasks.shift(self._encode(self.given, z), timesteps)
         free, _ = self.tasks.apply(self.network, z, timesteps, {}, {**conditioning, **self.unconditional})
         channels = z.shape[1]
         mean = free[:, :channels] + self.guidance * (output[:, :channels] - free[:, :channels])
@@ -430,12 +487,14 @@ def multitask_bound(
     """The whole bound on images [B, C, H, W] and their modalities (paper Theorem 1), the reverse process
     being the sampler's own.
 
-    random: the noise's generators (the global one if None).
+    random: the noise's generators (the global one if None). A modality without a head is a condition: the
+    bound is that of the rest given it.
     """
-    denoiser = JointDenoiser(tasks, network)
+    conditions = {name: value for name, value in batch.values.items() if tasks[name].head == "none"}
+    denoiser = JointDenoiser(tasks, network, conditions)
     encodings = tasks.encode(network, batch, images)
     bits = math.log(2.0) * images[0].numel()
-    transitions, codes = [], {name: [] for name in batch.values}
+    transitions, codes = [], {name: [] for name in batch.values if name not in conditions}
     for step in range(diffusion.num_timesteps):
         t = th.full((len(images),), step, device=images.device)
         noise = random.randn_like(images) if random is not None else th.randn_like(images)
@@ -448,8 +507,8 @@ def multitask_bound(
 
         term = diffusion._vb_terms_bpd(model, images, z_t, t, clip_denoised, encodings=encodings)
         transitions.append(term["output"])
-        for name, value in batch.values.items():
-            m = tasks[name]
+        for name in codes:
+            m, value = tasks[name], batch.values[name]
             variance = (
                 tasks.variance(network, name, seen["timesteps"]) if m.likelihood == "gaussian" else None
             )

@@ -6,7 +6,7 @@ are modalities. All work in the moving frame y_t = z_t - shift_t, which is a pla
 a respaced diffusion. A new sampler is a new function in SAMPLERS.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .errors import UserValueError
 from .gaussian_diffusion import GaussianDiffusion, _encodings
+from .modalities import one_hot
 from .multitask import Batch, JointDenoiser, MultiTask, Values
 from .seeding import PerSample
 
@@ -217,14 +218,16 @@ def joint_sample(
     guidance: float = 1.0,
     model_kwargs: dict | None = None,
     unconditional: dict | None = None,
+    absent: Sequence[str] = (),
     progress: bool = False,
 ) -> JointSample:
     """Images of `shape` [B, C, H, W] and the modalities that are not given, by any sampler of SAMPLERS.
 
     random: one generator per sample, so that a sample does not depend on the batch. given, strength, order,
-    guidance, unconditional: see JointDenoiser. model_kwargs: the network's conditioning beside the modalities
-    (`context`), which cond_fn gets too. known: pixels to restore around. UserValueError for an unknown
-    sampler, shapes that do not fit, or resampling with a sampler that cannot.
+    guidance, unconditional, absent: see JointDenoiser. model_kwargs: the network's conditioning beside the
+    modalities (`context`), which cond_fn gets too. cond_fn: as ADM's, called in the moving frame: it sees the
+    noised image alone, for which its classifier was trained. known: pixels to restore around. UserValueError
+    for an unknown sampler, shapes that do not fit, or resampling with a sampler that cannot.
     """
     if sampler not in SAMPLERS:
         raise UserValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -240,7 +243,7 @@ def joint_sample(
         for m in tasks:
             draw = random.randn(m.shape).to(device)
             initial[m.name] = draw.softmax(dim=1) if m.kind == "label" else draw
-    denoiser = JointDenoiser(tasks, network, given, strength, order, initial, guidance, unconditional)
+    denoiser = JointDenoiser(tasks, network, given, strength, order, initial, guidance, unconditional, absent)
     last = th.full((shape[0],), diffusion.num_timesteps - 1, device=device)
     # Where atil_T is not negligible the known shift is part of z_T.
     z = diffusion.from_frame(noise, last, tasks.encode(network, Batch(dict(given or {})), noise))
@@ -258,7 +261,7 @@ def joint_sample(
             z,
             random.randn_like,
             clip_denoised=clip_denoised,
-            cond_fn=cond_fn,
+            cond_fn=_in_frame(cond_fn, denoiser) if cond_fn is not None else None,
             model_kwargs=model_kwargs,
             **options,
         )
@@ -269,6 +272,25 @@ def joint_sample(
     if known is not None:
         images = th.where(known.where, known.values, images)
     return JointSample(images, dict(denoiser.estimates))
+
+
+def _in_frame(cond_fn, denoiser):
+    """cond_fn of y_t = z_t - shift_t, by the encodings of the same step; its gradient is that in z_t."""
+
+    def guide(z, timesteps, **kwargs):
+        return cond_fn(z - denoiser.tasks.shift(denoiser.encodings, timesteps), timesteps, **kwargs)
+
+    return guide
+
+
+def random_labels(tasks: MultiTask, random: PerSample, names: Collection[str] | None = None) -> Values:
+    """Uniformly drawn classes, one-hot [B, classes], of the labels `names`: by default of those that have
+    to be given, since the network cannot do without them or nothing tells them."""
+    return {
+        m.name: one_hot(random.randint(m.shape[0]), m.shape[0])
+        for m in tasks
+        if m.kind == "label" and (m.required or m.head == "none" if names is None else m.name in names)
+    }
 
 
 def _replace_known(diffusion, denoiser, known, random):

@@ -432,7 +432,7 @@ def _check_heads(flag: str, value: int, width: int, mult: tuple[float, ...], str
 # ------------------------------------------------------------------------------------------ upstream's public functions
 
 
-def _split(flags: dict) -> tuple[dict, dict]:
+def split_flags(flags: dict) -> tuple[dict, dict]:
     """Flags of model and diffusion -> (the model's, `DiffusionConfig`'s); learn_sigma belongs to both."""
     names = diffusion_defaults().keys()
     diffusion = {name: flags[name] for name in names}
@@ -470,7 +470,7 @@ def create_model_and_diffusion(
     image_channels=3,
 ):
     """(UNetModel, SpacedDiffusion) from the flags of `model_and_diffusion_defaults`; raises `UserValueError`."""
-    model, diffusion = _split(locals())
+    model, diffusion = split_flags(locals())
     return ModelConfig.from_flags(**model).build(), DiffusionConfig(**diffusion).build()
 
 
@@ -520,7 +520,7 @@ def create_classifier_and_diffusion(
     image_channels=3,
 ):
     """(EncoderUNetModel, SpacedDiffusion) from the flags of `classifier_and_diffusion_defaults`; raises `UserValueError`."""
-    classifier, diffusion = _split(locals())
+    classifier, diffusion = split_flags(locals())
     del classifier["learn_sigma"]
     return ClassifierConfig.from_flags(**classifier).build(), DiffusionConfig(**diffusion).build()
 
@@ -584,7 +584,7 @@ def sr_create_model_and_diffusion(
     image_channels=3,
 ):
     """(SuperResModel, SpacedDiffusion) from the flags of `sr_model_and_diffusion_defaults`; raises `UserValueError`."""
-    model, diffusion = _split(locals())
+    model, diffusion = split_flags(locals())
     return _super_resolution(**model), DiffusionConfig(**diffusion).build()
 
 

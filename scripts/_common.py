@@ -64,6 +64,11 @@ def make_parser(doc: str, *defaults: dict) -> argparse.ArgumentParser:
     return parser
 
 
+def integers(text: str) -> list[int]:
+    """Numbers separated by commas: a type for flags."""
+    return [int(part) for part in text.split(",")]
+
+
 def add_training_flags(parser: argparse.ArgumentParser, iterations: bool = True) -> argparse.ArgumentParser:
     """Flags of training that upstream lacks; `iterations` where the script does not have its own."""
     group = parser.add_argument_group("beyond guided-diffusion")

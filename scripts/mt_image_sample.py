@@ -4,18 +4,21 @@
         images with all their modalities; with --given label=3 pictures of class 3, with --given
         masked=holes.png what alpha 0 marks is restored, with --given image=holes.png by replacing known
         pixels at every step
+    python scripts/mt_image_sample.py --model_path runs/mine --classifier_path model010000.pt
+        pictures guided towards classes, drawn or those of --given label=3, by ADM's classifier (its flags
+        classifier_* as in training); --classifier_path own: by the model's own head
     python scripts/mt_image_sample.py --model_path runs/mine --given image=photos/ --want label
         the labels of pictures
 
 The model's configuration is in the checkpoint. The same seed gives the same pictures for any batch size and
 number of ranks. In the log's folder: samples_NxHxWxC.npz (arr_0 = uint8 images as ADM writes them, every
-modality under its name) and samples.png.
+modality under its name, arr_1 = classes that were drawn or guided to) and samples.png.
 """
 
 import argparse
 import os
 
-import _common  # noqa: F401 (first: it makes the package importable)
+import _common
 import numpy as np
 import torch as th
 import torch.distributed as dist
@@ -23,11 +26,13 @@ import torch.distributed as dist
 from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
+from guided_diffusion.modalities import Modality
 from guided_diffusion.mt_data import GivenImages, read_images, read_labels, read_vectors
+from guided_diffusion.mt_guidance import ClassGuidance, classifier_flags, classifier_guide
 from guided_diffusion.mt_util import JointModel
 from guided_diffusion.multitask import predict_modalities
-from guided_diffusion.samplers import SAMPLERS, Known, joint_sample
-from guided_diffusion.script_util import str2bool
+from guided_diffusion.samplers import SAMPLERS, Known, joint_sample, random_labels
+from guided_diffusion.script_util import add_dict_to_argparser, str2bool
 from guided_diffusion.seeding import PerSample
 
 SHEET = 16  # samples in the picture
@@ -54,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="what is known: image, or a modality of the model",
+        help="what is known: image, or a modality of the model; label=random draws classes",
     )
     add("--want", default="", help="names separated by commas (default: everything that is not given)")
     add("--num_samples", type=int, default=0, help="default: as many as are given, or 16")
@@ -78,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--times",
-        type=integers,
+        type=_common.integers,
         default="0,10,20",
         help="diffusion indices at which a given image is read, averaged",
     )
@@ -89,13 +94,24 @@ def parser() -> argparse.ArgumentParser:
         help="paper: Algorithm 1 to the letter",
     )
     add("--clip_denoised", type=str2bool, default=True)
+    add(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="classifier-free: towards given X modalities, or all of a model trained with "
+        "--single_task_probability; 1 is none",
+    )
+    add("--without", default="", help="modalities that are left out, as in single-task steps: label,masked")
+    add(
+        "--classifier_path",
+        default="",
+        help="guide by a classifier of classifier_train.py, or `own`: the model's own head",
+    )
+    add("--classifier_scale", type=float, default=1.0, help="of that guidance, as in ADM")
+    add("--num_classes", type=int, default=0, help="of the classifier, where the model has no labels")
+    add_dict_to_argparser(flags, classifier_flags())
     add("--log_dir", help="where the results go (default: $OPENAI_LOGDIR, or a new temporary folder)")
     return flags
-
-
-def integers(text: str) -> list[int]:
-    """Numbers separated by commas."""
-    return [int(part) for part in text.split(",")]
 
 
 @exit_on_user_error()
@@ -105,8 +121,14 @@ def main():
     logger.configure(dir=args.log_dir)
     model = JointModel.load(args.model_path, args.weights)
     model.network.to(dist_util.dev())
-    given, holes = read_given(args.given, model)
-    wanted = names_wanted(args.want, given, holes, model)
+    guidance = ClassGuidance.from_flags(vars(args), model)
+    args.drawn = {spec.partition("=")[0] for spec in args.given if spec.endswith("=random")}
+    given, holes = read_given([s for s in args.given if not s.endswith("=random")], model, guidance)
+    for name in args.drawn:
+        if name in given or name not in model.tasks.modalities or model.tasks[name].kind != "label":
+            raise UserValueError(f"--given {name}=random: only a label of the model is drawn, and only once")
+    absent = names_of(args.without)
+    wanted = names_wanted(args.want, given, holes, absent, model)
     count = args.num_samples or (len(next(iter(given.values()))) if given else 16)
     if count < 1 or args.batch_size < 1:
         raise UserValueError("num_samples and batch_size must be at least 1")
@@ -124,8 +146,8 @@ def main():
             {name: value[indices].to(dist_util.dev()) for name, value in some.items()}
             for some in (given, holes)
         ]
-        for name, value in sample(args, model, *on_device, indices).items():
-            if name == "image" or name in wanted or name in given:
+        for name, value in sample(args, model, guidance, absent, *on_device, indices).items():
+            if name in ("image", "classes") or name in wanted or name in given:
                 parts.setdefault(name, []).append(value.cpu())
     arrays = in_order(parts, count)
     if dist_util.get_rank() == 0:
@@ -134,56 +156,76 @@ def main():
         dist.barrier()
 
 
-def read_given(specs: list[str], model: JointModel) -> tuple[dict[str, th.Tensor], dict[str, th.Tensor]]:
+def read_given(
+    specs: list[str], model: JointModel, guidance: ClassGuidance | None
+) -> tuple[dict[str, th.Tensor], dict[str, th.Tensor]]:
     """(values by name [N, ...], known pixels by name bool [N, 1, H, W]) of --given NAME=FILE."""
     size, channels = model.flags["image_size"], model.flags["image_channels"]
+    modalities: dict[str, Modality] = dict(model.tasks.modalities)
+    if guidance is not None:
+        modalities[guidance.target.name] = guidance.target
     values, known = {}, {}
     for spec in specs:
         name, found, source = spec.partition("=")
         if not found or not source:
             raise UserValueError(f"--given {spec}: expected NAME=FILE")
-        if name != "image" and name not in model.tasks.modalities:
-            names = ", ".join(["image", *model.tasks.modalities])
+        if name != "image" and name not in modalities:
+            names = ", ".join(["image", *modalities])
             raise UserValueError(f"--given {spec}: the model has no {name!r}, but {names}")
         if name in values:
             raise UserValueError(f"--given {spec}: {name} is given twice")
-        if name == "image" or model.tasks[name].kind == "image":
+        if name == "image" or modalities[name].kind == "image":
             images: GivenImages = read_images(source, channels, size)
             values[name] = images.values
             if images.known is not None:
                 known[name] = images.known
-        elif model.tasks[name].kind == "label":
-            values[name] = read_labels(source, model.tasks[name])
+        elif modalities[name].kind == "label":
+            values[name] = read_labels(source, modalities[name])
         else:
-            values[name] = read_vectors(source, model.tasks[name])
+            values[name] = read_vectors(source, modalities[name])
     for name in known:
-        if name != "image" and model.tasks[name].derive is None:
+        if name != "image" and modalities[name].derive is None:
             raise UserValueError(
                 f"--given {spec}: pixels are missing, which only image and masked images may have"
             )
     return values, known
 
 
-def names_wanted(want: str, given: dict, holes: dict, model: JointModel) -> list[str]:
-    """The names of --want, by default all that are not given, and an image with holes."""
-    names = ["image", *model.tasks.modalities]
-    wanted = [name.strip() for name in want.split(",") if name.strip()] or [
-        n for n in names if n not in given or (n == "image" and n in holes)
-    ]
+def names_of(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def names_wanted(want: str, given: dict, holes: dict, absent: list[str], model: JointModel) -> list[str]:
+    """The names of --want, by default all that the model can tell and that are not given, and an image with
+    holes."""
+    names = ["image", *(m.name for m in model.tasks if m.head != "none" and m.name not in absent)]
+    wanted = names_of(want) or [n for n in names if n not in given or (n == "image" and n in holes)]
     for name in wanted:
-        if name not in names:
-            raise UserValueError(f"--want {name}: the model has {', '.join(names)}")
         if name in given and name not in holes:
             raise UserValueError(f"--want {name}: that is given already")
+        if name not in names:
+            raise UserValueError(f"--want {name}: the model has {', '.join(names)}")
     if not wanted:
         raise UserValueError("everything is given: nothing is left to sample")
     return wanted
 
 
-def sample(args, model: JointModel, given: dict, holes: dict, indices: th.Tensor) -> dict[str, th.Tensor]:
-    """Images and modalities [b, ...] of the samples with the given indices."""
+def sample(
+    args,
+    model: JointModel,
+    guidance: ClassGuidance | None,
+    absent: list[str],
+    given: dict,
+    holes: dict,
+    indices: th.Tensor,
+) -> dict[str, th.Tensor]:
+    """Images and modalities [b, ...] of the samples with the given indices; `classes` [b], where they were
+    drawn or guided to."""
     random = PerSample.derived(args.seed, indices.tolist(), dist_util.dev())
     if "image" in given and "image" not in holes:
+        if guidance is not None or args.guidance_scale != 1 or absent:
+            raise UserValueError("the image is given: there is nothing to guide, and nothing to leave out")
         images = given.pop("image")
         values = predict_modalities(
             model.diffusion, model.tasks, model.network, images, given, args.times, random
@@ -194,6 +236,21 @@ def sample(args, model: JointModel, given: dict, holes: dict, indices: th.Tensor
         every_step = args.replace_known or name == "image"
         known = Known(given[name], where, every_step, args.resample)
     given.pop("image", None)
+    strength = {m.name: args.strength for m in model.tasks}
+    cond_fn, extra = None, {}
+    if guidance is not None:
+        target, label = guidance.target.name, guidance.choose(given, random)
+        extra["classes"] = label.argmax(dim=1)
+        given.pop(target, None) if target not in model.tasks.modalities else None
+        if guidance.classifier is None:
+            given[target], strength[target] = label, guidance.scale
+        else:
+            cond_fn = classifier_guide(guidance.classifier, extra["classes"], guidance.scale)
+            if target in model.tasks.modalities and guidance.target.as_input:
+                given[target] = label  # as in ADM, network and classifier are told the same
+    names = args.drawn | {m.name for m in model.tasks if m.kind == "label" and m.required}
+    for name, label in random_labels(model.tasks, random, names - {*given, *absent}).items():
+        given[name], extra["classes"] = label, label.argmax(dim=1)
     shape = (len(indices), *(model.flags[k] for k in ("image_channels", "image_size", "image_size")))
     result = joint_sample(
         model.respaced(args.steps),
@@ -202,14 +259,17 @@ def sample(args, model: JointModel, given: dict, holes: dict, indices: th.Tensor
         shape,
         random,
         given=given,
-        strength=args.strength,
+        strength=strength,
         known=known,
         sampler=args.sampler,
         order=args.order,
         clip_denoised=args.clip_denoised,
+        cond_fn=cond_fn,
+        guidance=args.guidance_scale,
+        absent=absent,
         progress=dist_util.get_rank() == 0,
     )
-    return {"image": result.images, **result.values}
+    return {"image": result.images, **result.values, **extra}
 
 
 def in_order(parts: dict[str, list[th.Tensor]], count: int) -> dict[str, np.ndarray]:
@@ -250,6 +310,8 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
                 )
             )
         stored["arr_0" if name == "image" else name] = value
+    if "classes" in arrays:
+        stored["arr_1"] = arrays["classes"].astype(np.int64)  # ADM's name for the labels
     stored |= {f"{name}_known": where[:, 0].numpy() for name, where in holes.items()}
     path = os.path.join(logger.get_dir(), f"samples_{'x'.join(map(str, images.shape))}.npz")
     np.savez(path, **stored)

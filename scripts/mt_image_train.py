@@ -6,7 +6,9 @@
 
 Flags: ADM's, `--modalities` (names with their variant: masked, label; "" for single-task training),
 `--aggregation` (bump, paper-normalized, constant, paper), and those below. `--config FILE.yaml` sets any of
-them; the command line wins. The same command continues a run that was stopped, bit for bit. --log_dir
+them; the command line wins. --single_task_probability P learns the image alone beside the joint model, in
+that share of the samples; --init_from RUN finetunes: with --modalities "" the generator alone, with --train
+heads what reads the modalities off it alone. The same command continues a run that was stopped, bit for bit. --log_dir
 receives checkpoint*.pt (complete), model*.pt, ema_*.pt, opt*.pt (as ADM writes them), config.yaml,
 progress.csv, tb/ (TensorBoard) and samples*.png.
 """
@@ -23,8 +25,15 @@ from guided_diffusion.figures import Row, contact_sheet, to_uint8
 from guided_diffusion.image_datasets import count_classes, hold_out, load_stream, open_dataset
 from guided_diffusion.modalities import wants_labels
 from guided_diffusion.mt_train import MultiTaskTrainLoop
-from guided_diffusion.mt_util import CONFIG_NAME, JointModel, mt_defaults, parse_flags, write_config
-from guided_diffusion.samplers import joint_sample
+from guided_diffusion.mt_util import (
+    CONFIG_NAME,
+    JointModel,
+    initialise,
+    mt_defaults,
+    parse_flags,
+    write_config,
+)
+from guided_diffusion.samplers import joint_sample, random_labels
 from guided_diffusion.seeding import PerSample
 
 GRID = 12  # samples drawn at every save
@@ -41,6 +50,8 @@ def defaults() -> dict:
             num_classes=0,  # 0: as many as the data have
             log_dir="",  # "": $OPENAI_LOGDIR, or a temporary folder
             iterations=0,  # 0: until stopped
+            init_from="",  # a run or checkpoint whose weights this run begins with (finetuning)
+            train="all",  # or heads: the U-Net keeps its weights
             seed=0,
             precision="auto",  # bf16 where the GPU has it, else fp32; or fp32, bf16, fp16
             compile="auto",  # on a GPU; or true, false
@@ -79,6 +90,7 @@ def main():
     check_same_model(flags, resume)
     th.manual_seed(flags["seed"])  # the same fresh weights everywhere
     model = JointModel.from_flags(flags)
+    prepare(model, flags, begun=bool(checkpoint_of(resume)))
     for m in model.tasks:
         if m.kind != "label" and m.derive is None:
             raise UserValueError(
@@ -120,6 +132,7 @@ def main():
                 "lr_anneal_steps",
                 "iterations",
                 "seed",
+                "single_task_probability",
                 "precision",
                 "max_nonfinite",
                 "progress",
@@ -164,17 +177,39 @@ def complete(flags: dict) -> dict:
 
 def check_same_model(flags: dict, resume: str) -> None:
     """UserError if the run to resume trained another model, or with other random numbers."""
-    path = resume
-    if os.path.isdir(path):
-        path = checkpoint_util.find_complete_checkpoint(path) or ""
+    path = checkpoint_of(resume)
     if not os.path.basename(path).startswith("checkpoint"):
         return
     before = checkpoint_util.load_complete(path)["config"]
-    fixed = [*mt_defaults(), "seed", "held_out"]
+    fixed = [*mt_defaults(), "seed", "held_out", "init_from", "train"]
     changed = [name for name in fixed if name in before and before[name] != flags[name]]
     if changed:
         was = ", ".join(f"{name} was {before[name]!r} and is now {flags[name]!r}" for name in changed)
         raise UserError(f"{path} belongs to another model: {was}. Use another --log_dir, or the former flags")
+
+
+def checkpoint_of(resume: str) -> str:
+    """The file that the run continues from, "" where it begins."""
+    return checkpoint_util.find_complete_checkpoint(resume) or "" if os.path.isdir(resume) else resume
+
+
+def prepare(model: JointModel, flags: dict, begun: bool) -> None:
+    """Weights from another run, unless this one has `begun`, and which of them are trained."""
+    if flags["init_from"] and not begun:
+        fresh, left = initialise(model.network, flags["init_from"])
+        logger.log(
+            f"weights of {flags['init_from']}; new: {', '.join(fresh) or 'none'}; "
+            f"left out: {', '.join(left) or 'none'}"
+        )
+    if flags["train"] not in ("all", "heads"):
+        raise UserValueError(f"train must be all or heads, not {flags['train']!r}")
+    if flags["train"] == "heads":
+        if not any(m.head != "none" for m in model.tasks):
+            raise UserValueError("--train heads: this model has no heads")
+        if flags["weight_decay"]:
+            raise UserValueError("--train heads: weight_decay would change the U-Net, which is to stay")
+        for name, parameter in model.network.named_parameters():
+            parameter.requires_grad_(name.startswith("heads."))
 
 
 def describe(model: JointModel, pictures: int, held_out: int) -> None:
@@ -195,7 +230,8 @@ def draw_samples(loop: MultiTaskTrainLoop, model: JointModel, flags: dict) -> No
     loop.model.eval()
     with loop.ema_weights() as network:
         random = PerSample.derived(flags["seed"], range(GRID), dist_util.dev())
-        sample = joint_sample(diffusion, model.tasks, network, shape, random, sampler="dpm++")
+        given = random_labels(model.tasks, random)
+        sample = joint_sample(diffusion, model.tasks, network, shape, random, given=given, sampler="dpm++")
     loop.model.train()
     rows = [Row("image", to_uint8(sample.images), _captions(model.tasks, sample.values))]
     rows += [Row(m.name, to_uint8(sample.values[m.name])) for m in model.tasks if m.kind == "image"]

@@ -83,6 +83,8 @@ def in_process(name, *flags):
         if dist.is_initialized():
             dist.destroy_process_group()
         logger.reset()
+        # The default logger, which reset() makes, would write to this test's captured output ever after.
+        logger.Logger.CURRENT = logger.Logger.DEFAULT = None
 
 
 def refusal(capsys, name, *flags):

@@ -174,7 +174,7 @@ REFUSED = [
     ("label", "modality label: the data have no labels; set --num_classes or give labelled data"),
     ("masked,masked:X", "modality names must differ: masked,masked:X"),
     ({"masked": "X"}, r"modality masked: expected options by name \(such as variant: X\), got 'X'"),
-    ({"masked": {"colour": 1}}, "modality masked: unknown option colour; known: as_input, centre, "),
+    ({"masked": {"colour": 1}}, "modality masked: unknown option colour; known: as_input, bounded, centre, "),
     ({"masked": {"patches": {"edge": 2}}}, "unknown option edge; known: complete, max_patches, size"),
     ({"twin": {"preset": "image", "patches": {"size": 2}}}, "modality twin: only masked images have patches"),
     ({"masked": {"patches": {"size": 0}}}, "masks need max_patches of at least 0"),
@@ -195,9 +195,9 @@ REFUSED = [
     ({"twin": {"preset": "image", "encoder": "unet"}}, "needs a conditioning input, which only a label has"),
     (
         {"twin": {"preset": "image", "encoder": "clip"}},
-        "unknown encoder 'clip', choose identity, unet or a callable",
+        "unknown encoder 'clip', choose identity, unet, none or a callable",
     ),
-    ({"twin": {"preset": "image", "head": "middle"}}, "the head of a image is out, not 'middle'"),
+    ({"twin": {"preset": "image", "head": "middle"}}, "the head of a image is out, or none, not 'middle'"),
     ({"twin": {"preset": "image", "likelihood": "categorical"}}, "the likelihood of a image is gaussian"),
 ]
 

@@ -417,3 +417,95 @@ def test_stray_half_written_files_are_no_checkpoints(one_rank):
         "checkpoint000020.pt",
     ]
     assert checkpoint_util.complete_checkpoints(str(one_rank))[-1].endswith("checkpoint000020.pt")
+
+
+# ------------------------------------------------------------------------------------- single-task steps, finetuning
+
+
+def test_single_task_steps_alone_are_single_task_training(data, tmp_path):
+    """With probability 1 the shared network has the weights of --modalities "", bit for bit."""
+    flags = ("--iterations", 4, "--save_interval", 100)
+    train(data, tmp_path / "alone", *flags, "--modalities", "")
+    train(data, tmp_path / "joint", *flags, "--modalities", "masked:U", "--single_task_probability", 1)
+    train(data, tmp_path / "never", *flags, "--modalities", "masked:U")
+    alone, joined, never = (
+        load_complete(str(tmp_path / name / "checkpoint000004.pt"))["model"]
+        for name in ("alone", "joint", "never")
+    )
+    assert all(same(alone[name], joined[name]) for name in alone)
+    assert not all(same(alone[name], never[name]) for name in alone)
+    assert JointModel.load(str(tmp_path / "joint")).tasks.single_task
+    assert not JointModel.load(str(tmp_path / "never")).tasks.single_task
+
+
+def test_single_task_steps_are_drawn_for_each_sample(data, tmp_path):
+    """The logged loss of the modality shrinks to the share of samples that have it."""
+    shares = {}
+    for probability in (0.0, 0.5):
+        folder = tmp_path / str(probability)
+        train(
+            data, folder, "--iterations", 1, "--batch_size", 256, "--log_interval", 1, "--modalities", "masked:U",
+            "--single_task_probability", probability,
+        )  # fmt: skip
+        with open(folder / "progress.csv") as file:
+            shares[probability] = float(next(csv.DictReader(file))["KL_masked"])
+    assert 0.35 < shares[0.5] / shares[0.0] < 0.65
+
+
+def test_a_condition_trains_adms_class_conditional_network(data, tmp_path):
+    """Encoder and head `none`: the weights are those of create_model with class_cond, under its names."""
+    config = tmp_path / "adm.yaml"
+    config.write_text("modalities: {label: {variant: X, encoder: none, head: none, null_probability: 0.0}}\n")
+    train(data, tmp_path / "run", "--config", config, "--iterations", 6, "--sample_steps", 2)
+    flags = {name.removeprefix("--"): value for name, value in zip(MODEL[::2], MODEL[1::2], strict=True)}
+    defaults = model_and_diffusion_defaults()
+    flags = {name: type(defaults[name])(value) for name, value in flags.items()}
+    network, _ = create_model_and_diffusion(**{**defaults, **flags, "class_cond": True, "num_classes": 10})
+    network.load_state_dict(th.load(tmp_path / "run" / "ema_0.9_000006.pt", weights_only=True), strict=True)
+    fresh = th.load(tmp_path / "run" / "model000000.pt", weights_only=True)
+    trained = th.load(tmp_path / "run" / "model000006.pt", weights_only=True)
+    assert not same(fresh["label_emb.weight"], trained["label_emb.weight"])
+
+
+def test_finetuning_begins_with_another_runs_weights(data, tmp_path):
+    """The averaged weights; new heads are fresh, missing ones are named; a resumed run does not begin again."""
+    train(data, tmp_path / "first", "--iterations", 3, "--modalities", "label:U")
+    start = load_complete(str(tmp_path / "first" / "checkpoint000003.pt"))["ema"]["0.9"]
+    flags = ("--init_from", tmp_path / "first", "--lr", 0, "--save_interval", 1)
+    train(data, tmp_path / "alone", *flags, "--modalities", "", "--iterations", 1)
+    alone = th.load(tmp_path / "alone" / "model000000.pt", weights_only=True)
+    assert all(same(value, start[name]) for name, value in alone.items())
+    log = (tmp_path / "alone" / "log.txt").read_text()
+    assert "new: none; left out: heads.label, label_emb" in log or "left out: label_emb, heads.label" in log
+    train(data, tmp_path / "more", *flags, "--modalities", "masked:X,label:U", "--iterations", 1)
+    more = th.load(tmp_path / "more" / "model000000.pt", weights_only=True)
+    assert "new: heads.masked; left out: none" in (tmp_path / "more" / "log.txt").read_text()
+    stem = "input_blocks.0.0.weight"
+    assert all(same(value, more[name]) for name, value in start.items() if name != stem)
+    # The network's new input begins without influence.
+    assert same(more[stem][:, :1].contiguous(), start[stem]) and more[stem][:, 1:].abs().max() == 0
+    train(data, tmp_path / "more", *flags, "--modalities", "masked:X,label:U", "--iterations", 2)
+    assert (tmp_path / "more" / "log.txt").read_text().count("weights of") == 1
+
+
+def test_heads_are_trained_alone(data, tmp_path):
+    train(data, tmp_path, "--iterations", 3, "--train", "heads", "--modalities", "masked:U,label:U")
+    fresh, trained = (
+        th.load(tmp_path / name, weights_only=True) for name in ("model000000.pt", "model000003.pt")
+    )
+    moved = {name for name in fresh if not same(fresh[name], trained[name])} - {"heads.masked.variance"}
+    assert moved and all(name.startswith("heads.") for name in moved)
+
+
+def test_finetuning_that_cannot_be_is_refused(data, tmp_path, capsys):
+    train(data, tmp_path / "first", "--iterations", 1, "--num_channels", 64)
+    flags = (*MODEL, *TRAIN, "--data_dir", data, "--log_dir", tmp_path / "run")
+    for more, message in (
+        (("--init_from", tmp_path / "absent.pt"), "absent.pt"),
+        (("--init_from", tmp_path / "first"), "have another shape"),
+        (("--train", "decoder"), "train must be all or heads"),
+        (("--train", "heads", "--modalities", ""), "this model has no heads"),
+        (("--train", "heads", "--weight_decay", 0.1), "weight_decay would change the U-Net"),
+        (("--single_task_probability", 1.5), "single_task_probability must be from 0 to 1"),
+    ):
+        assert message in refusal(capsys, "mt_image_train", *flags, *more)

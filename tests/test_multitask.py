@@ -448,3 +448,91 @@ def test_prior_counts_the_shift_that_is_left_at_the_end():
     nats = 0.5 * (mean**2 + variance - 1 - math.log(variance))
     assert float(diffusion._prior_bpd(x, {"e": e})) == pytest.approx(nats / math.log(2), rel=1e-3)
     assert nats > 10 * float(diffusion._prior_bpd(x))
+
+
+# Single-task steps, conditions, guidance
+
+
+def with_process(spec, classes=3):
+    tasks, network = small_model(spec, classes=classes)
+    tasks.process = process(peaks=tasks.peaks)
+    return tasks, network
+
+
+def test_a_condition_alone_is_adms_class_conditional_model():
+    """Encoder and head `none`: the losses are training_losses with y, the samples' noise the network's with y, bit for bit."""
+    spec = {"label": {"variant": "X", "encoder": "none", "head": "none", "null_probability": 0.0}}
+    tasks, network = with_process(spec)
+    assert not hasattr(network, "heads") or not len(network.heads)
+    labels = th.tensor([0, 2, 1, 1])
+    images, noise = th.rand(4, *SHAPE) * 2 - 1, th.randn(4, *SHAPE)
+    t, batch = th.tensor([0, 100, 500, 999]), Batch({"label": one_hot(labels, 3)})
+    diffusion = process(peaks=tasks.peaks) if tasks.peaks else process()
+    ours = multitask_losses(diffusion, tasks, network, images, batch, t, noise, random=PerSample(range(4)))
+
+    def adm(x, timesteps, y):
+        output = network(x, timesteps, y=y)
+        return output[0] if isinstance(output, tuple) else output
+
+    theirs = diffusion.training_losses(adm, images, t, model_kwargs={"y": labels}, noise=noise)
+    assert set(ours) == set(theirs) and all(th.equal(ours[key], theirs[key]) for key in theirs)
+    out = JointDenoiser(tasks, network, batch.values)(images, t)
+    assert th.equal(out.output, adm(images, t, labels)) and not out.encodings
+
+
+def test_only_makes_the_other_samples_modalities_missing():
+    images = th.rand(4, *SHAPE)
+    where = th.tensor([True, False, True, False])
+    kept = batch_for(images, {"label": th.tensor([True, True, False, False])}).only(where)
+    assert kept.present["masked"].tolist() == [True, False, True, False]
+    assert kept.present["label"].tolist() == [True, False, False, False]
+
+
+def test_guidance_towards_a_given_u_modality():
+    """free + s (given - free), where free is the noise of the image alone: without the given modality's shift."""
+    tasks, network = with_process("label:U")
+    tasks.single_task = True
+    z, t = th.randn(2, *SHAPE), th.tensor([400, 400])
+    given = {"label": one_hot(th.tensor([0, 2]), 3)}
+    shift = tasks.process.aggregation.shift(tasks.encode(network, Batch(given), z), t)
+    assert shift.abs().max() > 0.1
+    eps, _ = tasks.apply(network, z, t, {})
+    free, _ = tasks.apply(network, z - shift, t, {})
+    for scale in (0.0, 1.0, 3.0):
+        out = JointDenoiser(tasks, network, given, strength=0.0, guidance=scale)(z, t)
+        th.testing.assert_close(out.output, free + scale * (eps - free))
+    tasks.single_task = False
+    with pytest.raises(UserError, match="trained with --single_task_probability"):
+        JointDenoiser(tasks, network, given, guidance=2.0)
+
+
+def test_guidance_towards_a_given_x_modality():
+    """The same, where free is the noise at the null input."""
+    tasks, network = with_process("label:X")
+    z, t = th.randn(2, *SHAPE), th.tensor([400, 400])
+    given = {"label": one_hot(th.tensor([0, 2]), 3)}
+    eps, _ = tasks.apply(network, z, t, given)
+    free, _ = tasks.apply(network, z, t, {})
+    assert (eps - free).abs().max() > 1e-3
+    for scale in (0.0, 1.0, 3.0):
+        out = JointDenoiser(tasks, network, given, guidance=scale)(z, t)
+        th.testing.assert_close(out.output, free + scale * (eps - free))
+
+
+def test_absent_modalities_are_neither_estimated_nor_in_the_latent():
+    tasks, network = with_process("masked:U,label:U")
+    z, t = th.randn(2, *SHAPE), th.tensor([400, 400])
+    denoiser = JointDenoiser(tasks, network, absent=["label"])
+    out = denoiser(z, t)
+    assert list(out.encodings) == ["masked"] and list(denoiser.estimates) == ["masked"]
+    for names, given in ((["depth"], None), (["label"], {"label": th.zeros(2, 3)})):
+        with pytest.raises(UserError, match="cannot be left out"):
+            JointDenoiser(tasks, network, given, absent=names)
+
+
+def test_indices_undo_timesteps():
+    for steps in (40, 1000, 4000):
+        for rescaled in (False, True):
+            tasks = MultiTask([], 1, steps=steps, rescaled=rescaled)
+            t = th.arange(steps)
+            assert th.equal(tasks.indices(tasks.timesteps(t)), t)
