@@ -254,7 +254,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--predicted", metavar="FILE", help="labels or maps (arr_0) found in the generated pictures"
     )
     parser.add_argument(
-        "--palette", help="of segmentation maps: cityscapes, or a file with `R G B name` lines"
+        "--palette", help="of segmentation maps: cityscapes, camvid, or a file with `R G B name` lines"
     )
     add_network_options(parser)
     add_json_option(parser)

@@ -7,16 +7,19 @@ Each side is a folder of pictures, paired by file name, or an .npz (arr_0): colo
 which counts as the nearest colour of the palette, or class indices [N, H, W]. Pixels whose truth is void do not
 count; a prediction of void counts as a miss, and against no other class (Cityscapes' own rule).
 
-A palette file has one class per line, `R G B name`, in the order of the class indices; a line named `void` (any number
-of them, anywhere) is a colour that does not count. GIMP's .gpl files have this form.
+A palette is one of evaluations/palettes, or a file with one class per line, `R G B name`, in the order of the class
+indices; a line named `void` (any number of them, anywhere) is a colour that does not count, `void exactly` one that
+does not attract its neighbours either. A number in brackets after a name is not read here. GIMP's .gpl files have this
+form.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if not __package__:  # run as a script: look for modules in the repository, not in this folder
@@ -29,6 +32,7 @@ from evaluations.arguments import add_json_option
 from evaluations.errors import EvaluationError, MissingFileError, exit_on_error
 from evaluations.images import list_pictures, load_array
 
+PALETTES = Path(__file__).resolve().parent / "palettes"
 VOID_INDEX = 255  # in index maps, beside the palette's own
 # Cityscapes names the same picture differently in each of its folders.
 SUFFIXES = ("_leftImg8bit", "_gtFine_color", "_gtFine_labelTrainIds", "_gtFine_labelIds")
@@ -50,84 +54,55 @@ class Palette:
         return len(self.classes)
 
 
-def _palette(name: str, rows: Iterable[tuple[tuple[int, int, int], str]]) -> Palette:
-    rows = list(rows)
-    counted = [(color, label) for color, label in rows if label != "void"]
-    void = [color for color, label in rows if label == "void"]
+def load_palette(name: str | Path) -> Palette:
+    """A palette that the project knows (`cityscapes`, `camvid`), or that in a file.
+
+    Raises EvaluationError for a line that is not `R G B name`.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = PALETTES / f"{name}.txt"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in PALETTES.glob("*.txt")))
+        raise MissingFileError(f"palette {name} does not exist: name a file, or one of {known}")
+    rows = [
+        row
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if (row := _row(line, number, path))
+    ]
+    exactly = [row for row in rows if row[1].startswith("void exactly")]
+    counted = [row for row in rows if row[1] != "void" and row not in exactly]
+    classes = tuple(label for _, label in counted)
+    if not classes or len(set(classes)) < len(classes):
+        raise EvaluationError(f"palette {path} needs at least one class, and every name only once")
     return Palette(
-        name=name,
-        classes=tuple(label for _, label in counted),
-        colors=np.array([color for color, _ in counted], np.uint8).reshape(-1, 3),
-        void_colors=np.array(void, np.uint8).reshape(-1, 3),
+        name=path.stem,
+        classes=classes,
+        colors=_colors(counted),
+        void_colors=_colors(row for row in rows if row[1] == "void"),
+        exact_void_colors=_colors(exactly),
     )
 
 
-# cityscapesScripts, helpers/labels.py: the 19 classes with a train id, in its order.
-CITYSCAPES = _palette(
-    "cityscapes",
-    [
-        ((128, 64, 128), "road"),
-        ((244, 35, 232), "sidewalk"),
-        ((70, 70, 70), "building"),
-        ((102, 102, 156), "wall"),
-        ((190, 153, 153), "fence"),
-        ((153, 153, 153), "pole"),
-        ((250, 170, 30), "traffic light"),
-        ((220, 220, 0), "traffic sign"),
-        ((107, 142, 35), "vegetation"),
-        ((152, 251, 152), "terrain"),
-        ((70, 130, 180), "sky"),
-        ((220, 20, 60), "person"),
-        ((255, 0, 0), "rider"),
-        ((0, 0, 142), "car"),
-        ((0, 0, 70), "truck"),
-        ((0, 60, 100), "bus"),
-        ((0, 80, 100), "train"),
-        ((0, 0, 230), "motorcycle"),
-        ((119, 11, 32), "bicycle"),
-        ((0, 0, 0), "void"),
-    ],
-)
-# Rare things without a train id have colours of their own, some of them close to a class's (a trailer is painted
-# nearly as a truck): they are void in the truth, but must not attract the noisy colours of a generated map.
-CITYSCAPES = replace(
-    CITYSCAPES,
-    exact_void_colors=np.array(
-        [
-            (111, 74, 0),  # dynamic
-            (81, 0, 81),  # ground
-            (250, 170, 160),  # parking
-            (230, 150, 140),  # rail track
-            (180, 165, 180),  # guard rail
-            (150, 100, 100),  # bridge
-            (150, 120, 90),  # tunnel
-            (0, 0, 90),  # caravan
-            (0, 0, 110),  # trailer
-        ],
-        np.uint8,
-    ),
-)
-CITYSCAPES_IDS = (
-    7,
-    8,
-    11,
-    12,
-    13,
-    17,
-    19,
-    20,
-    21,
-    22,
-    23,
-    24,
-    25,
-    26,
-    27,
-    28,
-    31,
-    32,
-    33,
-)  # in *_labelIds.png
+def _row(line: str, number: int, path: Path) -> tuple[tuple[int, ...], str] | None:
+    """Colour and name of a palette file's line, None where it has none."""
+    words = line.replace(",", " ").split()
+    if not words or words[0].startswith("#") or words[0] in ("GIMP", "Name:", "Columns:"):
+        return None
+    if len(words) < 4 or not all(word.isdigit() and int(word) < 256 for word in words[:3]):
+        raise EvaluationError(
+            f"line {number} of {path} is not `R G B name` with numbers from 0 to 255: {line}"
+        )
+    name = " ".join(words[3:])
+    return tuple(int(word) for word in words[:3]), re.sub(r" \[\d+\]$", "", name)
+
+
+def _colors(rows: Iterable[tuple[tuple[int, ...], str]]) -> np.ndarray:
+    return np.array([color for color, _ in rows], np.uint8).reshape(-1, 3)
+
+
+CITYSCAPES = load_palette("cityscapes")
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # of its classes in *_labelIds.png
 
 
 @dataclass(frozen=True)
@@ -246,29 +221,6 @@ def _nearest(picture: np.ndarray, palette: Palette) -> np.ndarray:
     return nearest[where.ravel()].reshape(picture.shape[:-1])
 
 
-def load_palette(name: str | Path) -> Palette:
-    """`cityscapes`, or the palette in a file. Raises EvaluationError for a line that is not `R G B name`."""
-    if str(name) == CITYSCAPES.name:
-        return CITYSCAPES
-    path = Path(name)
-    if not path.is_file():
-        raise MissingFileError(f"palette {name} does not exist: name a file, or {CITYSCAPES.name}")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        words = line.replace(",", " ").split()
-        if not words or words[0].startswith("#") or words[0] in ("GIMP", "Name:", "Columns:"):
-            continue
-        if len(words) < 4 or not all(word.isdigit() and int(word) < 256 for word in words[:3]):
-            raise EvaluationError(
-                f"line {number} of {path} is not `R G B name` with numbers from 0 to 255: {line}"
-            )
-        rows.append(((int(words[0]), int(words[1]), int(words[2])), " ".join(words[3:])))
-    palette = _palette(path.stem, rows)
-    if not len(palette) or len(set(palette.classes)) < len(palette):
-        raise EvaluationError(f"palette {path} needs at least one class, and every name only once")
-    return palette
-
-
 def open_maps(path: str | Path) -> dict[str, np.ndarray | Path]:
     """The maps of a folder or .npz by name; files are not read yet."""
     path = Path(path)
@@ -323,7 +275,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("truth", help="folder or .npz")
     parser.add_argument("predictions", help="folder or .npz")
     parser.add_argument(
-        "--palette", default=CITYSCAPES.name, help="cityscapes, or a file with `R G B name` lines"
+        "--palette", default=CITYSCAPES.name, help="cityscapes, camvid, or a file with `R G B name` lines"
     )
     add_json_option(parser)
     return parser.parse_args(arguments)

@@ -1,6 +1,7 @@
 """What several test modules share: pictures to train on, development data, and jobs of several processes."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,27 @@ def launch():
             stdout, stderr = job.communicate()
             pytest.fail(f"not done after {timeout} s: {' '.join(command)}\n{stdout}\n{stderr}")
         return subprocess.CompletedProcess(command, job.returncode, stdout, stderr)
+
+    return run
+
+
+@pytest.fixture
+def run_script(monkeypatch, capfd):
+    """run_script("reproduce", "--flag", ...): the finished job of scripts/reproduce.py, run in this process, which has
+    its slow imports already."""
+    scripts = Path(__file__).resolve().parents[1] / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(scripts / f"{name}.py"), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, out, err)
 
     return run
 

@@ -1,0 +1,42 @@
+"""Single pictures in folders, for autoencoders and unconditional models."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from guided_diffusion.errors import UserFileError, UserValueError
+from guided_diffusion.image_datasets import _list_images
+from ldm.data.base import Pictures
+from ldm.data.pictures import Source
+
+
+class ImageFolder(Pictures):
+    """All pictures (jpg, jpeg, png, gif) below one folder or several, under the key `image`.
+
+    size, random_crop, random_flip, interpolation: see Pictures. UserFileError for an empty folder.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        size: int | Sequence[int] = 256,
+        roots: Sequence[str | Path] = (),  # instead of `root`
+        **how,
+    ):
+        if (root is None) == (not roots):
+            raise UserValueError("ImageFolder needs one of `root` and `roots`, and not both")
+        folders = [root] if root is not None else roots
+        paths = [path for folder in folders for path in _list_images(str(folder))]
+        super().__init__([{"image": Source(Path(path))} for path in paths], size, **how)
+
+
+def read_pictures(source: str | Path, size: int | Sequence[int]) -> torch.Tensor:
+    """The pictures of a folder in the order of their names, or one picture: float32 [N, 3, H, W] in [-1, 1], the
+    middle of each, scaled to just cover `size`. UserError where there are none."""
+    path = Path(source)
+    if not path.exists():
+        raise UserFileError(f"no such file or folder: {source}")
+    data = ImageFolder(path, size) if path.is_dir() else Pictures([{"image": Source(path)}], size)
+    return torch.from_numpy(np.stack([data[k]["image"] for k in range(len(data))])).permute(0, 3, 1, 2)

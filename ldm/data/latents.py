@@ -1,0 +1,203 @@
+"""Latents computed once: the cache's files, and the dataset that reads them.
+
+A cache is a folder: shard-00000.safetensors, ... with the latents of `shard_size` items each, and index.json, which
+says what they are of. In a shard stand, for every key of the pictures, KEY [n, c, h, w], the means of the first
+stage's posterior (or its latents where it has none), KEY_std, and with stored flips KEY_flipped, KEY_flipped_std.
+Nothing is scaled.
+"""
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset
+
+from guided_diffusion.errors import UserError, UserFileError, UserValueError
+from ldm.checkpoint import load_state_dict
+from ldm.data.base import Item, Pictures
+from ldm.util import instantiate_from_config
+
+FORMAT = 1
+ENCODER = ("encoder.", "quant_conv.")  # the tensors on which latents depend
+PREFIX = "first_stage_model."  # of a first stage inside a latent diffusion's checkpoint
+
+
+@dataclass(frozen=True)
+class CacheIndex:
+    """What a cache is of. Everything but `scale_factor` is known before the first latent is computed."""
+
+    format: int
+    first_stage: str  # checksum of the encoder
+    size: tuple[int, int]  # (height, width) of the pictures
+    keys: tuple[str, ...]
+    flips: bool  # every picture is stored flipped as well
+    dtype: str
+    shard_size: int
+    batch_size: int  # by which it was computed: rounding depends on it
+    items: tuple[str, ...]  # the pictures' files
+    scale_factor: dict[str, float] | None = None  # 1 / standard deviation, by key; None: not finished
+
+    @property
+    def shards(self) -> int:
+        """The number of shards."""
+        return -(-len(self.items) // self.shard_size)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, root: str | Path) -> "CacheIndex":
+        """The index of a folder. UserError where there is none that this version can read."""
+        path = Path(root) / "index.json"
+        if not path.is_file():
+            raise UserFileError(
+                f"{root} is no cache of latents (no index.json): scripts/cache_latents.py makes one"
+            )
+        try:
+            content = json.loads(path.read_text())
+            made = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not an index of latents: {error}") from error
+        if made.format != FORMAT:
+            raise UserError(
+                f"{path} is of format {made.format}, this program reads {FORMAT}: cache the latents again"
+            )
+        return made
+
+    def difference(self, other: "CacheIndex") -> str | None:
+        """In words, the first thing in which two caches differ; None where they are of the same."""
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "scale_factor" or mine == theirs:
+                continue
+            if field.name == "first_stage":
+                return "another first stage (its encoder's checksum differs)"
+            if field.name == "items":
+                return f"other pictures ({len(mine)} instead of {len(theirs)}, or other names)"
+            return f"another {field.name} ({_words(mine)} instead of {_words(theirs)})"
+        return None
+
+
+def shard_path(root: str | Path, number: int) -> Path:
+    """The file of a shard."""
+    return Path(root) / f"shard-{number:05d}.safetensors"
+
+
+def encoder_checksum(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the encoder's tensors in a first stage's state dict, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in weights if name.startswith(ENCODER)):
+        value = weights[name].detach().float().cpu().contiguous()  # as the model holds it
+        digest.update(f"{name} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def first_stage_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a first stage, from its own checkpoint or from that of a latent diffusion with it."""
+    weights = load_state_dict(path)
+    inside = {k.removeprefix(PREFIX): v for k, v in weights.items() if k.startswith(PREFIX)}
+    return inside or weights
+
+
+class CachedLatents(Dataset):
+    """Items {KEY_latent: float32 [c, h, w], KEY_latent_std: the same where there is one, "file_path_": str}.
+
+    UserError for a cache that is unfinished, or made of other pictures, of another size or with another first
+    stage than said here.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        pictures: Pictures
+        | Mapping
+        | None = None,  # what was cached, to be compared; cache_latents.py reads it
+        first_stage: str | Path | None = None,  # its checkpoint, to be compared
+        keys: Sequence[str] | None = None,  # of those cached; all by default
+        random_flip: bool = False,  # left-right, half of the time; needs stored flips
+    ):
+        super().__init__()
+        self.root = Path(root)
+        self.index = index = CacheIndex.read(root)
+        self.keys = tuple(keys or index.keys)
+        self.random_flip = random_flip
+        if index.scale_factor is None:
+            raise UserError(
+                f"the cache {root} is not finished: run scripts/cache_latents.py again, it continues"
+            )
+        if unknown := sorted(set(self.keys) - set(index.keys)):
+            raise UserValueError(f"the cache {root} has no {unknown[0]!r}, only {', '.join(index.keys)}")
+        if random_flip and not index.flips:
+            raise UserValueError(
+                f"the cache {root} has no flipped pictures: cache them with --flips, or set random_flip off"
+            )
+        if (
+            first_stage is not None
+            and encoder_checksum(first_stage_weights(first_stage)) != index.first_stage
+        ):
+            raise UserError(
+                f"the cache {root} was made with another first stage than {first_stage}: cache the latents again"
+            )
+        if pictures is not None:
+            self._compare(instantiate_from_config(pictures) if isinstance(pictures, Mapping) else pictures)
+        self._open: dict[int, safe_open] = {}
+
+    def __len__(self) -> int:
+        return len(self.index.items)
+
+    @property
+    def scale_factor(self) -> dict[str, float]:
+        """1 / the standard deviation of the latents, by key."""
+        return self.index.scale_factor
+
+    def __getitem__(self, index: int) -> Item:
+        number = range(len(self))[index]
+        flipped = "_flipped" if self.random_flip and random.random() < 0.5 else ""
+        shard, row = divmod(number, self.index.shard_size)
+        item: Item = {}
+        for key in self.keys:
+            item[f"{key}_latent"] = self._read(shard, f"{key}{flipped}", row)
+            if f"{key}_std" in self._shard(shard).keys():
+                item[f"{key}_latent_std"] = self._read(shard, f"{key}{flipped}_std", row)
+        return {**item, "file_path_": self.index.items[number]}
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": {}}  # open files do not travel to data workers
+
+    def _read(self, shard: int, name: str, row: int) -> torch.Tensor:
+        return self._shard(shard).get_slice(name)[row].float()
+
+    def _shard(self, number: int):
+        if number not in self._open:
+            self._open[number] = open_shard(shard_path(self.root, number))
+        return self._open[number]
+
+    def _compare(self, pictures: Pictures) -> None:
+        other = dataclasses.replace(
+            self.index, size=pictures.size, items=tuple(pictures.paths), keys=pictures.keys
+        )
+        if difference := self.index.difference(other):
+            raise UserError(f"the cache {self.root} was made with {difference}: cache the latents again")
+
+
+def open_shard(path: Path):
+    """An open shard. UserError where it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserFileError(f"{path} is missing: run scripts/cache_latents.py again") from None
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete it and run scripts/cache_latents.py again"
+        ) from error
+
+
+def _words(value) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) and isinstance(value[0], int) else str(value)

@@ -1,0 +1,110 @@
+"""Encode all pictures of a latent diffusion's data once, so that training does not run the first stage.
+
+    python scripts/cache_latents.py --config configs/translation/camvid-small.yaml --ckpt first_stage.ckpt \
+        --out runs/latents/train --flips data.params.train.params.pictures.params.root=camvid
+
+The configuration is that of the model to be trained: its first stage and the dataset `--split` of its `data`; where
+that is ldm.data.latents.CachedLatents already, the pictures under its `pictures`. They are cached without random
+crops or flips; --flips stores every picture flipped as well. Stopped at any point, the same command continues and
+leaves the same files. Prints (and stores) the scale of the latents, for scale_factor. name=value sets any other entry
+of the configuration.
+"""
+
+import argparse
+
+import _ldm  # (first: it makes the packages importable)
+import torch
+from tqdm import tqdm
+
+from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
+from ldm.checkpoint import load_weights
+from ldm.data.base import Pictures
+from ldm.data.latent_cache import DTYPES, fill_cache
+from ldm.data.latents import first_stage_weights
+from ldm.util import instantiate_from_config
+
+CACHED = "ldm.data.latents.CachedLatents"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = flags.add_argument
+    add("--config", required=True, help="of the latent diffusion (.yaml)")
+    add(
+        "--ckpt",
+        default="",
+        help="the first stage's weights (default: what the configuration names as ckpt_path)",
+    )
+    add("--out", required=True, help="the folder of the cache")
+    add("--split", default="train", help="train, validation or test: which entry of the configuration's data")
+    add("--flips", action="store_true", help="store every picture flipped left-right as well")
+    add("--dtype", choices=list(DTYPES), default="float32")
+    add("--shard_size", type=int, default=1024, help="pictures in a file: what is lost at most when stopped")
+    add("--batch_size", type=int, default=8)
+    add("--num_workers", type=int, default=0, help="processes that read pictures")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("changes", nargs="*", metavar="name=value", help="entries of the configuration")
+    return flags
+
+
+@exit_on_user_error()
+def main():
+    args = parser().parse_args()
+    config = _ldm.merged_config([args.config], args.changes)
+    first_stage = open_first_stage(config, args.ckpt).to(args.device)
+    pictures = open_pictures(config, args.split)
+    index = fill_cache(
+        pictures,
+        first_stage,
+        args.out,
+        args.flips,
+        args.dtype,
+        args.shard_size,
+        args.batch_size,
+        args.num_workers,
+        lambda shards: tqdm(shards, desc="shards", dynamic_ncols=True),
+    )
+    told = ", ".join(f"{key} {scale:.6g}" for key, scale in index.scale_factor.items())
+    print(f"{len(index.items)} items in {args.out}; scale_factor (1 / standard deviation): {told}")
+
+
+def open_first_stage(config: dict, ckpt: str) -> torch.nn.Module:
+    """The first stage of a configuration with its weights. UserError where one of the two is missing."""
+    try:
+        params = dict(config["model"]["params"]["first_stage_config"])
+    except (KeyError, TypeError):
+        raise UserValueError("the configuration has no model.params.first_stage_config") from None
+    if ckpt:
+        params["params"] = {k: v for k, v in params.get("params", {}).items() if k != "ckpt_path"}
+    first_stage = instantiate_from_config(params)
+    if ckpt:
+        optional = ("loss.", "model_ema.", "colorize")
+        load_weights(first_stage, first_stage_weights(ckpt), ckpt, optional=optional)
+    elif list(first_stage.parameters()) and not params.get("params", {}).get("ckpt_path"):
+        raise UserValueError("which weights does the first stage have? Give --ckpt")
+    return first_stage.eval().requires_grad_(False)
+
+
+def open_pictures(config: dict, split: str) -> Pictures:
+    """The dataset to be cached, without random crops and flips."""
+    try:
+        data = config["data"]["params"][split]
+        data = data["params"]["pictures"] if data["target"] == CACHED else data
+    except (KeyError, TypeError):
+        raise UserValueError(
+            f"the configuration has no data.params.{split} with pictures (or CachedLatents with `pictures`)"
+        ) from None
+    pictures = instantiate_from_config(data)
+    if not isinstance(pictures, Pictures):
+        raise UserError(
+            f"{data['target']} cannot be cached: it must be one of the datasets of pictures in ldm.data"
+        )
+    pictures.random_crop = pictures.random_flip = False
+    return pictures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The cache of latents: what it holds is what the first stage gives, whatever interrupted its making."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.utils.data import DataLoader
+
+from guided_diffusion.errors import UserError, UserValueError
+from ldm.data.folders import ImageFolder
+from ldm.data.latent_cache import fill_cache
+from ldm.data.latents import CachedLatents
+from ldm.data.paired import ParallelFolders
+from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
+from tests.test_ldm_data import saved
+
+DD = dict(double_z=True, z_channels=2, resolution=16, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1])
+DD |= dict(num_res_blocks=1, attn_resolutions=[])
+CONFIG = {
+    "target": "ldm.models.autoencoder.AutoencoderKL",
+    "params": {"ddconfig": DD, "lossconfig": {"target": "torch.nn.Identity"}, "embed_dim": 2},
+}
+COUNT, SHARD = 7, 3
+
+
+def autoencoder(seed=0):
+    torch.manual_seed(seed)
+    return AutoencoderKL(DD, {"target": "torch.nn.Identity"}, 2).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Seven pairs of pictures, 16x20."""
+    root = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        for name in ("a", "b"):
+            saved(rng.integers(0, 256, (16, 20, 3)).astype(np.uint8), root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def pairs(folders):
+    return ParallelFolders(folders / "a", folders / "b", [16, 20])
+
+
+def fill(pairs, root, model=None, **how):
+    return fill_cache(pairs, model or autoencoder(), root, **{"shard_size": SHARD, "batch_size": 2, **how})
+
+
+def contents(root):
+    return {path.name: path.read_bytes() for path in Path(root).iterdir()}
+
+
+def test_cached_latents_are_those_of_a_fresh_encoding(pairs, tmp_path):
+    index = fill(pairs, tmp_path / "c", flips=True)
+    model, cached = autoencoder(), CachedLatents(tmp_path / "c", random_flip=True)
+    random.seed(0)
+    flips = 0
+    for i in range(COUNT):
+        item, pair = cached[i], pairs[i]
+        x = torch.from_numpy(np.stack([pair["image"], pair["label_map"]])).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            plain, flipped = model.encode(x), model.encode(x.flip(-1))
+        close = torch.allclose(item["image_latent"], plain.mean[0], atol=1e-5)
+        flips += not close
+        posterior = plain if close else flipped  # both of the pair alike
+        for k, key in enumerate(("image", "label_map")):
+            assert torch.allclose(item[f"{key}_latent"], posterior.mean[k], atol=1e-5)
+            assert torch.allclose(item[f"{key}_latent_std"], posterior.std[k], atol=1e-5)
+        assert item["file_path_"] == pair["file_path_"]
+    assert 0 < flips < COUNT
+    assert index.shards == 3 and len(list((tmp_path / "c").glob("shard-*"))) == 3
+
+
+def test_the_scale_makes_draws_of_unit_deviation(pairs, tmp_path):
+    index = fill(pairs, tmp_path / "c")
+    items = [CachedLatents(tmp_path / "c")[i] for i in range(COUNT)]
+    mean = torch.stack([item["label_map_latent"] for item in items])
+    std = torch.stack([item["label_map_latent_std"] for item in items])
+    torch.manual_seed(0)
+    draws = torch.cat([mean + std * torch.randn_like(mean) for _ in range(200)])
+    assert index.scale_factor["label_map"] * draws.std().item() == pytest.approx(1, abs=5e-3)
+
+
+def test_a_killed_pass_continues_to_the_same_files(pairs, tmp_path):
+    whole = fill(pairs, tmp_path / "whole", flips=True)
+
+    class Killed(BaseException):
+        pass
+
+    class Dying(AutoencoderKL):
+        calls = 0
+
+        def encode(self, x):
+            Dying.calls += 1
+            if Dying.calls > 10:  # in the middle of the second shard
+                raise Killed
+            return super().encode(x)
+
+    dying = Dying(DD, {"target": "torch.nn.Identity"}, 2).eval()
+    dying.load_state_dict(autoencoder().state_dict())
+    with pytest.raises(Killed):
+        fill(pairs, tmp_path / "killed", dying, flips=True)
+    assert [p.name for p in sorted((tmp_path / "killed").glob("shard-*"))] == ["shard-00000.safetensors"]
+    with pytest.raises(UserError, match="is not finished"):
+        CachedLatents(tmp_path / "killed")
+    kept = (tmp_path / "killed/shard-00000.safetensors").stat().st_mtime_ns
+    assert fill(pairs, tmp_path / "killed", flips=True) == whole
+    assert (tmp_path / "killed/shard-00000.safetensors").stat().st_mtime_ns == kept
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_cache_of_something_else_is_refused(pairs, folders, tmp_path):
+    fill(pairs, tmp_path / "c")
+    with pytest.raises(UserError, match="was made with another first stage"):
+        fill(pairs, tmp_path / "c", autoencoder(seed=1))
+    smaller = ParallelFolders(folders / "a", folders / "b", 16)
+    with pytest.raises(UserError, match=r"another size \(16x20 instead of 16x16\)"):
+        fill(smaller, tmp_path / "c")
+    torch.save({"state_dict": autoencoder().state_dict()}, tmp_path / "same.ckpt")
+    torch.save({"state_dict": autoencoder(1).state_dict()}, tmp_path / "other.ckpt")
+    CachedLatents(tmp_path / "c", pictures=pairs, first_stage=tmp_path / "same.ckpt")
+    with pytest.raises(UserError, match=r"another first stage than .*other\.ckpt"):
+        CachedLatents(tmp_path / "c", first_stage=tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="another size"):
+        CachedLatents(tmp_path / "c", pictures=smaller)
+    with pytest.raises(UserError, match="other pictures"):
+        CachedLatents(tmp_path / "c", pictures=ParallelFolders(folders / "b", folders / "a", [16, 20]))
+    with pytest.raises(UserValueError, match="no flipped pictures"):
+        CachedLatents(tmp_path / "c", random_flip=True)
+    pairs.random_flip = True
+    with pytest.raises(UserValueError, match="flipped at random"):
+        fill(pairs, tmp_path / "d")
+
+
+def test_only_some_keys_half_precision_and_data_workers(pairs, tmp_path):
+    fill(pairs, tmp_path / "c", dtype="float16")
+    fill(pairs, tmp_path / "full")
+    cached = CachedLatents(tmp_path / "c", keys=["label_map"])
+    batch = next(iter(DataLoader(cached, batch_size=COUNT, num_workers=1)))
+    assert set(batch) == {"label_map_latent", "label_map_latent_std", "file_path_"}
+    full = torch.stack([CachedLatents(tmp_path / "full")[i]["label_map_latent"] for i in range(COUNT)])
+    assert batch["label_map_latent"].dtype == torch.float32
+    assert 0 < (batch["label_map_latent"] - full).abs().max() < 2e-3 * full.abs().max()
+    with pytest.raises(UserValueError, match="no 'depth', only image, label_map"):
+        CachedLatents(tmp_path / "c", keys=["depth"])
+
+
+def test_a_first_stage_without_a_posterior(folders, tmp_path):
+    pictures = ImageFolder(folders / "a", 8)
+    fill(pictures, tmp_path / "c", IdentityFirstStage())
+    item = CachedLatents(tmp_path / "c", pictures=pictures)[COUNT - 1]
+    assert set(item) == {"image_latent", "file_path_"}
+    assert np.array_equal(item["image_latent"].permute(1, 2, 0).numpy(), pictures[COUNT - 1]["image"])
+
+
+def test_a_damaged_shard_is_named(pairs, tmp_path):
+    fill(pairs, tmp_path / "c")
+    shard = tmp_path / "c/shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:99])
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors is damaged"):
+        CachedLatents(tmp_path / "c")[SHARD]
+
+
+def test_the_command(folders, tmp_path, run_script):
+    data = {
+        "image_root": str(folders / "a"),
+        "other_root": str(folders / "b"),
+        "size": [16, 20],
+        "random_flip": True,
+    }
+    train = {"target": "ldm.data.paired.ParallelFolders", "params": data}
+    cached = {"root": str(tmp_path / "c"), "pictures": train, "first_stage": str(tmp_path / "ae.ckpt")}
+    config = {
+        "model": {"target": "any", "base_learning_rate": 1, "params": {"first_stage_config": CONFIG}},
+        "data": {
+            "target": "any",
+            "params": {"train": {"target": "ldm.data.latents.CachedLatents", "params": cached}},
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    # As it stands in a latent diffusion's checkpoint; the first stage's own is read by the other tests.
+    inside = {f"first_stage_model.{k}": v for k, v in autoencoder().state_dict().items()}
+    torch.save({"state_dict": inside}, tmp_path / "ae.ckpt")
+
+    words = [
+        "cache_latents",
+        "--config",
+        tmp_path / "config.yaml",
+        "--out",
+        tmp_path / "c",
+        "--device",
+        "cpu",
+    ]
+    job = run_script(*words)
+    assert job.returncode == 2 and job.stderr.endswith("have? Give --ckpt\n")
+    job = run_script(*words, "--ckpt", tmp_path / "ae.ckpt", "--flips")
+    dataset = CachedLatents(**cached, random_flip=True)
+    assert f"image {dataset.scale_factor['image']:.6g}" in job.stdout
+    assert dataset[0]["image_latent"].shape == (2, 8, 10)

@@ -1,0 +1,262 @@
+"""Datasets of ldm.data: pairs belong together, label colours survive, mistakes are named."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from evaluations.segmentation import load_palette as evaluation_palette
+from evaluations.segmentation import to_indices
+from guided_diffusion.errors import UserError, UserFileError, UserValueError
+from guided_diffusion.image_datasets import center_crop_arr, random_crop_arr
+from ldm.data.base import Concatenated, FirstStagePictures
+from ldm.data.cityscapes import Cityscapes
+from ldm.data.folders import ImageFolder, read_pictures
+from ldm.data.paired import CamVid, Night2Day, ParallelFolders, SideBySide
+from ldm.data.palettes import load_palette
+from ldm.training.data import SeededDataset
+from tests.conftest import picture
+
+CAMVID = load_palette("camvid")
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def saved(array, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def scene(number, height=24, width=32):
+    """(photo, class numbers): blocks of classes, each painted in the photo with the grey 20 * class."""
+    rng = np.random.default_rng(number)
+    classes = rng.integers(0, 12, (height // 4, width // 4)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
+    return np.repeat(20 * classes[..., None], 3, 2), classes
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    for split, count in (("train", 6), ("val", 2)):
+        for i in range(count):
+            photo, classes = scene(i)
+            saved(photo, tmp_path / f"camvid/{split}/f{i}.png")
+            saved(classes, tmp_path / f"camvid/{split}annot/f{i}.png")
+    return tmp_path / "camvid"
+
+
+def to_pixels(x):
+    return ((x + 1) * 127.5).round().astype(np.uint8)
+
+
+def classes_of(item, palette="camvid"):
+    return to_indices(to_pixels(item["label_map"]), evaluation_palette(palette))
+
+
+def test_photo_and_label_map_get_the_same_place_and_flip(camvid):
+    # The photo's grey tells the class, so both must agree in every pixel, wherever the cut is.
+    data = CamVid(camvid, "train", 16, random_crop=True, random_flip=True, interpolation="nearest")
+    seen = set()
+    for _ in range(4):
+        for i in range(len(data)):
+            item = data[i]
+            assert item["image"].shape == (16, 16, 3) and item["image"].dtype == np.float32
+            assert np.array_equal(to_pixels(item["image"])[..., 0], 20 * classes_of(item))
+            seen.add(item["image"].tobytes())
+    assert len(seen) > 12  # it does vary
+
+
+def test_flips_are_flips_of_the_whole_pair(camvid):
+    random.seed(0)
+    plain = CamVid(camvid, "train", [24, 32])
+    flipping = CamVid(camvid, "train", [24, 32], random_flip=True)
+    flips = 0
+    for i in range(6):
+        item, other = plain[i], flipping[i]
+        flipped = not np.array_equal(item["image"], other["image"])
+        flips += flipped
+        for key in ("image", "label_map"):
+            assert np.array_equal(other[key], item[key][:, ::-1] if flipped else item[key])
+    assert 0 < flips < 6
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(camvid):
+    def draw(seed, epoch, order, workers=0):
+        data = CamVid(camvid, "train", 16, random_crop=True, random_flip=True)
+        keys = [(epoch, i) for i in order]
+        loader = DataLoader(SeededDataset(data, seed), batch_size=2, sampler=keys, num_workers=workers)
+        items = torch.cat([batch["image"] for batch in loader])
+        return {i: items[k] for k, i in enumerate(order)}
+
+    one, other = draw(3, 5, range(6)), draw(3, 5, [4, 2, 0, 5], workers=1)
+    assert all(torch.equal(one[i], other[i]) for i in other)
+    for different in (draw(4, 5, range(6)), draw(3, 6, range(6))):
+        assert any(not torch.equal(one[i], different[i]) for i in range(6))
+
+
+def test_label_colours_survive_resizing_exactly(camvid):
+    for size in (8, [13, 17], 50):
+        item = CamVid(camvid, "train", size)[0]
+        colours = {tuple(c) for c in to_pixels(item["label_map"]).reshape(-1, 3)}
+        assert colours <= {tuple(c) for c in CAMVID.colors}
+        assert len(colours) > 1
+
+
+def test_both_readers_of_a_palette_file_agree():
+    for name, void in (("cityscapes", 19), ("camvid", 11)):
+        numbers = np.arange(void + 1)[None]
+        assert (to_indices(load_palette(name).paint(numbers), evaluation_palette(name)) == numbers).all()
+
+
+@pytest.mark.parametrize("size", [(40, 31), (31, 40), (9, 8), (100, 35)])
+def test_squares_are_cut_as_adm_cuts_them(tmp_path, size):
+    image = picture(3, size)
+    image.save(tmp_path / "a.png")
+    item = ImageFolder(tmp_path, 8)[0]
+    assert np.array_equal(to_pixels(item["image"]), center_crop_arr(image, 8))
+    random.seed(2)
+    item = ImageFolder(tmp_path, 8, random_crop=True)[0]
+    assert np.array_equal(to_pixels(item["image"]), random_crop_arr(image, 8, rng=random.Random(2)))
+
+
+def test_several_roots(tmp_path):
+    for name in "ab":
+        saved(np.full((8, 8, 3), ord(name), np.uint8), tmp_path / name / "x.png")
+    data = ImageFolder(roots=[tmp_path / "a", tmp_path / "b"], size=8)
+    assert [to_pixels(data[i]["image"])[0, 0, 0] for i in range(2)] == [ord("a"), ord("b")]
+    with pytest.raises(UserValueError, match="one of `root` and `roots`"):
+        ImageFolder(size=8)
+
+
+def test_a_missing_partner_is_named(camvid):
+    (camvid / "trainannot/f3.png").unlink()
+    with pytest.raises(UserFileError, match=r"train/f3\.png has no partner in .*trainannot \(1 of 6"):
+        CamVid(camvid, "train", 8)
+    saved(scene(0)[1], camvid / "valannot/extra.png")
+    with pytest.raises(UserFileError, match=r"valannot/extra\.png has no partner in .*val "):
+        CamVid(camvid, "val", 8)
+    with pytest.raises(UserFileError, match="no split .*test; .* has train, trainannot, val, valannot"):
+        CamVid(camvid, "test", 8)
+
+
+def test_pairs_of_different_sizes_are_named(camvid):
+    saved(scene(1, 24, 40)[1], camvid / "trainannot/f1.png")
+    with pytest.raises(UserValueError, match=r"f1\.png is 32x24, .*f1\.png is 40x24"):
+        CamVid(camvid, "train", 8)
+
+
+def test_a_truncated_picture_is_named(camvid):
+    path = camvid / "train/f2.png"
+    path.write_bytes(path.read_bytes()[:60])  # the head is whole
+    data = CamVid(camvid, "train", 8)
+    with pytest.raises(UserError, match=r"train/f2\.png cannot be read"):
+        data[2]
+
+
+def test_a_number_that_is_no_class_is_named(camvid):
+    saved(np.full((24, 32), 12, np.uint8), camvid / "trainannot/f0.png")
+    with pytest.raises(UserValueError, match=r"trainannot/f0\.png: class 12 is not in palette camvid"):
+        CamVid(camvid, "train", 8)[0]
+
+
+def test_numbers_without_a_palette_are_refused_and_colours_taken_as_they_are(tmp_path):
+    photo, classes = scene(0)
+    saved(photo, tmp_path / "a/x.png")
+    saved(classes, tmp_path / "b/x.png")
+    with pytest.raises(UserValueError, match="x.png holds class numbers: say with `palette`"):
+        ParallelFolders(tmp_path / "a", tmp_path / "b", 8)[0]
+    saved(CAMVID.paint(classes), tmp_path / "b/x.png")
+    item = ParallelFolders(tmp_path / "a", tmp_path / "b", [24, 32])[0]
+    assert np.array_equal(classes_of(item), classes)
+
+
+def test_side_by_side_halves(tmp_path):
+    left, right = np.full((8, 8, 3), 10, np.uint8), np.full((8, 8, 3), 200, np.uint8)
+    saved(np.concatenate([left, right], 1), tmp_path / "n/train/a.png")
+    item = SideBySide(tmp_path / "n/train", 8, keys=("photo", "drawing"))[0]
+    assert (to_pixels(item["photo"]) == 10).all() and (to_pixels(item["drawing"]) == 200).all()
+    item = Night2Day(tmp_path / "n", "train", 8)[0]
+    assert (to_pixels(item["night"]) == 10).all() and (to_pixels(item["day"]) == 200).all()
+    saved(np.zeros((8, 9, 3), np.uint8), tmp_path / "n/train/b.png")
+    with pytest.raises(UserValueError, match=r"b\.png is 9 pixels wide"):
+        SideBySide(tmp_path / "n/train", 8)
+
+
+@pytest.mark.parametrize("annotation", ["color", "labelIds", "labelTrainIds"])
+def test_cityscapes_in_its_distributed_layout(tmp_path, annotation):
+    palette = load_palette("cityscapes")
+    train_ids = np.array([[0, 13], [10, 255]], np.uint8).repeat(4, 0).repeat(4, 1)
+    ids = np.array([[7, 26], [23, 4]], np.uint8).repeat(4, 0).repeat(4, 1)
+    annotations = {"color": palette.paint(train_ids), "labelIds": ids, "labelTrainIds": train_ids}
+    for city in ("aachen", "ulm"):
+        stem = f"{city}_000000_000019"
+        saved(np.zeros((8, 8, 3), np.uint8), tmp_path / f"leftImg8bit/train/{city}/{stem}_leftImg8bit.png")
+        for name, array in annotations.items():
+            saved(array, tmp_path / f"gtFine/train/{city}/{stem}_gtFine_{name}.png")
+    data = Cityscapes(tmp_path, "train", 8, annotation=annotation)
+    assert len(data) == 2 and data[1]["file_path_"].endswith("ulm_000000_000019_leftImg8bit.png")
+    assert np.array_equal(classes_of(data[0], "cityscapes"), np.where(train_ids == 255, 19, train_ids))
+
+
+def test_an_autoencoder_sees_photos_and_label_maps(camvid):
+    config = {"target": "ldm.data.paired.CamVid", "params": {"root": str(camvid), "split": "val", "size": 8}}
+    pairs = CamVid(camvid, "val", 8)
+    shown = FirstStagePictures(config)
+    assert len(shown) == 4
+    for i in range(4):
+        assert np.array_equal(shown[i]["image"], pairs[i // 2][("image", "label_map")[i % 2]])
+    maps = FirstStagePictures(config, keys=["label_map"])
+    both = Concatenated([config, {"target": "ldm.data.base.FirstStagePictures", "params": {"data": config}}])
+    assert len(both) == 6 and np.array_equal(both[3]["image"], maps[0]["image"])
+    with pytest.raises(IndexError):
+        both[6]
+    with pytest.raises(UserValueError, match="no 'depth': their keys are image, label_map"):
+        FirstStagePictures(config, keys=["depth"])
+
+
+def test_real_pairs(unpacked_dev_data):
+    data = CamVid(unpacked_dev_data("camvid.tar") / "camvid", "train", [96, 128])
+    item = data[0]
+    assert len(data) == 367 and item["image"].shape == item["label_map"].shape == (96, 128, 3)
+    road = classes_of(item) == 3
+    assert road[-24:].mean() > 0.3 and road[:24].mean() < 0.01  # the road is below
+
+
+@pytest.mark.parametrize("name", ["camvid-small", "camvid-small-baseline"])
+def test_the_small_models_take_the_first_stage_that_the_small_autoencoder_trains(name):
+    trained, used = (
+        yaml.safe_load((CONFIGS / file).read_text())
+        for file in ("autoencoder/kl-f4-small.yaml", f"translation/{name}.yaml")
+    )
+    own, other = trained["model"]["params"], used["model"]["params"]["first_stage_config"]["params"]
+    assert own["ddconfig"] == other["ddconfig"] and own["embed_dim"] == other["embed_dim"]
+    factor = 2 ** (len(own["ddconfig"]["ch_mult"]) - 1)
+    size = used["data"]["params"]["train"]["params"]["pictures"]["params"]["size"]
+    assert [factor * side for side in used["model"]["params"]["image_size"]] == size
+
+
+def test_exported_pictures_are_the_held_out_ones_and_a_sheet_shows_them(camvid, tmp_path, run_script):
+    pictures = {
+        "target": "ldm.data.paired.CamVid",
+        "params": {"root": "nowhere", "split": "val", "size": [12, 16]},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"params": {"validation": pictures}}}))
+    root = f"data.params.validation.params.root={camvid}"
+    job = run_script("export_pictures", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out", root)
+    assert job.returncode == 0, job.stderr
+    data = CamVid(camvid, "val", [12, 16])
+    for key in ("image", "label_map"):
+        assert sorted(p.name for p in (tmp_path / "out" / key).iterdir()) == ["000000.png", "000001.png"]
+        again = read_pictures(tmp_path / "out" / key, (12, 16))
+        assert torch.equal(again[1], torch.from_numpy(data[1][key]).permute(2, 0, 1))
+    rows = [f"{key}={tmp_path / 'out' / key}" for key in ("image", "label_map")]
+    job = run_script("sheet", *rows, "--out", tmp_path / "sheet.png")
+    assert job.returncode == 0, job.stderr
+    shown = {tuple(c) for c in np.asarray(Image.open(tmp_path / "sheet.png")).reshape(-1, 3)}
+    assert {tuple(c) for c in to_pixels(data[0]["label_map"]).reshape(-1, 3)} <= shown
+    job = run_script("sheet", f"nothing={tmp_path / 'out'}", "--out", tmp_path / "sheet.png")
+    assert job.returncode == 2 and "no pictures in" in job.stderr

@@ -1,0 +1,230 @@
+"""scripts/reproduce.py on toy tables: each step once, resumed where it stopped, and the declared table printed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+# A toy training: counts to {steps} in a file, one line each, and stops at {stop} as if it failed.
+TRAIN = """
+import json, pathlib, sys, time
+here, steps, stop, speed, seed = sys.argv[1:6]
+log = pathlib.Path(here, "log.txt")
+done = len(log.read_text().split()) if log.exists() else 0
+print(f"training {here} from {done} with {sys.argv[6:]}", flush=True)
+for step in range(done, int(steps)):
+    time.sleep(float(speed))
+    with log.open("a") as file:
+        file.write(f"{step}\\n")
+    if step == int(stop):
+        sys.exit(3)
+pathlib.Path(here, "weights-7.txt").write_text(str(0.5 + 0.1 * int(seed)))
+"""
+SCORE = """
+import json, pathlib, sys
+value = float(pathlib.Path(sys.argv[1]).read_text())
+pathlib.Path(sys.argv[2]).write_text(json.dumps({"scores": {"accuracy": value}, "fid": 9}))
+"""
+TABLE = {
+    "title": "Table 0",
+    "notes": ["A note."],
+    "columns": {
+        "accuracy": {"title": "Accuracy", "format": ".1f", "times": 100},
+        "fid": {"title": "FID", "format": ".2f"},
+        "empty": {"title": "Nothing"},
+    },
+    "scales": {"small": {"steps": 4}, "paper": {"steps": 400}},
+    "variables": {"stop": -1, "speed": 0, "inception": "", "flags": ""},
+    "steps": {
+        "train": {
+            "per": ["row", "seed"],
+            "run": "python {data}/train.py {here} {steps} {stop} {speed} {seed} {flags}",
+            "resume": {
+                "when": "{here}/log.txt",
+                "run": "python {data}/train.py {here} {steps} -1 0 {seed} resumed {found}",
+            },
+            "makes": {"weights": "{here}/weights-*.txt"},
+        },
+        "score": {
+            "per": ["row", "seed"],
+            "run": "python {data}/score.py {train.weights} {here}/scores.json",
+            "makes": {"file": "{here}/scores.json"},
+        },
+        "fid": {
+            "per": ["row", "seed"],
+            "only_with": ["inception"],
+            "run": "cp {score.file} {here}/fid.json",
+            "makes": {"file": "{here}/fid.json"},
+        },
+        "sheet": {"run": "cp {train@A.weights} {here}/sheet.txt", "per": ["seed"]},
+    },
+    "cells": {
+        "accuracy": {"from": "score.file", "key": "scores.accuracy"},
+        "fid": {"from": "fid.file", "key": "fid"},
+    },
+    "rows": [
+        {"id": "A", "title": "Row A", "paper": {"accuracy": 88}},
+        {"id": "A*", "title": "Row A*", "set": {"flags": "--from {train@A.weights}"}},
+    ],
+    "also": ["sheet"],
+}
+
+
+@pytest.fixture
+def reproduce(tmp_path, run_script):
+    """reproduce("--seeds", "0,1", ...): the finished job of the toy table, whose folder has a space in its name."""
+    data = tmp_path / "the data"
+    data.mkdir()
+    (data / "train.py").write_text(TRAIN)
+    (data / "score.py").write_text(SCORE)
+
+    def run(*arguments, table=TABLE, run=run_script):
+        (tmp_path / "toy.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+        return run("reproduce", tmp_path / "toy.yaml", "--data", data, "--out", tmp_path / "out", *arguments)
+
+    run.out = tmp_path / "out"
+    return run
+
+
+def started(name, *arguments):
+    """The job, running in a process of its own."""
+    command = [sys.executable, f"scripts/{name}.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_the_declared_table_is_printed_and_nothing_runs_twice(reproduce):
+    job = reproduce("--seeds", "0,1")
+    assert job.returncode == 0, job.stderr
+    lines = job.stdout.splitlines()
+    assert "**Table 0**" in lines and "A note." in lines
+    # 50 and 60: mean 55, standard deviation 7.07. FID was left out, and with it its column.
+    assert "|  | Accuracy |" in lines
+    assert "| Row A | 55.0 ± 7.1<br>*88.0* |" in lines
+    assert "| Row A* | 55.0 ± 7.1<br>*–* |" in lines
+    assert (reproduce.out / "table.md").read_text() in job.stdout
+    results = json.loads((reproduce.out / "results.json").read_text())
+    assert results["rows"]["A"]["accuracy"] == [50.0, 60.0]
+    assert set(results["seconds"]) > {"train-A-seed0", "train-A_-seed1", "sheet-seed0"}
+
+    again = reproduce("--seeds", "0,1")
+    assert again.returncode == 0 and "training" not in again.stdout
+    assert again.stdout[again.stdout.index("**Table") :] == job.stdout[job.stdout.index("**Table") :]
+    assert (reproduce.out / "train-A-seed0/log.txt").read_text() == "0\n1\n2\n3\n"
+
+
+def test_a_failing_command_is_named_and_then_resumed(reproduce):
+    job = reproduce("--set", "stop=1")
+    assert job.returncode == 2
+    assert "step train-A-seed0 failed with exit code 3: python" in job.stderr.splitlines()[-1]
+    assert "train.py" in job.stderr and not (reproduce.out / "table.md").exists()
+    job = reproduce("--set", "stop=1")
+    assert (
+        job.returncode == 2 and "train-A_-seed0 failed" in job.stderr
+    )  # A went on and ended, then A* stopped
+    assert "from 2 with ['resumed'" in job.stdout and "score-A-seed0" in job.stdout
+    job = reproduce("--set", "stop=1")
+    assert job.returncode == 0 and "train-A-seed0: finished before, skipped" in job.stdout
+    assert (reproduce.out / "train-A_-seed0/log.txt").read_text() == "0\n1\n2\n3\n"
+
+
+def test_killed_in_the_middle_it_takes_its_command_along_and_continues(reproduce):
+    slow = ("--set", "speed=0.5", "--set", "steps=8", "--only", "A")
+    job = reproduce(*slow, run=started)
+    log = reproduce.out / "train-A-seed0/log.txt"
+    for _ in range(300):
+        if log.exists() and log.read_text():
+            break
+        time.sleep(0.05)
+    busy = reproduce(*slow)
+    assert busy.returncode == 2 and "is in use by another process" in busy.stderr
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait(10) == 128 + signal.SIGTERM
+    done = log.read_text().split()
+    assert 1 <= len(done) < 8
+    job = reproduce(*slow)  # the lock is free: no command was left behind
+    assert job.returncode == 0, job.stderr
+    assert f"from {len(done)} with ['resumed'" in job.stdout
+    assert log.read_text().split() == [str(k) for k in range(8)]
+
+
+def test_another_command_than_before_is_refused_until_asked_for(reproduce):
+    assert reproduce().returncode == 0
+    job = reproduce("--set", "steps=5")
+    assert job.returncode == 2 and "train-A-seed0 was run before by another command" in job.stderr
+    job = reproduce("--set", "steps=5", "--again", "train", "--only", "A")
+    assert job.returncode == 0 and "train-A-seed0 from 0" in job.stdout
+    assert (reproduce.out / "train-A-seed0/log.txt").read_text() == "0\n1\n2\n3\n4\n"
+    # What needs it, in other rows too, is gone.
+    assert not (reproduce.out / "train-A_-seed0").exists() and not (reproduce.out / "sheet-seed0").exists()
+
+
+def test_dry_run_prints_what_a_shell_would_do(reproduce):
+    job = reproduce("--dry_run", "--only", "A*", "--set", "inception=w.pth")
+    assert job.returncode == 0 and not reproduce.out.exists()
+    names = [line[2:] for line in job.stdout.splitlines() if line.startswith("# ")]
+    assert names == ["train-A-seed0", "train-A_-seed0", "score-A_-seed0", "fid-A_-seed0"]
+    assert f"--from '{reproduce.out}/train-A-seed0/weights-*.txt'" in job.stdout.replace("'\"'\"'", "'")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--scale", "large"), "has the scales small, paper, not large"),
+        (("--only", "B"), "--only B: the rows are A, A*"),
+        (("--seeds", "0,0"), "--seeds 0,0: give different numbers"),
+        (("--set", "stepz=1"), "--set stepz: the variables of"),
+        (("--again", "trains"), "--again trains: there is no such step"),
+    ],
+)
+def test_mistakes_on_the_command_line(reproduce, arguments, message):
+    job = reproduce(*arguments)
+    assert job.returncode == 2 and message in job.stderr and "Traceback" not in job.stderr
+
+
+def changed(**parts):
+    return {**TABLE, **parts}
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        (changed(steps={"train": {"rum": "python"}}), "is not a table as scripts/_tables.py describes it"),
+        (changed(cells={"accuracy": {"from": "train.scores", "key": "a"}}), "no step makes train.scores"),
+        (changed(rows=[{"id": "A*", "title": ""}, {"id": "A+", "title": ""}]), "two rows have the same id"),
+        (changed(variables={}), "uses {stop}, which is not declared"),
+        (changed(also=["draw"]), "has no step draw"),
+    ],
+)
+def test_mistakes_in_a_table(reproduce, table, message):
+    job = reproduce(table=table)
+    assert job.returncode == 2 and message in job.stderr and "Traceback" not in job.stderr
+
+
+def test_a_step_that_makes_nothing_is_not_finished(reproduce):
+    steps = {**TABLE["steps"], "train": {**TABLE["steps"]["train"], "makes": {"weights": "{here}/other.txt"}}}
+    job = reproduce(table=changed(steps=steps))
+    assert job.returncode == 2 and "ended without an error but has not made" in job.stderr
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
+def test_every_declared_table_can_be_planned(scale, run_script):
+    for path in sorted((ROOT / "configs/tables").glob("*.yaml")):
+        command = [
+            sys.executable,
+            "scripts/reproduce.py",
+            path.stem,
+            "--scale",
+            scale,
+            "--data",
+            "d",
+            "--dry_run",
+        ]
+        job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert job.returncode == 0 and job.stdout.count("# ") > 3, (path, job.stderr)
