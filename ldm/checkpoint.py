@@ -48,6 +48,15 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     return dict(state)
 
 
+def trained_steps(path: str | Path) -> int:
+    """How many updates a checkpoint of a training run has seen; 0 for weights alone."""
+    if Path(path).suffix == ".safetensors":
+        return 0
+    with torch.serialization.safe_globals(_HARMLESS):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return int(content.get("global_step", 0)) if isinstance(content, Mapping) else 0
+
+
 def load_weights(
     module: nn.Module,
     weights: Mapping[str, torch.Tensor],

@@ -100,7 +100,7 @@ def test_vq_keeps_a_moving_average(vq):
     before = weight.detach().clone()
     with th.no_grad():
         weight.add_(1)
-    model.on_train_batch_end(None, None, 0)  # decay 2/11 after the first update
+    model.after_update()  # decay 2/11 after the first update
     with model.ema_scope():
         assert th.allclose(weight, before + 9 / 11, atol=1e-6)
     assert th.allclose(weight, before + 1)

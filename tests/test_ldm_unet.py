@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from guided_diffusion import unet as adm
 from guided_diffusion.errors import UserValueError
-from guided_diffusion.modalities import parse_modalities
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention, FeedForward, LinearAttention
 from ldm.modules.diffusionmodules.openaimodel import SpatialTransformer, UNetModel
 
@@ -61,6 +60,8 @@ def test_context_and_label_both_steer(inputs):
 
 
 def test_modalities_have_heads_beside_the_context(inputs):
+    from guided_diffusion.modalities import parse_modalities  # here: the single-task code has no such module
+
     modalities = parse_modalities("masked,label", (4, 8, 8), 3)
     joint, single = unet(**TEXT, modalities=modalities), unet(**TEXT)
     joint.load_state_dict(single.state_dict(), strict=False)

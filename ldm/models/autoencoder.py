@@ -4,17 +4,16 @@ latent-diffusion, ldm/models/autoencoder.py).
 Pictures are [B, C, H, W] in [-1, 1], latents [B, embed_dim, H / f, W / f].
 """
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from guided_diffusion.errors import UserValueError
 from ldm.checkpoint import load_state_dict, load_weights
+from ldm.models.first_stage_training import FirstStageTraining
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -25,7 +24,7 @@ from ldm.util import get_obj_from_str, instantiate_from_config
 _QUANTISER = "taming.modules.vqvae.quantize.VectorQuantizer2"
 
 
-class _FirstStage(pl.LightningModule):
+class _FirstStage(FirstStageTraining):
     """What the autoencoders share: encoder, decoder, loss, their data and checkpoints.
 
     ddconfig: arguments of Encoder and Decoder; lossconfig: target and params of the training loss; image_key:
@@ -72,12 +71,18 @@ class _FirstStage(pl.LightningModule):
         x = F.conv2d(x, self.colorize)
         return 2 * (x - x.min()) / (x.max() - x.min()) - 1
 
+    def _as_rgb(self, pictures):
+        """`pictures` by name, in colours where they have more than three channels and `to_rgb` can."""
+        if not hasattr(self, "colorize"):
+            return pictures
+        return {name: self.to_rgb(x) if x.shape[1] > 3 else x for name, x in pictures.items()}
+
 
 class AutoencoderKL(_FirstStage):
     """The autoencoder with Gaussian latents, close to N(0, I) (Rombach et al. 2022).
 
-    embed_dim: channels of the latent; ddconfig needs double_z (`UserValueError`); other arguments as in
-    `_FirstStage`.
+    embed_dim: channels of the latent; ddconfig needs double_z (`UserValueError`); scheduler_config: as in
+    `VQModel` (upstream has it only there); other arguments as in `_FirstStage`.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class AutoencoderKL(_FirstStage):
         image_key="image",
         colorize_nlabels=None,
         monitor=None,
+        scheduler_config=None,
     ):
         if not ddconfig.get("double_z", True):
             raise UserValueError(
@@ -97,10 +103,26 @@ class AutoencoderKL(_FirstStage):
             )
         super().__init__(ddconfig, lossconfig, image_key, colorize_nlabels, monitor)
         self.embed_dim = embed_dim
+        self.scheduler_config = scheduler_config
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def loss_arguments(self, x):
+        """(pictures, reconstructions, posterior)."""
+        reconstructions, posterior = self(x)
+        return (x, reconstructions, posterior), {}
+
+    @torch.no_grad()
+    def log_images(self, batch, only_inputs=False, **kwargs) -> dict[str, torch.Tensor]:
+        """Pictures [B, 3, H, W] by name: inputs, reconstructions, and samples decoded from N(0, I)."""
+        x = self.get_input(batch, self.image_key)
+        log = {"inputs": x}
+        if not only_inputs:
+            log["reconstructions"], posterior = self(x)
+            log["samples"] = self.decode(torch.randn_like(posterior.mean))
+        return self._as_rgb(log)
 
     def encode(self, x) -> DiagonalGaussianDistribution:
         """The posterior q(z | x) of pictures [B, C, H, W]."""
@@ -161,23 +183,26 @@ class VQModel(_FirstStage):
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
-    @contextlib.contextmanager
-    def ema_scope(self, context=None):
-        """Inside, the weights are the moving average's (where there is one)."""
-        if not self.use_ema:
-            yield
-            return
-        self.model_ema.store(self.parameters())
-        self.model_ema.copy_to(self)
-        try:
-            yield
-        finally:
-            self.model_ema.restore(self.parameters())
+    def loss_arguments(self, x):
+        """(codebook's loss, pictures, reconstructions), and which entries were used."""
+        reconstructions, codebook_loss, indices = self(x, return_pred_indices=True)
+        return (codebook_loss, x, reconstructions), {"predicted_indices": indices}
 
-    def on_train_batch_end(self, *args, **kwargs):
-        """Lightning calls this after every update."""
-        if self.use_ema:
-            self.model_ema(self)
+    def generator_modules(self):
+        """As in `FirstStageTraining`, and the codebook."""
+        return [*super().generator_modules(), self.quantize]
+
+    @torch.no_grad()
+    def log_images(self, batch, only_inputs=False, plot_ema=False, **kwargs) -> dict[str, torch.Tensor]:
+        """Pictures [B, 3, H, W] by name: inputs, reconstructions, and with plot_ema the average's too."""
+        x = self.get_input(batch, self.image_key)
+        log = {"inputs": x}
+        if not only_inputs:
+            log["reconstructions"] = self(x)[0]
+            if plot_ema:
+                with self.ema_scope():
+                    log["reconstructions_ema"] = self(x)[0]
+        return self._as_rgb(log)
 
     def get_input(self, batch, k):
         """As in `_FirstStage`, resized to a random size of batch_resize_range; the largest first, so that

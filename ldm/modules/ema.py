@@ -1,6 +1,8 @@
 """Moving average of a network's weights (interface and state-dict keys: latent-diffusion,
 ldm/modules/ema.py)."""
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -60,3 +62,14 @@ class LitEma(nn.Module):
         """Give `parameters` the values that `store` kept."""
         torch._foreach_copy_(list(parameters), self.collected_params)
         self.collected_params = []
+
+    @contextlib.contextmanager
+    def in_place_of(self, model: nn.Module):
+        """Inside, the parameters of `model` are their averages. May be nested."""
+        own = [parameter.detach().clone() for parameter in model.parameters()]
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(model.parameters()), own)

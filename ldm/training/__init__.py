@@ -1,0 +1,1 @@
+"""The training program behind main.py: command line, data, callbacks, checkpoints."""

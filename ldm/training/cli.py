@@ -1,0 +1,215 @@
+"""The training program: its command line, and how its parts are put together (interface: latent-diffusion,
+main.py)."""
+
+import argparse
+import logging
+import pdb
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+
+import pytorch_lightning as pl
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from guided_diffusion.errors import UserError, UserValueError
+from ldm.training.checkpoints import AtomicCheckpointIO, SaveLast, StoppedBySignal, check_resumable
+from ldm.training.config import Run, load_config, locate
+from ldm.training.data import DataModuleFromConfig
+from ldm.training.setup import make_callbacks, make_logger, make_strategy, prepare_trainer, world_size
+from ldm.util import instantiate_from_config
+
+_logger = logging.getLogger(__name__)
+_OVERRIDE = re.compile(r"(model|data|lightning)(\.[^/=]+)*=")
+_YES, _NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+# Lightning's warnings about what is meant to be so.
+_NO_CONCERN = (
+    ".*your dataloader is not resumable",  # the position in the data is in the checkpoint all the same
+    "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+    "Using ModelCheckpoint with manual optimization",  # checkpoints are taken after the update
+    "Detected call of .lr_scheduler.step",  # the discriminator's schedule runs before it takes part
+    ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as the rest of the program does."""
+
+    def error(self, message):
+        raise UserValueError(f"{message} (see --help)")
+
+
+def str2bool(value: str) -> bool:
+    """yes, true, t, y, 1 or no, false, f, n, 0."""
+    if value.lower() in (*_YES, *_NO):
+        return value.lower() in _YES
+    raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Upstream's flags, and --devices, --strategy, --precision, which were Lightning's."""
+    parser = _Parser(
+        prog="main.py",
+        allow_abbrev=False,
+        description="Train an autoencoder or a latent diffusion model from a configuration.",
+        epilog="Any other argument key.key=value overrides the configuration, as in "
+        "data.params.batch_size=8 or lightning.trainer.max_epochs=20.",
+    )
+    switch = dict(type=str2bool, nargs="?", const=True, metavar="BOOL")
+    parser.add_argument("-n", "--name", help="of the run, after the time in its folder's name")
+    parser.add_argument(
+        "-r", "--resume", metavar="PATH", help="continue from this run's folder or checkpoint"
+    )
+    parser.add_argument(
+        "-b",
+        "--base",
+        nargs="*",
+        default=[],
+        metavar="CONFIG",
+        help="configurations, merged from left to right",
+    )
+    parser.add_argument("-t", "--train", default=False, help="train", **switch)
+    parser.add_argument("--no-test", default=False, help="do not test after training", **switch)
+    parser.add_argument("-p", "--project", help="folder below --logdir that holds this run with others")
+    parser.add_argument("-d", "--debug", default=False, help="after an error, open the debugger", **switch)
+    parser.add_argument("-s", "--seed", type=int, default=23, help="of all random numbers (default 23)")
+    parser.add_argument("-f", "--postfix", default="", help="end of the run's name")
+    parser.add_argument("-l", "--logdir", default="logs", help="holds the runs (default logs)")
+    parser.add_argument(
+        "--scale_lr",
+        default=True,
+        help="learning rate = base_learning_rate x processes x batch size x accumulated batches "
+        "(default true)",
+        **switch,
+    )
+    parser.add_argument(
+        "--devices", help="a number, or a list such as 0,1; by default all GPUs, or one CPU process"
+    )
+    parser.add_argument("--gpus", help="as --devices, as upstream calls it (0, means GPU 0)")
+    parser.add_argument(
+        "--strategy", choices=("auto", "ddp", "fsdp"), help="default auto: ddp on several devices"
+    )
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="default 32-true")
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(the flags, the overrides of the configuration). `UserValueError` for flags that there are not."""
+    # Taken out first: the flags before them (-t, --base) would swallow them as their values.
+    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
+    options, unknown = get_parser().parse_known_args([a for a in arguments if not _OVERRIDE.match(a)])
+    return options, [*overrides, *unknown]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program. `UserError` for what the user can repair."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for message in _NO_CONCERN:
+        warnings.filterwarnings("ignore", message=message)
+    options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run(options, overrides)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except StoppedBySignal:
+        raise
+    except Exception as error:
+        if options.debug and not isinstance(error, UserError):
+            pdb.post_mortem(error.__traceback__)
+        raise
+
+
+def _run(options, overrides):
+    if not options.base and not options.resume:
+        raise UserValueError(
+            "nothing to work on: give a configuration (--base CONFIG) or a run (--resume PATH)"
+        )
+    run = locate(options.logdir, options.project, options.name, options.postfix, options.resume, options.base)
+    kept = sorted(run.cfgdir.glob("*.yaml")) if run.resume else []
+    if run.resume and not kept:
+        raise UserError(f"{run.cfgdir} holds no configuration (*.yaml) to resume with")
+    config = load_config([*kept, *options.base], overrides, _flags(options))
+    plain = OmegaConf.to_container(config, resolve=True)
+    lightning = plain.pop("lightning", None) or {}
+
+    pl.seed_everything(options.seed, verbose=False)
+    model = instantiate_from_config(plain["model"])
+    data = instantiate_from_config(plain["data"])
+    trainer_config = prepare_trainer(lightning.get("trainer") or {}, model)
+    if isinstance(data, DataModuleFromConfig):
+        data.seed = options.seed
+        # Its own sampler shares the data out; Lightning's would replace it.
+        trainer_config["use_distributed_sampler"] = False
+    data.prepare_data()
+    data.setup()
+    for name, dataset in getattr(data, "datasets", {}).items():
+        _logger.info(
+            "data %s: %s, %d samples", name, type(getattr(dataset, "data", dataset)).__name__, len(dataset)
+        )
+    if run.resume:
+        check_resumable(run.resume, model)
+    model.learning_rate = _learning_rate(plain, options.scale_lr, trainer_config, model)
+
+    every = ((lightning.get("modelcheckpoint") or {}).get("params") or {}).get("every_n_train_steps") or 0
+    save = SaveLast(run.ckptdir, every)
+    trainer_config["strategy"] = make_strategy(trainer_config, model)
+    trainer = pl.Trainer(
+        **trainer_config,
+        logger=make_logger(lightning, run),
+        callbacks=[save, *make_callbacks(lightning, plain, model, run, options.seed)],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=run.logdir,
+    )
+    _work(trainer, model, data, run, options)
+
+
+def _work(trainer, model, data, run: Run, options):
+    """Train, test, or both."""
+    testable = hasattr(data, "test_dataloader") and "test" in getattr(data, "dataset_configs", ())
+    test = testable and not options.no_test and type(model).test_step is not pl.LightningModule.test_step
+    if not options.train and not test:
+        raise UserValueError(
+            "nothing to do: give -t to train, or a data section `test` and a model with test_step"
+        )
+    checkpoint = str(run.resume) if run.resume else None
+    if options.train:
+        trainer.fit(model, data, ckpt_path=checkpoint)
+    if test:
+        trainer.test(model, data, ckpt_path=None if options.train else checkpoint)
+
+
+def _flags(options) -> dict[str, object]:
+    """The command line's own settings of Lightning's trainer."""
+    if options.gpus and options.devices:
+        raise UserValueError("--gpus and --devices mean the same: give one")
+    given = {
+        "devices": options.devices or options.gpus,
+        "strategy": options.strategy,
+        "precision": options.precision,
+    }
+    flags = {f"lightning.trainer.{name}": value for name, value in given.items() if value}
+    if options.gpus:
+        flags["lightning.trainer.accelerator"] = "gpu"
+    return flags
+
+
+def _learning_rate(plain: Mapping, scale: bool, trainer_config: Mapping, model) -> float:
+    """base_learning_rate, with `scale` times the number of samples of an update."""
+    base = plain["model"]["base_learning_rate"]
+    if not scale:
+        _logger.info("learning rate %.2e, as given", base)
+        return base
+    batch = (plain["data"].get("params") or {}).get("batch_size", 1)
+    accumulated = max(
+        trainer_config.get("accumulate_grad_batches", 1), getattr(model, "accumulate_grad_batches", 1)
+    )
+    processes = world_size(trainer_config)
+    rate = accumulated * processes * batch * base
+    _logger.info(
+        "learning rate %.2e = %d (accumulated batches) x %d (processes) x %d (batch size) x %.2e (base)",
+        rate, accumulated, processes, batch, base,
+    )  # fmt: skip
+    return rate
