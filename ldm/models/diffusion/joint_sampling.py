@@ -1,0 +1,220 @@
+"""Sampling of a latent diffusion of several modalities: these are given, those are wanted."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from guided_diffusion.errors import UserValueError
+from guided_diffusion.modalities import one_hot
+from guided_diffusion.multitask import JointDenoiser, predict_modalities
+from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.samplers import joint_sample
+from guided_diffusion.seeding import PerSample
+from ldm.models.diffusion.schedule import Denoiser, make_diffusion
+
+Pictures = dict[str, torch.Tensor]
+
+
+class ConditionedDenoiser:
+    """A JointDenoiser under fixed conditioning: (z, timesteps) -> JointOutput."""
+
+    def __init__(self, denoiser: JointDenoiser, cond: Mapping):
+        self.denoiser, self.cond = denoiser, cond
+
+    def __call__(self, z, timesteps):
+        return self.denoiser(z, timesteps, **self.cond)
+
+    def parameters(self):
+        """The network's."""
+        return self.denoiser.parameters()
+
+    @property
+    def encodings(self):
+        """The modalities' latest encodings, by name."""
+        return self.denoiser.encodings
+
+
+class JointSampling:
+    """`sample_joint` and `predict`, for a JointLatentDiffusion. The image is named first_stage_key."""
+
+    def joint(self):
+        """(diffusion, tasks, network), as guided_diffusion's functions take them; the weights in use are
+        those at the time of a call (see ema_scope)."""
+        return self.diffusion, self.tasks, Denoiser(self)
+
+    def guided_model(self, cond, unconditional=None, scale=1.0, corrector=None, options=None):
+        """The network as the sampler faces (DDIMSampler, ...) see it: the modalities are estimated."""
+        if corrector is not None:
+            raise UserValueError("a score_corrector does not work on a model of several modalities")
+        free = {} if unconditional is None else unconditional
+        denoiser = JointDenoiser(
+            self.tasks, Denoiser(self), guidance=scale if free else 1.0, unconditional=free
+        )
+        return ConditionedDenoiser(denoiser, cond)
+
+    def respaced(self, steps: int | str = "") -> SpacedDiffusion:
+        """The process over fewer steps ("" for all, a number, "ddim50", "10,15,20"), with the same
+        marginals."""
+        kept = range(self.num_timesteps)
+        if steps != "":
+            try:
+                kept = space_timesteps(self.num_timesteps, str(steps))
+            except ValueError as error:
+                raise UserValueError(f"steps {steps!r}: {error}") from None
+        return make_diffusion(self.diffusion.betas, self.parameterization, self.aggregation, kept)
+
+    @torch.no_grad()
+    def sample_joint(
+        self,
+        n: int,
+        given: Mapping[str, torch.Tensor] | None = None,
+        want: Sequence[str] | None = None,
+        *,
+        sampler: str = "ddpm",
+        steps: int | str = "",
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        conditioning=None,
+        unconditional=None,
+        guidance: float = 1.0,
+        strength: float | Mapping[str, float] = 1.0,
+        use_ema: bool = True,
+        progress: bool = False,
+    ) -> Pictures:
+        """n samples of what is wanted (default: everything that is not given), by name: pictures [n, C, H, W]
+        (not clipped), class probabilities, vectors.
+
+        given: by name pictures [n, C, H, W] in [-1, 1], or under `<name>_latent` unscaled latents
+        [n, c, h, w], labels int64 [n] or probabilities. If the image is given, see `predict`. sampler, steps:
+        guided_diffusion.samplers.SAMPLERS, `respaced`; seed, indices: sample k is number indices[k] (default
+        k) of the seed, whatever n; conditioning, unconditional: learned conditioning and what guidance leads away from;
+        guidance, strength: see JointDenoiser. UserValueError for unknown names.
+        """
+        values = self.given_values(given or {}, n)
+        wanted = self._wanted(want, values)
+        random = PerSample.derived(seed, range(n) if indices is None else indices, self.device)
+        with self.ema_scope() if use_ema else torch.no_grad():
+            if self.first_stage_key in values:
+                image = values.pop(self.first_stage_key)
+                out = self._predict(image, values, conditioning, random)
+            else:
+                diffusion, tasks, network = self.respaced(steps), self.tasks, Denoiser(self)
+                sample = joint_sample(
+                    diffusion,
+                    tasks,
+                    network,
+                    (n, *self.latent_shape),
+                    random,
+                    given=values,
+                    strength=strength,
+                    sampler=sampler,
+                    clip_denoised=False,
+                    guidance=guidance,
+                    model_kwargs=self.as_conditioning(conditioning),
+                    unconditional=None if unconditional is None else self.as_conditioning(unconditional),
+                    progress=progress,
+                )
+                out = {self.first_stage_key: sample.images, **sample.values}
+        return {name: self._decoded(name, out[name]) for name in wanted}
+
+    def predict(
+        self,
+        pictures: torch.Tensor,
+        given: Mapping[str, torch.Tensor] | None = None,
+        *,
+        conditioning=None,
+        times: Sequence[int] = (0, 10, 20),
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        use_ema: bool = True,
+    ) -> Pictures:
+        """The modalities' expectations for pictures [n, C, H, W] in [-1, 1], read at the diffusion indices
+        `times`, by name; arguments as in `sample_joint`."""
+        n = len(pictures)
+        values = self.given_values({self.first_stage_key: pictures, **(given or {})}, n)
+        wanted = self._wanted(None, values)
+        image = values.pop(self.first_stage_key)
+        random = PerSample.derived(seed, range(n) if indices is None else indices, self.device)
+        with self.ema_scope() if use_ema else torch.no_grad():
+            out = self._predict(image, values, conditioning, random, times)
+        return {name: self._decoded(name, out[name]) for name in wanted}
+
+    def _predict(self, image, values, conditioning, random, times=(0, 10, 20)):
+        cond = self.as_conditioning(conditioning)
+        return predict_modalities(*self.joint(), image, values, times, random, cond)
+
+    def given_values(self, given: Mapping[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
+        """What is given, as the diffusion knows it: scaled latents, class probabilities, vectors."""
+        values = {}
+        for key, value in given.items():
+            name = key.removesuffix("_latent") if key not in self.names else key
+            if name not in self.names:
+                raise UserValueError(f"given {key}: this model has {', '.join(self.names)}")
+            if len(value) != n:
+                raise UserValueError(f"given {key}: {len(value)} samples, expected {n}")
+            value = value.to(self.device)
+            is_image = name == self.first_stage_key or self.tasks[name].kind == "image"
+            if is_image and key != name:
+                value = self.scale_factor * value
+            elif is_image:
+                value = self.encode_pictures(value)
+            elif self.tasks[name].kind == "label" and not value.is_floating_point():
+                value = one_hot(value, self.tasks[name].shape[0])
+            if is_image and tuple(value.shape[1:]) != self.latent_shape:
+                raise UserValueError(
+                    f"given {key}: its latents are {list(value.shape[1:])}, the model's {list(self.latent_shape)}: "
+                    "check the size of the pictures"
+                )
+            values[name] = value
+        return values
+
+    @property
+    def names(self) -> list[str]:
+        """The image's name and the modalities'."""
+        return [self.first_stage_key, *self.tasks.modalities]
+
+    def _wanted(self, want, given):
+        wanted = [name for name in self.names if name not in given] if want is None else list(want)
+        for name in wanted:
+            if name not in self.names:
+                raise UserValueError(f"wanted {name}: this model has {', '.join(self.names)}")
+            if name in given:
+                raise UserValueError(f"wanted {name}: that is given already")
+        if not wanted:
+            raise UserValueError("everything is given: nothing is left to sample")
+        return wanted
+
+    def _decoded(self, name, value):
+        is_image = name == self.first_stage_key or self.tasks[name].kind == "image"
+        return self.decode_first_stage(value) if is_image else value
+
+    def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> Pictures:
+        """Samples for `log_images`: image and modalities from nothing (`samples`, `samples_<name>`), the image
+        given each modality (`image_from_<name>`), and each modality given the image
+        (`<name>_from_image`)."""
+        options = {
+            "sampler": "ddim",
+            "steps": min(steps, self.num_timesteps),
+            "seed": seed,
+            "conditioning": cond,
+        }
+        if scale != 1:
+            options |= {"guidance": scale, "unconditional": self.get_unconditional_conditioning(n)}
+        pictures = [m.name for m in self.tasks if m.kind == "image"]
+        image = self.first_stage_key
+        drawn = self.sample_joint(n, None, [image, *pictures], **options)
+        shown = {"samples": drawn.pop(image), **{f"samples_{name}": value for name, value in drawn.items()}}
+        values = self.modality_batch(batch).values
+        for name in (name for name in pictures if name in values):
+            source = {f"{name}_latent": values[name] / self.scale_factor}
+            shown[name] = self.decode_first_stage(values[name])
+            shown[f"image_from_{name}"] = self.sample_joint(n, source, [image], **options)[image]
+        z = self.latents(batch, image)
+        predicted = (
+            self.sample_joint(
+                n, {f"{image}_latent": z / self.scale_factor}, pictures, seed=seed, conditioning=cond
+            )
+            if pictures
+            else {}
+        )
+        return shown | {f"{name}_from_image": value for name, value in predicted.items()}

@@ -1,0 +1,98 @@
+"""What the scripts that sample latent diffusion models share: loading a model, its samplers, pictures as files.
+
+Import it before ldm: it makes the packages importable without installing them.
+"""
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import _common  # noqa: F401 (first: it makes the packages importable)
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserError, UserFileError, UserValueError
+from guided_diffusion.figures import to_uint8
+from guided_diffusion.mt_util import read_config
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.util import instantiate_from_config
+
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm++": DPMSolverSampler}
+PRECISIONS = ("full", "autocast")
+
+
+def load_model(config: Mapping, checkpoint: str | Path) -> LatentDiffusion:
+    """The model of a configuration (`model` with target and params) with a checkpoint's weights, for sampling
+    on this process's device."""
+    if not Path(checkpoint).is_file():
+        raise UserFileError(f"there is no checkpoint {checkpoint}")
+    if not isinstance(config.get("model"), Mapping) or "params" not in config["model"]:
+        raise UserError("the configuration has no section `model` with target and params")
+    params = dict(config["model"]["params"])
+    # The checkpoint holds every part: their own files are not needed.
+    for part in ("first_stage_config", "cond_stage_config"):
+        if isinstance(params.get(part), Mapping) and "ckpt_path" in (params[part].get("params") or {}):
+            inner = {key: value for key, value in params[part]["params"].items() if key != "ckpt_path"}
+            params[part] = {**params[part], "params": inner}
+    params.pop("ckpt_path", None)
+    model = instantiate_from_config({**config["model"], "params": params})
+    if not isinstance(model, LatentDiffusion):
+        raise UserValueError(
+            f"{config['model']['target']} is no latent diffusion model: it cannot be sampled here"
+        )
+    model.init_from_ckpt(checkpoint)
+    return model.to(dist_util.dev()).eval()
+
+
+def merged_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> dict:
+    """YAML files merged from left to right, then `overrides` (a.b.c=value), as plain values."""
+    wrong = [text for text in overrides if "=" not in text or text.startswith("-")]
+    if wrong:
+        raise UserValueError(f"unknown argument {wrong[0]!r}: overrides are written key.key=value")
+    parts = [OmegaConf.create(read_config(path)) for path in paths]
+    return OmegaConf.to_container(
+        OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides))), resolve=True
+    )
+
+
+def precision(name: str):
+    """A context: float32, or on CUDA float16 by autocast (`autocast`)."""
+    if name == "autocast" and dist_util.dev().type == "cuda":
+        return torch.autocast("cuda", dtype=torch.float16)
+    return contextlib.nullcontext()
+
+
+def own_share(count: int) -> range:
+    """The numbers of the samples that this rank makes, of `count` in all."""
+    return range(dist_util.get_rank(), count, dist_util.get_world_size())
+
+
+def batches(numbers: Sequence[int], size: int) -> list[list[int]]:
+    """`numbers` in runs of at most `size`."""
+    if size < 1:
+        raise UserValueError(f"the batch size must be at least 1, not {size}")
+    return [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
+
+
+def save_pictures(pictures: torch.Tensor, folder: Path, numbers: Sequence[int], digits: int = 6) -> None:
+    """PNG files NUMBER.png of pictures [B, 1 or 3, H, W] in [-1, 1]. UserError if they are not finite."""
+    if not bool(pictures.isfinite().all()):
+        raise UserError("the samples are not finite: the model or the sampler diverged")
+    folder.mkdir(parents=True, exist_ok=True)
+    for pixels, number in zip(to_uint8(pictures.clamp(-1, 1).float()), numbers, strict=True):
+        Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).save(
+            folder / f"{number:0{digits}}.png"
+        )
+
+
+def read_pictures(folder: Path, numbers: Iterable[int], digits: int = 6) -> np.ndarray:
+    """What `save_pictures` wrote, uint8 [N, H, W, C]."""
+    pictures = [np.asarray(Image.open(folder / f"{number:0{digits}}.png")) for number in numbers]
+    stacked = np.stack(pictures)
+    return stacked if stacked.ndim == 4 else stacked[..., None]

@@ -1,0 +1,301 @@
+"""Sample a model that main.py trained, in any direction (interface: latent-diffusion,
+scripts/sample_diffusion.py).
+
+    python scripts/sample_diffusion.py -r logs/RUN -n 16
+        pictures, with all their modalities where the model has any
+    python scripts/sample_diffusion.py -r logs/RUN --given label_map=maps/ --want image
+        photographs for given label maps (a joint model, or one that is conditioned on label_map)
+    python scripts/sample_diffusion.py -r logs/RUN --given image=photos/ --want label_map
+        label maps of photographs (a joint model)
+
+Writes LOGDIR/samples/STEP/TIME/: img/000000.png, ... (other modalities in folders of their names, labels and
+vectors as NAME.npy), numpy/NxHxWxC-samples.npz and samples.png. The same seed gives the same pictures for any
+batch size and number of ranks. Further arguments key.key=value override the configuration.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import _ldm
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
+from guided_diffusion.figures import Row, contact_sheet, to_uint8
+from guided_diffusion.mt_data import read_labels, read_vectors
+from guided_diffusion.seeding import PerSample
+from ldm.checkpoint import trained_steps
+from ldm.data.folders import read_pictures
+from ldm.models.diffusion.conditioning import select
+from ldm.models.diffusion.joint import JointLatentDiffusion
+from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
+
+SHEET = 16  # samples in the picture
+
+
+def parser() -> argparse.ArgumentParser:
+    """Upstream's flags with their defaults, and --given, --want, --sampler, --seed, --scale."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = flags.add_argument
+    add("-r", "--resume", required=True, metavar="LOGDIR_OR_CKPT", help="a run of main.py, or its checkpoint")
+    add("-n", "--n_samples", type=int, help="default: as many as are given, or 50000")
+    add(
+        "-e", "--eta", type=float, help="noise of DDIM's steps (default 1; 0, which is none, with modalities)"
+    )
+    add("-v", "--vanilla_sample", action="store_true", help="ancestral sampling in all steps")
+    add("-l", "--logdir", help="where the results go (default: the run's folder)")
+    add("-c", "--custom_steps", type=int, default=50, help="sampling steps (default 50)")
+    add("--batch_size", type=int, default=10)
+    add("--given", action="append", default=[], metavar="NAME=FILE_OR_FOLDER", help="what is known")
+    add("--want", default="", help="names separated by commas (default: everything that is not given)")
+    add("--sampler", choices=[*_ldm.SAMPLERS, "ddpm"], default="ddim")
+    add("--scale", type=float, default=1.0, help="of classifier-free guidance; 1 for none")
+    add("--strength", type=float, default=1.0, help="of conditioning on a given U modality; 1 is exact")
+    add("--null_label", type=int, help="the class that says nothing, for --scale")
+    add("--seed", type=int, default=0)
+    return flags
+
+
+@exit_on_user_error()
+def main():
+    args, overrides = parser().parse_known_args()
+    run, checkpoint = locate(args.resume)
+    dist_util.setup_dist()
+    model = _ldm.load_model(_ldm.merged_config(configurations(run), overrides), checkpoint)
+    out = results_folder(Path(args.logdir or run) / "samples" / f"{trained_steps(checkpoint):08}")
+    logger.configure(dir=str(out), format_strs=["stdout"])
+    given = read_given(args.given, model)
+    wanted = names_wanted(args.want, given, model)
+    count = args.n_samples or (len(next(iter(given.values()))) if given else 50000)
+    if count < 1:
+        raise UserValueError(f"--n_samples must be at least 1, not {count}")
+    logger.log(f"sampling {count}, given {', '.join(given) or 'nothing'}, wanted {', '.join(wanted)}")
+    arrays = {}
+    with model.ema_scope():
+        for numbers in _ldm.batches(_ldm.own_share(count), args.batch_size):
+            # What is given is repeated in turn until there is enough.
+            part = {name: take(value, numbers) for name, value in given.items()}
+            for name, value in sample(args, model, part, wanted, numbers).items():
+                if value.ndim == 4:
+                    _ldm.save_pictures(value, out / folder_of(name, model), numbers)
+                else:
+                    arrays.setdefault(name, {}).update(zip(numbers, value.cpu().numpy(), strict=True))
+    finish(out, count, given, wanted, gathered(arrays), model)
+
+
+# ------------------------------------------------------------------------------------------------------ what to sample
+
+
+def locate(resume: str) -> tuple[Path, Path]:
+    """(the run's folder, the checkpoint) of -r: a folder with checkpoints/last.ckpt or model.ckpt, or a
+    checkpoint in one."""
+    path = Path(resume)
+    if path.is_dir():
+        for name in ("checkpoints/last.ckpt", "model.ckpt"):
+            if (path / name).is_file():
+                return path, path / name
+        raise UserFileError(f"--resume: {path} has no checkpoints/last.ckpt")
+    if not path.is_file():
+        raise UserFileError(f"--resume: there is no folder or checkpoint {path}")
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent, path
+
+
+def configurations(run: Path) -> list[Path]:
+    """The run's model configuration: the newest configs/*-project.yaml, or config.yaml."""
+    found = sorted((run / "configs").glob("*-project.yaml"))[-1:] or sorted(run.glob("config.yaml"))
+    if not found:
+        raise UserFileError(f"--resume: {run} has neither configs/*-project.yaml nor config.yaml")
+    return found
+
+
+def results_folder(parent: Path) -> Path:
+    """parent/TIME, the same on every rank."""
+    name = [time.strftime("%Y-%m-%d-%H-%M-%S")]
+    if dist_util.get_world_size() > 1:
+        dist.broadcast_object_list(name)
+    return parent / name[0]
+
+
+def read_given(specs: list[str], model) -> dict:
+    """What --given NAME=SOURCE says: pictures [N, C, H, W], labels [N] or [N, classes], vectors [N, D],
+    captions."""
+    values = {}
+    names = names_of(model)
+    condition = model.cond_stage_key if model.model.conditioning_key is not None else None
+    for spec in specs:
+        name, found, source = spec.partition("=")
+        if not found or not source:
+            raise UserValueError(f"--given {spec}: expected NAME=FILE_OR_FOLDER")
+        if name in values:
+            raise UserValueError(f"--given {spec}: {name} is given twice")
+        if name == condition:
+            values[name] = read_condition(source, model)
+        elif name not in names or not isinstance(model, JointLatentDiffusion):
+            takes = [*(names if isinstance(model, JointLatentDiffusion) else []), *filter(None, [condition])]
+            raise UserValueError(f"--given {spec}: this model takes {', '.join(takes) or 'nothing'}")
+        elif name == model.first_stage_key or model.tasks[name].kind == "image":
+            values[name] = read_model_pictures(source, model)
+        elif model.tasks[name].kind == "label":
+            values[name] = read_labels(source, model.tasks[name])
+        else:
+            values[name] = read_vectors(source, model.tasks[name])
+    if condition is not None and condition not in values:
+        raise UserValueError(f"this model is conditioned on {condition}: give --given {condition}=...")
+    return values
+
+
+def read_condition(source: str, model):
+    """Captions (text, or a file with one on each line), class numbers, or pictures, as the model's
+    conditioner takes them."""
+    if isinstance(model.cond_stage_model, TextEncoder):
+        return Path(source).read_text().splitlines() if Path(source).is_file() else [source]
+    if isinstance(model.cond_stage_model, ClassEmbedder) or model.cond_stage_model is None:
+        try:
+            return torch.tensor([int(part) for part in source.split(",")])
+        except ValueError:
+            raise UserValueError(
+                f"{model.cond_stage_key}={source}: give class numbers (3 or 0,1,2)"
+            ) from None
+    return read_model_pictures(source, model)
+
+
+def read_model_pictures(source: str, model) -> torch.Tensor:
+    """Pictures [N, C, H, W] in [-1, 1] of the model's size."""
+    with torch.no_grad():
+        latent = torch.zeros(1, *model.latent_shape, device=model.device)
+        size = model.decode_first_stage(latent).shape[2:]
+    return read_pictures(source, size)
+
+
+def names_of(model) -> list[str]:
+    """What the model generates."""
+    return model.names if isinstance(model, JointLatentDiffusion) else [model.first_stage_key]
+
+
+def names_wanted(want: str, given: dict, model) -> list[str]:
+    """The names of --want, by default all that are not given."""
+    names = names_of(model)
+    wanted = [name.strip() for name in want.split(",") if name.strip()] or [
+        n for n in names if n not in given
+    ]
+    for name in wanted:
+        if name not in names:
+            raise UserValueError(f"--want {name}: this model has {', '.join(names)}")
+        if name in given:
+            raise UserValueError(f"--want {name}: that is given already")
+    if not wanted:
+        raise UserValueError("everything is given: nothing is left to sample")
+    return wanted
+
+
+def take(values, numbers: list[int]):
+    """The values of these samples, repeated in turn."""
+    return select(values, torch.tensor(numbers) % len(values))
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def sample(args, model, given: dict, wanted: list[str], numbers: list[int]) -> dict[str, torch.Tensor]:
+    """What is wanted, by name, for the samples with these numbers; pictures [b, C, H, W] in [-1, 1]."""
+    n, given = len(numbers), dict(given)
+    conditioning = None
+    if model.model.conditioning_key is not None:
+        conditioning = model.get_learned_conditioning(on_device(given.pop(model.cond_stage_key), model))
+    free = model.get_unconditional_conditioning(n, args.null_label) if args.scale != 1 else None
+    name = "ddpm" if args.vanilla_sample else args.sampler
+    if isinstance(model, JointLatentDiffusion):
+        if args.eta and name == "ddim":
+            raise UserValueError("DDIM of several modalities is deterministic: leave --eta out")
+        return model.sample_joint(
+            n,
+            given,
+            wanted,
+            sampler=name,
+            steps="" if args.vanilla_sample else args.custom_steps,
+            seed=args.seed,
+            indices=numbers,
+            conditioning=conditioning,
+            unconditional=free,
+            guidance=args.scale,
+            strength=args.strength,
+            use_ema=False,  # they are in place already
+            progress=dist_util.get_rank() == 0,
+        )
+    random = PerSample.derived(args.seed, numbers, dist_util.dev())
+    options = {"random": random, "verbose": dist_util.get_rank() == 0}
+    if free is not None:
+        options |= {"unconditional_guidance_scale": args.scale, "unconditional_conditioning": free}
+    if name == "ddpm":
+        latents = model.sample(conditioning, n, **options)
+    else:
+        eta = (1.0 if args.eta is None else args.eta) if name == "ddim" else 0.0
+        sampler = _ldm.SAMPLERS[name](model)
+        latents, _ = sampler.sample(
+            args.custom_steps, n, model.latent_shape, conditioning, eta=eta, **options
+        )
+    return {model.first_stage_key: model.decode_first_stage(latents)}
+
+
+def on_device(raw, model):
+    """Raw conditioning where the model is, labels under their name."""
+    if not isinstance(raw, torch.Tensor):
+        return raw
+    raw = raw.to(model.device)
+    return {model.cond_stage_key: raw} if raw.ndim == 1 else raw
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def folder_of(name: str, model) -> str:
+    """Of the image `img`, as upstream has it; else the modality's name."""
+    return "img" if name == model.first_stage_key else name
+
+
+def gathered(arrays: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The labels and vectors of all ranks, in the order of their numbers."""
+    ranks = [arrays]
+    if dist_util.get_world_size() > 1:
+        ranks = [None] * dist_util.get_world_size()
+        dist.all_gather_object(ranks, arrays)
+    names = {name for rank in ranks for name in rank}
+    merged = {name: {k: v for rank in ranks for k, v in rank.get(name, {}).items()} for name in names}
+    return {name: np.stack([rows[k] for k in sorted(rows)]) for name, rows in merged.items()}
+
+
+def finish(out: Path, count: int, given: dict, wanted: list[str], arrays: dict, model) -> None:
+    """The arrays and the sheet, by rank 0, once all pictures are there."""
+    if dist_util.get_world_size() > 1:
+        dist.barrier()
+    if dist_util.get_rank():
+        return
+    for name, array in arrays.items():
+        np.save(out / f"{name}.npy", array)
+    captions = [str(int(row.argmax())) for row in next(iter(arrays.values()), ())][:SHEET]
+    rows = [
+        Row(f"{name} (given)", to_uint8(take(value, list(range(min(SHEET, count))))))
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor) and value.ndim == 4
+    ]
+    for name in wanted:
+        if name in arrays:
+            continue
+        pictures = _ldm.read_pictures(out / folder_of(name, model), range(count))
+        rows.append(Row(name, pictures[:SHEET], captions))
+        if name == model.first_stage_key:
+            (out / "numpy").mkdir(exist_ok=True)
+            np.savez(out / "numpy" / f"{'x'.join(map(str, pictures.shape))}-samples.npz", pictures)
+    if rows:
+        contact_sheet(rows).save(out / "samples.png")
+    logger.log(f"saved {count} samples in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""JointLatentDiffusion: several modalities in one latent diffusion."""
+
+import pytest
+import torch as th
+
+from guided_diffusion.errors import UserValueError
+from guided_diffusion.heads import OutputHead
+from guided_diffusion.seeding import PerSample
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.joint import JointLatentDiffusion, latent_modalities
+from tests.ldm_models import CLASSES, CONTEXT, KL, maps, shaken, small, unet_config
+from tests.test_ldm_diffusion import fit
+
+SHAPE = (2, 8, 8)
+
+
+def joint(variant="U", modalities=None, **changes):
+    if modalities is None:
+        modalities = {"label_map": {"preset": "image", "variant": variant}}
+    return small(JointLatentDiffusion, modalities=modalities, **changes)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {variant: joint(variant) for variant in "UX"}
+
+
+@pytest.fixture
+def batch():
+    return {"image": maps(), "label_map": maps(seed=1)}
+
+
+def bump(model):
+    """atil of the default aggregation with one modality: kappa c sqrt(abar) (1 - abar)."""
+    abar = model.alphas_cumprod
+    return 0.5 * 1.5 * 3**0.5 * abar.sqrt() * (1 - abar)
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_without_modalities_it_is_latent_diffusion(parameterization):
+    options = dict(parameterization=parameterization, original_elbo_weight=0.2, learn_logvar=True)
+    alone, none = small(LatentDiffusion, **options), joint(modalities={}, **options)
+    assert list(none.state_dict()) == list(alone.state_dict())
+    none.load_state_dict(alone.state_dict())
+    batch = {"image": maps(16)}
+    gradients = []
+    for model in (alone, none):
+        loss = model.training_step(batch, 0)
+        loss.backward()
+        gradients.append((loss, model.model.diffusion_model.out[2].weight.grad))
+    for first, second in zip(*gradients, strict=True):
+        if parameterization == "v":  # by way of the noise
+            assert th.allclose(first, second, rtol=1e-4, atol=1e-7)
+        else:
+            assert th.equal(first, second)
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+@pytest.mark.parametrize("variant", ["U", "X"])
+@th.no_grad()
+def test_the_loss_agrees_with_equation_6(variant, parameterization):
+    model = joint(variant, parameterization=parameterization, first_stage_config=KL, scale_factor=0.7)
+    batch = {"image": maps(3, 3, 16), "label_map": maps(3, 3, 16, seed=1)}
+    x, e = (
+        0.7 * model.encode_first_stage(batch[name].permute(0, 3, 1, 2).contiguous()).mean
+        for name in ("image", "label_map")
+    )
+    # Without spread the draws are the means.
+    for name, mean in (("image", x), ("label_map", e)):
+        batch |= {f"{name}_latent": mean / 0.7, f"{name}_latent_std": th.zeros_like(mean)}
+    t, noise = th.tensor([2, 20, 39]), th.randn(3, *SHAPE)
+    random = PerSample(range(3, 6))
+    keep = PerSample(range(3, 6))
+    keep.randn(SHAPE)  # the draw of the latent
+    keep = (keep.rand() >= 0.1).float().reshape(-1, 1, 1, 1)
+    loss, log = model.p_losses(x, {}, t, noise, random, batch)
+
+    abar = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    z = abar.sqrt() * x + bump(model)[t].reshape(-1, 1, 1, 1) * e + (1 - abar).sqrt() * noise
+    seen = z if variant == "U" else th.cat([z, keep * e], dim=1)
+    out, heads = model.model.diffusion_model(seen, t)
+    if parameterization == "v":
+        out = abar.sqrt() * out + (1 - abar).sqrt() * z
+    error = (out - noise).square().mean(dim=(1, 2, 3))
+    error = error / abar.flatten() if parameterization == "v" else error
+    kl = (heads["label_map"] - e).square().mean(dim=(1, 2, 3))
+    assert th.allclose(loss, error.mean() + 0.1 * kl.mean(), rtol=1e-4)
+    assert th.allclose(log["val/KL_label_map"], kl.mean(), rtol=1e-4)
+    assert th.allclose(log["val/loss_simple"], error.mean(), rtol=1e-4)
+
+
+@th.no_grad()
+def test_a_missing_modality_adds_neither_loss_nor_shift(models, batch):
+    model = models["U"]
+    nothing = batch | {"label_map_present": th.zeros(4, dtype=th.bool)}
+    alone = joint(modalities={})
+    alone.load_state_dict(model.state_dict(), strict=False)
+    random = [m.batch_random(batch, 0) for m in (model, alone)]
+    assert th.equal(model.shared_step(nothing, random[0])[0], alone.shared_step(batch, random[1])[0])
+
+
+@th.no_grad()
+def test_labels_beside_pictures():
+    spec = {"label_map": {"preset": "image"}, "class_label": {"preset": "label"}}
+    model = joint(modalities=spec, unet_config=unet_config(num_classes=4))
+    batch = {"image": maps(), "label_map": maps(seed=1), "class_label": th.tensor([0, 3, -1, 2])}
+    read = model.modality_batch(batch)
+    assert read.present["class_label"].tolist() == [True, True, False, True]
+    _, log = model.shared_step(batch, model.batch_random(batch, 0))
+    assert {"val/KL_label_map", "val/KL_class_label"} < set(log)
+    samples = model.sample_joint(2, steps=3, sampler="ddim")
+    assert samples["class_label"].shape == (2, 4) and th.allclose(samples["class_label"].sum(1), th.ones(2))
+
+
+def test_latents_have_no_bounds():
+    (free,) = latent_modalities({"label_map": {"preset": "image"}}, SHAPE)
+    (bounded,) = latent_modalities({"label_map": {"preset": "image", "bounded": True}}, SHAPE)
+    (by_name,) = latent_modalities("masked:X", SHAPE)
+    value = th.full((1, *SHAPE), 3.0)
+    assert (
+        free.expectation(value).max() == 3 and bounded.expectation(value).max() == 1 and not by_name.bounded
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("variant", ["U", "X"])
+@th.no_grad()
+def test_it_starts_as_the_single_task_model(tmp_path, variant):
+    """New heads and inputs do not change the prediction of a checkpoint of LatentDiffusion."""
+    options = dict(
+        cond_stage_config="__is_first_stage__", cond_stage_key="hint", unet_config=unet_config(in_channels=4)
+    )
+    alone, path = small(**options), tmp_path / "model.ckpt"
+    th.save({"state_dict": alone.state_dict()}, path)
+    model = joint(variant, **options, shake=False, ckpt_path=path)
+    z, t, hint = th.randn(2, *SHAPE), th.tensor([3, 30]), th.randn(2, *SHAPE)
+    shown = {"label_map": th.randn(2, *SHAPE)}
+    with model.ema_scope():
+        out, _ = model.tasks.apply(model.joint()[2], z, t, shown, {"c_concat": [hint]})
+    assert th.allclose(out, alone.apply_model(z, t, hint), atol=1e-5)
+
+
+def test_a_joint_checkpoint_comes_back(tmp_path, models):
+    th.save({"state_dict": models["X"].state_dict()}, tmp_path / "model.ckpt")
+    loaded = joint("X", shake=False, ckpt_path=tmp_path / "model.ckpt")
+    state = models["X"].state_dict()
+    assert all(th.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    assert "model.diffusion_model.heads.label_map.variance" in state
+
+
+# ---------------------------------------------------------------------------------------------------------- variance
+
+
+def test_the_heads_variance_is_their_error(models, batch):
+    """A head that always says c has the squared distance to c as its variance, at every t."""
+    model = joint()
+    with th.no_grad():
+        for parameter in model.model.heads["label_map"][2].parameters():
+            parameter.zero_()
+        model.model.heads["label_map"][2].bias.fill_(0.25)
+        model.model_ema.forward(model.model)
+        for name, shadow in model.model_ema.m_name2s_name.items():
+            dict(model.model_ema.named_buffers())[shadow].copy_(dict(model.model.named_parameters())[name])
+    model.hold_out([batch, {name: value + 0.1 for name, value in batch.items()}])
+    model.measure_heads()
+    maps_seen = th.cat([batch["label_map"], batch["label_map"] + 0.1])
+    errors = (maps_seen - 0.25).square().mean(dim=(1, 2, 3))
+    variance = model.model.heads["label_map"].variance
+    assert errors.min() * 0.999 <= variance.min() and variance.max() <= errors.max() * 1.001
+    assert variance.mean() == pytest.approx(float(errors.mean()), rel=0.3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_training_holds_its_own_variance(tmp_path):
+    class Pairs(th.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            return {"image": maps(1, seed=i)[0], "label_map": 2 * maps(1, seed=100 + i)[0]}
+
+    model = joint()
+    loader = th.utils.data.DataLoader(Pairs(), 4)
+    trainer = fit(model, tmp_path, 4, val=loader, data=loader)
+    measured = model.model.heads["label_map"].variance.clone()
+    assert 0.5 < measured.mean() < 3  # data of variance 4 / 3
+    with th.no_grad():
+        model.model_ema.num_updates += 1000
+    model._measured_at = -1
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    saved = th.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    assert th.equal(saved["model.diffusion_model.heads.label_map.variance"], measured)
+
+
+def test_conditioning_reaches_the_measurement(batch):
+    options = dict(cond_stage_config=CLASSES, cond_stage_key="class_label", conditioning_key="crossattn")
+    model = joint(unet_config=CONTEXT, **options)
+    model.hold_out([batch | {"class_label": th.tensor([0, 1, 2, 3])}])
+    model.measure_heads()
+    assert model.model.heads["label_map"].variance.max() != 1
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpm++"])
+def test_samples_have_their_shapes(models, sampler):
+    model = joint(first_stage_config=KL, scale_factor=0.5)
+    samples = model.sample_joint(2, steps=4, sampler=sampler)
+    assert {name: tuple(v.shape) for name, v in samples.items()} == {
+        "image": (2, 3, 16, 16),
+        "label_map": (2, 3, 16, 16),
+    }
+    assert list(models["X"].sample_joint(2, want=["label_map"], steps=2, sampler=sampler)) == ["label_map"]
+
+
+@pytest.mark.parametrize("variant", ["U", "X"])
+def test_what_is_given_conditions(models, variant):
+    """In U through the head and its variance, in X as input; strength 0 leaves only the shift."""
+    model = models[variant]
+    first, second = (maps(2, seed=s).permute(0, 3, 1, 2) for s in (5, 6))
+    model.model.heads["label_map"].variance.fill_(0.5)
+
+    def image(given, **options):
+        return model.sample_joint(2, {"label_map": given}, steps=5, sampler="ddim", **options)["image"]
+
+    assert th.equal(image(first), image(first)) and not th.allclose(image(first), image(second), atol=1e-3)
+    if variant == "U":
+        held = image(first, strength=0.0)
+        assert not th.allclose(held, image(first), atol=1e-3)
+        model.model.heads["label_map"].variance.fill_(1e6)  # a head that knows nothing does not steer
+        assert th.allclose(held, image(first), atol=1e-3)
+
+
+def test_a_head_pulls_the_image_to_what_is_given():
+    """A model whose head says "the map is x_t itself": given a map the image moves towards it."""
+    model = joint()
+    given = th.ones(4, *SHAPE)
+    network = model.model.diffusion_model
+
+    class Copies(OutputHead):
+        def forward(self, features):
+            return model.seen[:, :2]
+
+    network.heads["label_map"] = Copies(32, 2)
+    network.heads["label_map"].register_buffer("variance", th.full((32,), 0.5))
+    model.use_ema = False
+    network.register_forward_pre_hook(lambda module, args: setattr(model, "seen", args[0]))
+    samples = [
+        model.sample_joint(4, {"label_map": given}, steps=20, sampler="ddim", strength=s)["image"]
+        for s in (0, 1)
+    ]
+    assert (samples[1] - 1).square().mean() < 0.9 * (samples[0] - 1).square().mean()
+
+
+def test_a_sample_does_not_depend_on_its_batch(models):
+    options = dict(steps=4, sampler="ddpm", seed=3)
+    whole, part = (
+        models["U"].sample_joint(4, **options),
+        models["U"].sample_joint(2, indices=[1, 3], **options),
+    )
+    assert th.allclose(whole["image"][[1, 3]], part["image"], atol=1e-4)
+
+
+def test_latents_can_be_given_in_place_of_pictures():
+    model = joint("X", first_stage_config=KL, scale_factor=0.5)
+    pictures = maps(2, 3, 16).permute(0, 3, 1, 2).contiguous()
+    latents = model.encode_first_stage(pictures).mean
+    a, b = (
+        model.sample_joint(2, {name: value}, steps=3, sampler="ddim")["image"]
+        for name, value in (("label_map", pictures), ("label_map_latent", latents))
+    )
+    assert th.allclose(a, b, atol=1e-5)
+
+
+def test_modalities_of_a_given_image(models):
+    """Predicted at early times, where the noise is small; the same through sample_joint."""
+    model, pictures = models["U"], maps(2).permute(0, 3, 1, 2)
+    predicted = model.predict(pictures, times=[0])
+    noise = PerSample.derived(0, range(2)).randn(SHAPE)
+    abar = model.alphas_cumprod[0]
+    with th.no_grad():
+        _, heads = model.model.diffusion_model(
+            abar.sqrt() * pictures + (1 - abar).sqrt() * noise, th.tensor([0, 0])
+        )
+    assert list(predicted) == ["label_map"] and th.allclose(
+        predicted["label_map"], heads["label_map"], atol=1e-5
+    )
+    assert th.equal(
+        model.sample_joint(2, {"image": pictures})["label_map"], model.predict(pictures)["label_map"]
+    )
+
+
+def test_the_sampler_faces_estimate_the_modalities(models):
+    """DDIMSampler on a joint model is joint sampling from nothing, down to abar[0]."""
+    model = models["U"]
+    noise = PerSample.derived(0, range(2)).randn(SHAPE)
+    face, _ = DDIMSampler(model).sample(39, 2, SHAPE, x_T=noise, verbose=False)
+    whole = model.sample_joint(2, sampler="ddim", seed=0)["image"]
+    assert th.allclose(face, whole, atol=0.2) and not th.allclose(face, whole, atol=1e-6)
+
+
+def test_guidance_by_conditioning(batch):
+    options = dict(cond_stage_config=CLASSES, cond_stage_key="class_label", conditioning_key="crossattn")
+    model = joint(unet_config=CONTEXT, **options)
+    cond = model.get_learned_conditioning({"class_label": th.tensor([1, 2])})
+    free = model.get_unconditional_conditioning(2, null_label=3)
+    draw = dict(steps=3, sampler="ddim", conditioning=cond, unconditional=free)
+    plain, guided = (model.sample_joint(2, **draw, guidance=g)["image"] for g in (1.0, 4.0))
+    same = model.sample_joint(2, **{**draw, "unconditional": cond}, guidance=4.0)["image"]
+    assert th.allclose(plain, same, atol=1e-4) and not th.allclose(plain, guided, atol=1e-3)
+
+
+def test_pictures_for_the_log(batch):
+    pictures = joint().log_images({name: th.cat([v, v[..., :1]], dim=-1)[..., :2] for name, v in batch.items()},
+                                  N=2, ddim_steps=2)  # fmt: skip
+    assert {"samples", "samples_label_map", "image_from_label_map", "label_map_from_image"} < set(pictures)
+    assert all(p.shape == (2, *SHAPE) and p.abs().max() <= 1 for p in pictures.values())
+
+
+def test_mistakes_are_named(models, batch):
+    model = models["U"]
+    with pytest.raises(UserValueError, match="given depth.*image, label_map"):
+        model.sample_joint(2, {"depth": th.zeros(2, *SHAPE)})
+    with pytest.raises(UserValueError, match="3 samples, expected 2"):
+        model.sample_joint(2, {"label_map": th.zeros(3, *SHAPE)})
+    with pytest.raises(UserValueError, match="given already"):
+        model.sample_joint(2, {"label_map": th.zeros(2, *SHAPE)}, ["label_map"])
+    with pytest.raises(UserValueError, match="nothing is left"):
+        model.sample_joint(2, {"label_map": th.zeros(2, *SHAPE), "image": th.zeros(2, *SHAPE)})
+    with pytest.raises(UserValueError, match="size of the pictures"):
+        model.sample_joint(2, {"label_map": th.zeros(2, 2, 9, 9)})
+    with pytest.raises(UserValueError, match="steps 'fast'"):
+        model.sample_joint(2, steps="fast")
+    with pytest.raises(UserValueError, match="no 'label_map', a modality"):
+        model.training_step({"image": batch["image"]}, 0)
+    with pytest.raises(UserValueError, match="l2"):
+        joint(loss_type="l1")
+
+
+def test_the_average_is_what_is_sampled():
+    model = joint()
+    before = model.sample_joint(2, steps=3, sampler="ddim")["image"]
+    raw = model.sample_joint(2, steps=3, sampler="ddim", use_ema=False)["image"]
+    assert th.equal(before, raw)
+    average = {k: v.clone() for k, v in model.model_ema.state_dict().items()}
+    shaken(model, 0.1)
+    model.model_ema.load_state_dict(average)
+    assert th.equal(model.sample_joint(2, steps=3, sampler="ddim")["image"], before)
+    assert not th.equal(model.sample_joint(2, steps=3, sampler="ddim", use_ema=False)["image"], before)
