@@ -13,10 +13,11 @@ import numpy as np
 import torch as th
 from tqdm.auto import tqdm
 
+from .denoiser import JointDenoiser
 from .errors import UserValueError
 from .gaussian_diffusion import GaussianDiffusion, _encodings
 from .modalities import one_hot
-from .multitask import Batch, JointDenoiser, MultiTask, Values
+from .multitask import Batch, MultiTask, Values
 from .seeding import PerSample
 
 Edit = Callable[[th.Tensor, int], th.Tensor]

@@ -24,7 +24,7 @@ from guided_diffusion.figures import Curve, line_plot
 from guided_diffusion.image_datasets import hold_out, open_dataset
 from guided_diffusion.mt_guidance import classifier_flags, load_classifier
 from guided_diffusion.mt_util import JointModel
-from guided_diffusion.multitask import predict_modalities
+from guided_diffusion.denoiser import predict_modalities
 from guided_diffusion.script_util import add_dict_to_argparser
 from guided_diffusion.seeding import PerSample
 

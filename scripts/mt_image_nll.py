@@ -20,7 +20,8 @@ from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.mt_train import batch_of
 from guided_diffusion.mt_util import JointModel
-from guided_diffusion.multitask import derive_values, multitask_bound
+from guided_diffusion.bound import multitask_bound
+from guided_diffusion.multitask import derive_values
 from guided_diffusion.script_util import str2bool
 from guided_diffusion.seeding import PerSample
 

@@ -30,7 +30,7 @@ from guided_diffusion.modalities import Modality
 from guided_diffusion.mt_data import GivenImages, read_images, read_labels, read_vectors
 from guided_diffusion.mt_guidance import ClassGuidance, classifier_flags, classifier_guide
 from guided_diffusion.mt_util import JointModel
-from guided_diffusion.multitask import predict_modalities
+from guided_diffusion.denoiser import predict_modalities
 from guided_diffusion.samplers import SAMPLERS, Known, joint_sample, random_labels
 from guided_diffusion.script_util import add_dict_to_argparser, str2bool
 from guided_diffusion.seeding import PerSample

@@ -8,7 +8,8 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelMeanType
 from guided_diffusion.modalities import one_hot, parse_modalities
 from guided_diffusion.mt_util import JointModel, mt_defaults
-from guided_diffusion.multitask import Batch, JointDenoiser, multitask_losses, predict_modalities
+from guided_diffusion.denoiser import JointDenoiser, predict_modalities
+from guided_diffusion.multitask import Batch, multitask_losses
 from guided_diffusion.samplers import joint_sample
 from guided_diffusion.script_util import create_classifier
 from guided_diffusion.seeding import PerSample

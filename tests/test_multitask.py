@@ -5,18 +5,12 @@ import math
 import pytest
 import torch as th
 
+from guided_diffusion.bound import multitask_bound
+from guided_diffusion.denoiser import JointDenoiser, predict_modalities
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelVarType
 from guided_diffusion.modalities import Modality, RandomPatches, one_hot, parse_modalities
-from guided_diffusion.multitask import (
-    Batch,
-    JointDenoiser,
-    MultiTask,
-    derive_values,
-    multitask_bound,
-    multitask_losses,
-    predict_modalities,
-)
+from guided_diffusion.multitask import Batch, MultiTask, derive_values, multitask_losses
 from guided_diffusion.seeding import PerSample
 from guided_diffusion.unet import UNetModel
 from tests.oracle import GaussianPair, LabelledMixture, process

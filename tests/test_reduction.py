@@ -11,7 +11,9 @@ from guided_diffusion.aggregation import JointOutput
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from guided_diffusion.losses import normal_kl
 from guided_diffusion.modalities import Modality
-from guided_diffusion.multitask import Batch, JointDenoiser, MultiTask, multitask_bound, multitask_losses
+from guided_diffusion.bound import multitask_bound
+from guided_diffusion.denoiser import JointDenoiser
+from guided_diffusion.multitask import Batch, MultiTask, multitask_losses
 from guided_diffusion.samplers import SAMPLERS, joint_sample
 from guided_diffusion.seeding import PerSample
 from tests.oracle import process

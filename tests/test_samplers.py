@@ -6,7 +6,8 @@ import torch as th
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.modalities import one_hot, parse_modalities
-from guided_diffusion.multitask import JointDenoiser, MultiTask
+from guided_diffusion.denoiser import JointDenoiser
+from guided_diffusion.multitask import MultiTask
 from guided_diffusion.samplers import SAMPLERS, Known, joint_sample
 from guided_diffusion.seeding import PerSample
 from guided_diffusion.unet import UNetModel

@@ -6,7 +6,7 @@ import torch
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.modalities import one_hot
-from guided_diffusion.multitask import JointDenoiser, predict_modalities
+from guided_diffusion.denoiser import JointDenoiser, predict_modalities
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from guided_diffusion.samplers import joint_sample
 from guided_diffusion.seeding import PerSample
