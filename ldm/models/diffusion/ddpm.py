@@ -18,6 +18,7 @@ from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.conditioning import Conditioning, resolve_key
 from ldm.models.diffusion.first_stage import FirstStageCoding, channels_first, from_batch
 from ldm.models.diffusion.log_images import ImageLogging
+from ldm.models.diffusion.process import LatentProcess, Process
 from ldm.models.diffusion.schedule import Velocity, elbo_weights, make_diffusion, tables
 from ldm.models.diffusion.training import DiffusionTraining
 from ldm.models.diffusion.weights import StartingWeights
@@ -31,7 +32,7 @@ __all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion"]
 _logger = logging.getLogger(__name__)
 
 
-class DDPM(Velocity, StartingWeights, DiffusionTraining):
+class DDPM(Process, Velocity, StartingWeights, DiffusionTraining):
     """Gaussian diffusion of pictures.
 
     unet_config: of the network; timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas:
@@ -193,7 +194,7 @@ class DDPM(Velocity, StartingWeights, DiffusionTraining):
         return self.p_losses(x, cond, t, random.randn_like(x), random, batch)
 
 
-class LatentDiffusion(ImageLogging, Conditioning, FirstStageCoding, DDPM):
+class LatentDiffusion(ImageLogging, LatentProcess, Conditioning, FirstStageCoding, DDPM):
     """Diffusion of a first stage's latents, with conditioning (Rombach et al. 2022).
 
     first_stage_config: of the autoencoder, which is frozen; cond_stage_config: of the conditioner, or

@@ -56,6 +56,12 @@ class FirstStageCoding:
     @torch.no_grad()
     def decode_first_stage(self, z: torch.Tensor, force_not_quantize: bool = False) -> torch.Tensor:
         """Pictures [B, C, H, W] of scaled latents [B, c, h, w]; force_not_quantize: see VQModelInterface."""
+        return self.differentiable_decode_first_stage(z, force_not_quantize)
+
+    def differentiable_decode_first_stage(
+        self, z: torch.Tensor, force_not_quantize: bool = False
+    ) -> torch.Tensor:
+        """`decode_first_stage`, with gradients."""
         options = {"force_not_quantize": True} if force_not_quantize else {}
         return self.first_stage_model.decode(z / self.scale_factor, **options)
 

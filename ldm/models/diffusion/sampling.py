@@ -198,22 +198,15 @@ class Sampler:
         log_every_t=100,
     ):
         """From z at index `start` down to index 0."""
-        mask, x0 = keep
-
-        def edit(z, i):
-            if mask is None or i <= 0:  # nothing is put back after the last step
-                return z
-            t = torch.full((len(z),), i, device=z.device)
-            return mask * self.diffusion.q_sample(x0, t, noise(z), guided.encodings) + (1 - mask) * z
-
+        edit = keep_known(self.diffusion, guided, *keep, noise)
         steps = self.function(
-            _UpTo(self.diffusion, start),
+            from_index(self.diffusion, start),
             guided,
             edit(z, start),
             noise,
             edit=edit,
             clip_denoised=False,
-            denoised_fn=self._quantize if quantize else None,
+            denoised_fn=rounded(self.model) if quantize else None,
             **({"eta": self.ddim_eta} if self.stochastic else {}),
         )
         kept: Intermediates = {"x_inter": [z], "pred_x0": [z]}
@@ -227,19 +220,46 @@ class Sampler:
                 callbacks[0](i)
             if callbacks[1] is not None:
                 callbacks[1](out["pred_xstart"], i)
-            if index % log_every_t == 0 or i == 0:
+            if select_kept(index, log_every_t, start):
                 kept["x_inter"].append(z)
                 kept["pred_x0"].append(out["pred_xstart"])
         return z, kept
 
-    def _quantize(self, z):
-        rounded = self.model.first_stage_model.quantize(z)
-        return rounded[0] if isinstance(rounded, tuple) else rounded
+
+def rounded(model) -> Callable:
+    """A function that rounds latents to the codebook of the model's first stage."""
+
+    def quantize(z):
+        entries = model.first_stage_model.quantize(z)
+        return entries[0] if isinstance(entries, tuple) else entries
+
+    return quantize
+
+
+def keep_known(diffusion, guided: GuidedModel, mask, x0, noise: Callable) -> Callable:
+    """An edit for guided_diffusion's samplers that puts latents x0, noised, back where `mask` is 1 (None:
+    nothing is); not after the last step."""
+
+    def edit(z, i):
+        if mask is None or i <= 0:
+            return z
+        t = torch.full((len(z),), i, device=z.device)
+        return mask * diffusion.q_sample(x0, t, noise(z), guided.encodings) + (1 - mask) * z
+
+    return edit
+
+
+def select_kept(index: int, every: int, count: int) -> bool:
+    """Is the step at `index` of `count` one to keep? The first is, and those at multiples of `every`."""
+    return index % every == 0 or index == count - 1
+
+
+def from_index(diffusion, start: int):
+    """The process `diffusion` as one whose samplers start at index `start`."""
+    return _UpTo(diffusion, start)
 
 
 class _UpTo:
-    """A process whose samplers start at index `start`."""
-
     def __init__(self, diffusion, start):
         self._diffusion, self.num_timesteps = diffusion, start + 1
 
