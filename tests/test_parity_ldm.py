@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
+import yaml
 
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -20,6 +21,7 @@ from tests.parity.weights import fill
 from tests.test_parity_adm import agree
 
 PARITY = Path(__file__).parent / "parity"
+CONFIGS = Path(__file__).parents[1] / "configs"
 INDEX = {name: json.loads((PARITY / name / "index.json").read_text()) for name in ("ldm", "ldm_sd2")}
 
 
@@ -96,6 +98,27 @@ def test_released_models(folder, name):
         model = build(case["kind"], case["params"])
     assert_same_state(model, case["state"])
     assert count_params(model) == case["n_params"]
+
+
+@pytest.mark.parametrize(
+    "config, folder, name",
+    [
+        ("translation/cityscapes", "ldm", "paper_translation_unet"),
+        ("translation/night2day", "ldm", "paper_translation_unet"),
+        ("stable-diffusion/v1-inference", "ldm", "sd1_unet"),
+        ("stable-diffusion/v2-inference", "ldm_sd2", "sd2_unet"),
+        ("stable-diffusion/v2-inference-v", "ldm_sd2", "sd2_unet"),
+    ],
+)
+def test_configurations_describe_the_released_models(config, folder, name):
+    """The U-Net and the first stage (kl-f8) that a configuration asks for."""
+    params = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())["model"]["params"]
+    first_stage = dict(params["first_stage_config"], params=dict(params["first_stage_config"]["params"]))
+    first_stage["params"].pop("ckpt_path", None)  # a file that the user brings
+    with th.device("meta"):
+        unet, autoencoder = (instantiate_from_config(part) for part in (params["unet_config"], first_stage))
+    assert_same_state(unet, INDEX[folder]["keys"][name]["state"])
+    assert_same_state(autoencoder, INDEX["ldm"]["keys"]["kl_f8"]["state"])
 
 
 @pytest.mark.parametrize("folder, name", cases("schedules"))
