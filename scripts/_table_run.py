@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,22 @@ class Runner:
         self.plan = plan
         self.folder = ROOT / plan.out
 
-    def run(self, jobs: Iterable[Job]) -> None:
-        """Run what is not finished. UserError that names the command which fails."""
+    def run(self, jobs: Iterable[Job], at_once: int = 1) -> None:
+        """Run what is not finished, `at_once` steps beside each other, each after those that it needs.
+
+        Where several run, their output goes to OUT/output/JOB.txt. UserError that names the command which fails;
+        those that run beside it are waited for first.
+        """
         with self._alone() as lock:
+            waiting = []
             for job in jobs:
                 state = self._state(job)
                 self._compare(job, state)
                 if state.get("finished"):
                     print(f"{job.name}: finished before, skipped", flush=True)
                 else:
-                    self._run(job, state, lock)
+                    waiting.append(job)
+            self._run(waiting, at_once, lock)
 
     def forget(self, names: Iterable[str], jobs: Iterable[Job]) -> None:
         """Delete what the steps of these names, and all of `jobs` that need them, have made."""
@@ -61,31 +68,58 @@ class Runner:
         """Whether it has been carried out."""
         return bool(self._state(job).get("finished"))
 
-    def _run(self, job: Job, state: dict[str, Any], lock: int) -> None:
+    def _run(self, waiting: list[Job], at_once: int, lock: int) -> None:
+        failures = []
+        with Commands(lock) as commands:
+            while commands.running or (waiting and not failures):
+                while waiting and not failures and len(commands.running) < at_once:
+                    unfinished = {job.name for job in [*waiting, *(c.job for c in commands.running)]}
+                    ready = (j for j in waiting if not unfinished & {n.name for n in self.plan.needs(j)})
+                    job = next(ready, None)
+                    if job is None:
+                        break
+                    waiting.remove(job)
+                    self._start(job, commands, at_once)
+                job, code = commands.wait()
+                try:
+                    self._end(job, code)
+                except UserError as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def _start(self, job: Job, commands: "Commands", at_once: int) -> None:
         words = self._words(job)
-        declared = self.plan.command(job, resolve=False)
-        before = state.get("seconds", 0.0)
-        self._write(job, {"command": declared, "finished": False, "seconds": before})
+        before = self._state(job).get("seconds", 0.0)
         (ROOT / self.plan.here(job)).mkdir(parents=True, exist_ok=True)
         print(f"\n{job.name}:\n$ {shlex.join(words)}", flush=True)
-        started = time.monotonic()
-        try:
-            code = execute(words, lock)
-        finally:
-            seconds = before + time.monotonic() - started
-            self._write(job, {"command": declared, "finished": False, "seconds": seconds})
+        output = self.folder / "output" / f"{job.name}.txt" if at_once > 1 else None
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if output else {}
+        if output is not None:
+            print(f"  output: {output}", flush=True)
+
+        def note(seconds: float) -> None:
+            declared = self.plan.command(job, resolve=False)
+            self._write(job, {"command": declared, "finished": False, "seconds": before + seconds})
+
+        commands.start(job, words, note, output, environment | dict(os.environ))
+
+    def _end(self, job: Job, code: int) -> None:
         if code:
+            output = self.folder / "output" / f"{job.name}.txt"
+            where = f"in {output}" if output.exists() else "above"
             raise UserError(
-                f"step {job.name} failed with exit code {code}: {shlex.join(words)} - mend what it says "
-                "above and give the same command again: it continues there"
+                f"step {job.name} failed with exit code {code}: {shlex.join(self._words(job))} - mend what it "
+                f"says {where} and give the same command again: it continues there"
             )
         for name in job.step.makes:
             if not (ROOT / self.plan.made(job, name)).exists():
                 raise UserError(
                     f"step {job.name} ended without an error but has not made {self.plan.made(job, name)}: "
-                    f"{shlex.join(words)}"
+                    f"{shlex.join(self._words(job))}"
                 )
-        self._write(job, {"command": declared, "finished": True, "seconds": seconds})
+        self._write(job, self._state(job) | {"finished": True})
+        print(f"{job.name}: finished after {self._state(job)['seconds']:.0f} s", flush=True)
 
     def _words(self, job: Job) -> list[str]:
         if job.step.resume is not None:
@@ -125,31 +159,90 @@ class Runner:
             yield file.fileno()
 
 
-def execute(words: list[str], lock: int) -> int:
-    """Run a command in the root of the repository; its exit code.
+@dataclass(frozen=True)
+class Command:
+    """A command that runs for a job; `note` is told how long it has run, at its start and at its end."""
 
-    Where this process is told to stop (SIGTERM, Ctrl-C) the command is told so once, and may take its time to save:
-    in a session of its own it does not hear the terminal's or the scheduler's signal as well, which would end it at
-    once. At a second signal it is killed.
+    job: Job
+    process: subprocess.Popen
+    note: Callable[[float], None]
+    started: float
+
+    def ended(self) -> None:
+        """To be called once it has."""
+        self.note(time.monotonic() - self.started)
+
+
+class Commands:
+    """Commands that run beside each other, in the root of the repository.
+
+    Where this process is told to stop (SIGTERM, Ctrl-C) the commands are told so once, and may take their time to
+    save: in sessions of their own they do not hear the terminal's or the scheduler's signal as well, which would end
+    them at once. At a second signal they are killed.
     """
-    words = [sys.executable if word == "python" else word for word in words]
-    try:
-        process = subprocess.Popen(words, cwd=ROOT, pass_fds=(lock,), start_new_session=True)
-    except OSError as error:
-        raise UserError(f"{shlex.join(words)} cannot be started: {error.strerror}") from error
-    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
+
+    def __init__(self, lock: int):
+        self.lock = lock
+        self.running: list[Command] = []
+
+    def __enter__(self) -> "Commands":
+        self._former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        return self
+
+    def start(
+        self,
+        job: Job,
+        words: list[str],
+        note: Callable[[float], None],
+        output: Path | None,
+        environment: Mapping[str, str],
+    ) -> None:
+        """Start a command; output: a file for what it prints, None for this process's own output."""
+        note(0.0)
+        words = [sys.executable if word == "python" else word for word in words]
+        with contextlib.ExitStack() as stack:
+            to = None
+            if output is not None:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                to = stack.enter_context(open(output, "a"))
+            try:
+                process = subprocess.Popen(
+                    words,
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=to,
+                    stderr=None if to is None else subprocess.STDOUT,
+                    pass_fds=(self.lock,),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise UserError(f"{shlex.join(words)} cannot be started: {error.strerror}") from error
+        self.running.append(Command(job, process, note, time.monotonic()))
+
+    def wait(self) -> tuple[Job, int]:
+        """The next command that ends, and its exit code."""
+        while True:
+            for command in self.running:
+                if command.process.poll() is not None:
+                    self.running.remove(command)
+                    command.ended()
+                    return command.job, command.process.returncode
+            time.sleep(0.1)
+
+    def __exit__(self, *_) -> None:
+        for command in self.running:
+            command.process.terminate()
         try:
-            process.wait()
+            for command in self.running:
+                command.process.wait()
         except BaseException:
-            process.kill()
+            for command in self.running:
+                command.process.kill()
             raise
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, former)
+        finally:
+            for command in self.running:
+                command.ended()
+            signal.signal(signal.SIGTERM, self._former)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
     python scripts/reproduce.py table4 --scale small --data camvid
     python scripts/reproduce.py table4 --scale small --data camvid --dry_run      # the commands, to run by hand
     python scripts/reproduce.py table4 --scale paper --data cityscapes --seeds 0,1,2 --only joint
+    python scripts/reproduce.py table2 --scale small --data cifar10 --jobs 2      # two steps beside each other
 
 Stopped at any point, the same command continues: finished steps are skipped, an interrupted training resumes. The
 steps are the project's own commands; configs/tables/NAME.yaml declares them (scripts/_tables.py describes how).
@@ -45,6 +46,13 @@ def parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="change a variable of the table")
     add("--again", action="append", default=[], metavar="STEP", help="run a step and all that needs it anew")
     add("--write", default="", metavar="FILE", help="write the table there too, with times and machine")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps that run at once; each has its share of the cores",
+    )
     add("--dry_run", action="store_true", help="only print the commands")
     return flags
 
@@ -52,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
+    if args.jobs < 1:
+        raise UserValueError(f"--jobs {args.jobs}: give the number of steps to run at once")
     table = load_table(args.table)
     out = _relative(args.out or ROOT / "runs" / f"{table.path.stem}-{args.scale}")
     data = _relative(args.data) if args.data else ""
@@ -66,7 +76,7 @@ def main():
     runner = Runner(plan)
     if args.again:
         runner.forget(args.again, plan.jobs(plan.rows(), table.also))
-    runner.run(jobs)
+    runner.run(jobs, args.jobs)
     measured = {row.id: numbers(plan, runner, row) for row in rows}
     text = markdown(plan, measured, rows)
     seconds = runner.seconds(jobs)

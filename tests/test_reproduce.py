@@ -154,6 +154,65 @@ def test_killed_in_the_middle_it_takes_its_command_along_and_continues(reproduce
     assert log.read_text().split() == [str(k) for k in range(8)]
 
 
+# Waits for the folder of the other seed to say that it runs too.
+MEET = """
+import pathlib, sys, time
+here, other = sys.argv[1:3]
+print(f"{here} waits", flush=True)
+pathlib.Path(here, "here.txt").touch()
+for _ in range(400):
+    if pathlib.Path(other, "here.txt").exists():
+        pathlib.Path(here, "met.json").write_text('{"met": 1}')
+        break
+    time.sleep(0.05)
+"""
+
+
+def test_jobs_run_beside_each_other_and_each_after_what_it_needs(reproduce, tmp_path):
+    (tmp_path / "the data/meet.py").write_text(MEET)
+    met = {
+        "title": "Met",
+        "columns": {"met": {"title": "Met", "format": ".0f"}},
+        "scales": {"small": {}},
+        "steps": {
+            "left": {
+                "run": "python {data}/meet.py {here} {out}/right",
+                "makes": {"file": "{here}/met.json"},
+            },
+            "right": {
+                "run": "python {data}/meet.py {here} {out}/left",
+                "makes": {"file": "{here}/met.json"},
+            },
+            "both": {
+                "run": "cp {left.file} {here}/met.json",
+                "needs": ["right"],
+                "makes": {"file": "{here}/met.json"},
+            },
+        },
+        "rows": [{"id": "A", "title": "A", "cells": {"met": {"from": "both.file", "key": "met"}}}],
+    }
+    job = reproduce("--jobs", "2", table=met)
+    assert job.returncode == 0, job.stderr
+    assert "| A | 1<br>*–* |" in job.stdout
+    lines = job.stdout.splitlines()
+    ends = [
+        next(k for k, line in enumerate(lines) if line.startswith(f"{n}: finished"))
+        for n in ("left", "right")
+    ]
+    assert lines.index("both:") > max(ends)
+    # What they print goes to files, where it does not mix.
+    assert "waits" not in job.stdout
+    assert (reproduce.out / "output/left.txt").read_text() == f"{reproduce.out}/left waits\n"
+
+
+def test_a_failure_beside_others_lets_them_end_and_names_its_output(reproduce):
+    job = reproduce("--jobs", "2", "--seeds", "0,1", "--set", "stop=1")
+    assert job.returncode == 2
+    assert "failed with exit code 3" in job.stderr and "output/train-A-seed" in job.stderr.replace("'", "")
+    assert not (reproduce.out / "table.md").exists()
+    assert reproduce("--jobs", "0").returncode == 2
+
+
 def test_another_command_than_before_is_refused_until_asked_for(reproduce):
     assert reproduce().returncode == 0
     job = reproduce("--set", "steps=5")
