@@ -122,10 +122,10 @@ class JointDenoiser:
         return th.autograd.grad(total, z)[0].detach()
 
     def _encode(self, values, like):
-        """Encodings of `values`; those of given ones and of classes are computed once."""
+        """Encodings of `values`; those of given ones and constant codes are computed once."""
         for m in self.tasks:
             if m.encoder == "unet" and m.name in values and m.name not in self._codes:
-                self._codes[m.name] = self.tasks.class_codes(self.network, m, like)
+                self._codes[m.name] = self.tasks.constant_codes(self.network, m, like)
         known = {name: value for name, value in self.given.items() if name not in self._fixed}
         self._fixed |= self.tasks.encode(self.network, Batch(known), like, self._codes)
         unknown = {name: value for name, value in values.items() if name not in self.given}

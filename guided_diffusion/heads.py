@@ -33,14 +33,15 @@ class OutputHead(nn.Sequential):
 
 
 class MiddleHead(nn.Sequential):
-    """M: one fully connected layer on the pooled middle block, or two with `hidden` ReLU units between
-    (representations)."""
+    """M: one fully connected layer on the pooled middle block, or two with `hidden` ReLU units between, of
+    which the last starts at zero (representations, whose mean is zero)."""
 
     def __init__(self, channels: int, out_features: int, hidden: int | None = None):
         if hidden is None:
             super().__init__(nn.Linear(channels, out_features))
         else:
-            super().__init__(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, out_features))
+            last = zero_module(nn.Linear(hidden, out_features))
+            super().__init__(nn.Linear(channels, hidden), nn.ReLU(), last)
 
     def forward(self, features: Features) -> th.Tensor:
         """[B, out_features]."""

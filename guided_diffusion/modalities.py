@@ -70,7 +70,8 @@ class Modality:
 
     name: unique; kind and shape: `image` (C, H, W), `label` (classes,), `vector` (D,). encoder E_i:
     `identity` (the value lies in the diffusion space already), `unet` (the shared U-Net at z = 0, t = 0 fed
-    the value through its conditioning; centred and of unit RMS), a callable value -> [B, C, H, W], or `none`
+    the value through its conditioning, a label's class embedding or a vector's cross-attention; centred and of
+    unit RMS, for a vector of the vector's own RMS), a callable value -> [B, C, H, W], or `none`
     (the value does not enter the latent). head D_i: `out`, `middle` (`hidden` units in it) or `classifier`
     (heads.py), or `none`: with neither it is a condition that the network sees, as in ADM. likelihood:
     `gaussian` or `categorical`. loss_weight: lambda of equation 6. peak: kappa, the largest atil. as_input: variant X, the network also
@@ -111,8 +112,10 @@ class Modality:
             self._refuse(f"a {self.kind} needs a shape of {rank} positive numbers, got {self.shape}")
         if self.encoder == "identity" and self.kind != "image":
             self._refuse(f"a {self.kind} is not in the diffusion space: the encoder cannot be identity")
-        if self.encoder == "unet" and self.kind != "label":
-            self._refuse("the U-Net as encoder needs a conditioning input, which only a label has here")
+        if self.encoder == "unet" and self.kind == "image":
+            self._refuse(
+                "the U-Net as encoder needs a conditioning input, which only a label or a vector has here"
+            )
         if not callable(self.encoder) and self.encoder not in ("identity", "unet", "none"):
             self._refuse(f"unknown encoder {self.encoder!r}, choose identity, unet, none or a callable")
         if (self.likelihood == "categorical") != (self.kind == "label"):
@@ -209,11 +212,12 @@ def one_hot(labels: th.Tensor, classes: int) -> th.Tensor:
     return F.one_hot(labels.clamp(min=0), classes).float() * known
 
 
-PRESETS = ("masked", "label", "image")
+PRESETS = ("masked", "label", "image", "representation")
 
 
 def preset(name: str, kind: str, image_shape: tuple[int, int, int], num_classes: int | None) -> Modality:
-    """A modality of the paper: `masked` (image), `label` or a second `image`, for images of `image_shape`.
+    """A modality of the paper: `masked` (image), `label`, a second `image` or the `representation` of a CLIP
+    ViT-H, 1024 numbers, for images of `image_shape`.
 
     ValueError if `kind` is none of PRESETS, or a label is asked of data without labels.
     """
@@ -231,6 +235,8 @@ def preset(name: str, kind: str, image_shape: tuple[int, int, int], num_classes:
         return Modality(name, "label", (num_classes,), "unet", "middle", "categorical", classifier=classifier)
     if kind == "image":
         return Modality(name, "image", image_shape)
+    if kind == "representation":
+        return Modality(name, "vector", (1024,), "unet", "middle", hidden=1024)
     raise UserValueError(f"modality {name}: unknown kind {kind!r}, choose one of {', '.join(PRESETS)}")
 
 
@@ -288,6 +294,8 @@ def _from_options(name, options, image_shape, num_classes, peak):
         own = _known(name, options.pop("classifier"), ClassifierOptions)
         changes["classifier"] = replace(base.classifier, **own)
     changes |= _known(name, options, Modality)
+    if base.kind == "vector" and "shape" in changes:
+        changes.setdefault("hidden", changes["shape"][0])  # as wide as it is itself
     return replace(base, **changes)
 
 

@@ -122,7 +122,7 @@ def measure_variance(
     network.eval()
     device, steps = images.device, diffusion.num_timesteps
     # The same for every picture, and a forward pass for every class.
-    codes = {m.name: tasks.class_codes(network, m, images) for m in tasks if m.encoder == "unet"}
+    codes = {m.name: tasks.constant_codes(network, m, images[:1]) for m in tasks if m.encoder == "unet"}
     bins = {m.name: th.zeros(2, m.variance_bins, dtype=th.float64, device=device) for m in gaussian}
     for number in range(_PASSES):
         own = range(dist_util.get_rank(), len(images), dist_util.get_world_size())

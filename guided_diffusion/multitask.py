@@ -43,9 +43,10 @@ class MultiTask:
     """The modalities of one network.
 
     modalities: in the order of the network's input channels; image_channels: those of the image itself;
-    num_classes: if the network takes `y`; steps: the length T of the full process, and rescaled: whether the
-    network is called with t * 1000 / T (rescale_timesteps). ValueError for names that occur twice, or two
-    modalities that both need the network's class input. Set afterwards, where they are needed: process, the
+    num_classes: if the network takes `y`; context_dim: the width of its `context`, if it has cross-attention;
+    steps: the length T of the full process, and rescaled: whether the network is called with t * 1000 / T
+    (rescale_timesteps). ValueError for names that occur twice, two modalities that both need the network's
+    class input, or a vector that the U-Net is to encode without cross-attention. Set afterwards, where they are needed: process, the
     full diffusion (for classifier heads, and for guidance in the moving frame); single_task, whether the
     network also learned images without any modality (M*, E*).
     """
@@ -60,14 +61,20 @@ class MultiTask:
         num_classes: int | None = None,
         steps: int = 1000,
         rescaled: bool = False,
+        context_dim: int | None = None,
     ):
         self.modalities = {m.name: m for m in modalities}
         if len(self.modalities) != len(modalities):
             raise UserValueError(f"modality names must differ: {', '.join(m.name for m in modalities)}")
         if sum(m.kind == "label" for m in modalities) > 1:
             raise UserValueError("the network has one class input: at most one modality can be a label")
+        for m in modalities:
+            if m.kind == "vector" and m.encoder == "unet" and context_dim is None:
+                raise UserValueError(
+                    f"modality {m.name}: the U-Net has no cross-attention (context_dim) to encode a vector by"
+                )
         self.image_channels = image_channels
-        self.num_classes = num_classes
+        self.num_classes, self.context_dim = num_classes, context_dim
         self.steps, self.rescaled = steps, rescaled
 
     def __iter__(self):
@@ -150,23 +157,43 @@ class MultiTask:
             rows = th.nn.functional.one_hot(classes, modality.shape[0]).float()
         if modality.centre == "null":
             rows = th.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        was_training = network.training
-        network.eval()
-        with th.autocast(like.device.type, enabled=False):
-            raw = th.cat([self._encode_rows(network, part, like) for part in rows.split(256)])
-        network.train(was_training)
+        raw = self._raw_codes(network, modality, rows, like)
         if modality.centre == "null":
             codes = raw[:-1] - raw[-1:]
         else:
             codes = raw - raw.mean(dim=0, keepdim=True)
             codes = codes if classes is None else codes[classes]
-        rms = codes.flatten(1).square().mean(dim=1).sqrt()
-        # A fresh network's output layer is zero: then there is nothing to normalise.
-        return codes / rms.clamp(min=1e-12).reshape(-1, *[1] * (codes.dim() - 1))
+        return _of_unit_rms(codes)
 
-    def _encode_rows(self, network, rows, like):
+    @th.no_grad()
+    def constant_codes(self, network, modality: Modality, like: th.Tensor) -> th.Tensor:
+        """What encoding a modality by the U-Net needs whatever its value: a label's `class_codes`, for a vector
+        the raw code of its null input [1, *like.shape[1:]]."""
+        if modality.kind == "label":
+            return self.class_codes(network, modality, like)
+        return self._raw_codes(network, modality, th.zeros(1, *modality.shape, device=like.device), like)
+
+    def tokens(self, value: th.Tensor) -> th.Tensor:
+        """A vector [B, D] as a context [B, S, context_dim]: cut into S tokens, the last filled up with zeros."""
+        count = -(-value.shape[1] // self.context_dim)
+        padded = th.nn.functional.pad(value, (0, count * self.context_dim - value.shape[1]))
+        return padded.unflatten(1, (count, self.context_dim))
+
+    def _raw_codes(self, network, modality, rows, like):
+        """The U-Net's output at z = 0, t = 0 for values [K, ...] of a modality."""
+        was_training = network.training
+        network.eval()
+        with th.autocast(like.device.type, enabled=False):
+            raw = th.cat([self._encode_rows(network, modality, part, like) for part in rows.split(256)])
+        network.train(was_training)
+        return raw
+
+    def _encode_rows(self, network, modality, rows, like):
         z = th.zeros(len(rows), self.input_channels, *like.shape[2:], device=like.device)
-        output = network(z, th.zeros(len(rows), dtype=th.long, device=like.device), y=rows)
+        inputs = {"y": rows} if modality.kind == "label" else {"context": self.tokens(rows)}
+        if self.num_classes is not None:
+            inputs.setdefault("y", rows.new_zeros(len(rows), self.num_classes))
+        output = network(z, th.zeros(len(rows), dtype=th.long, device=like.device), **inputs)
         output = output[0] if isinstance(output, tuple) else output
         return output[:, : self.image_channels].float()
 
@@ -174,8 +201,9 @@ class MultiTask:
     def encode(self, network, batch: Batch, like: th.Tensor, codes: Values | None = None) -> Values:
         """e_i of every value in the batch, shaped like the image `like` [B, C, ...], zero where missing.
 
-        Always under stop-gradient. codes: class codes computed before, by name; a soft label is encoded as
-        the mixture.
+        Always under stop-gradient. codes: `constant_codes` computed before, by name. A soft label is encoded
+        as the mixture; a vector by its direction, times its RMS: an uncertain estimate, which lies near the
+        mean 0, moves the latent little.
         """
         encodings = {}
         for name, value in batch.values.items():
@@ -185,7 +213,8 @@ class MultiTask:
             if m.encoder == "identity":
                 encoding = value
             elif m.encoder == "unet":
-                encoding = self._encode_label(network, m, value, like, (codes or {}).get(name))
+                encode = self._encode_label if m.kind == "label" else self._encode_vector
+                encoding = encode(network, m, value, like, (codes or {}).get(name))
             else:
                 encoding = m.encoder(value)
             if encoding.shape != like.shape:
@@ -205,6 +234,16 @@ class MultiTask:
                 return th.zeros_like(like)
             codes, value = self.class_codes(network, modality, like, used), value[:, used]
         return th.einsum("bk,kchw->bchw", value.to(codes), codes).to(like)
+
+    def _encode_vector(self, network, modality, value, like, null):
+        rms = value.float().square().mean(dim=1, keepdim=True).sqrt()
+        rows = value.float() / rms.clamp(min=1e-12)
+        if null is None:
+            raw = self._raw_codes(network, modality, th.cat([rows, th.zeros_like(rows[:1])]), like)
+            raw, null = raw[:-1], raw[-1:]
+        else:
+            raw = self._raw_codes(network, modality, rows, like)
+        return (_of_unit_rms(raw - null) * rms.reshape(-1, *[1] * (raw.dim() - 1))).to(like)
 
     def timesteps(self, t: th.Tensor) -> th.Tensor:
         """What the network is called with at indices t of the full process."""
@@ -232,6 +271,12 @@ class MultiTask:
         low = position.floor().long()
         high = (low + 1).clamp(max=len(table) - 1)
         return th.lerp(table[low].log(), table[high].log(), position - low).exp()
+
+
+def _of_unit_rms(codes: th.Tensor) -> th.Tensor:
+    """Codes [K, ...], each of RMS 1; a fresh network's, whose output layer is zero, stay zero."""
+    rms = codes.flatten(1).square().mean(dim=1).sqrt()
+    return codes / rms.clamp(min=1e-12).reshape(-1, *[1] * (codes.dim() - 1))
 
 
 def derive_values(tasks: MultiTask, images: th.Tensor, batch: Batch, random: PerSample) -> Batch:

@@ -19,7 +19,7 @@ from ldm.models.diffusion.conditioning import Conditioning, resolve_key
 from ldm.models.diffusion.first_stage import FirstStageCoding, channels_first, from_batch
 from ldm.models.diffusion.log_images import ImageLogging
 from ldm.models.diffusion.process import LatentProcess, Process
-from ldm.models.diffusion.schedule import Velocity, elbo_weights, make_diffusion, tables
+from ldm.models.diffusion.schedule import Velocity, elbo_weights, make_diffusion, min_snr_weights, tables
 from ldm.models.diffusion.training import DiffusionTraining
 from ldm.models.diffusion.weights import StartingWeights
 from ldm.models.diffusion.wrapper import DiffusionWrapper
@@ -38,6 +38,7 @@ class DDPM(Process, Velocity, StartingWeights, DiffusionTraining):
     unet_config: of the network; timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas:
     the noise schedule; parameterization: what the network predicts, eps, x0 or v; loss_type: l2 or l1;
     l_simple_weight, original_elbo_weight: of the plain and of the bound's weighting of the squared error;
+    min_snr_gamma: weight the plain error by min-SNR (schedule.min_snr_weights) with this gamma, usually 5;
     learn_logvar, logvar_init: log variance of the error at each timestep, learned or fixed; use_ema: keep a
     moving average; ucg_training: {batch key: {p, val}}, conditioning that is replaced by `val` with
     probability p; scheduler_config: of the learning rate; monitor: the metric by which checkpoints are kept;
@@ -75,6 +76,7 @@ class DDPM(Process, Velocity, StartingWeights, DiffusionTraining):
         learn_logvar=False,
         logvar_init=0.0,
         ucg_training=None,
+        min_snr_gamma=None,
     ):
         super().__init__()
         if loss_type not in ("l1", "l2"):
@@ -89,6 +91,9 @@ class DDPM(Process, Velocity, StartingWeights, DiffusionTraining):
         self.scheduler_config, self.ucg_training = scheduler_config, dict(ucg_training or {})
         if monitor is not None:
             self.monitor = monitor
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise UserValueError(f"min_snr_gamma must be positive, or null for none, not {min_snr_gamma}")
+        self.min_snr_gamma = min_snr_gamma
         self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         self.learn_logvar = learn_logvar
@@ -126,6 +131,10 @@ class DDPM(Process, Velocity, StartingWeights, DiffusionTraining):
             self.register_buffer(name, table)
         weights = elbo_weights(self.diffusion, self.parameterization)
         self.register_buffer("lvlb_weights", weights, persistent=False)
+        simple = torch.ones_like(weights)
+        if self.min_snr_gamma is not None:
+            simple = min_snr_weights(self.diffusion, self.parameterization, self.min_snr_gamma)
+        self.register_buffer("simple_weights", simple, persistent=False)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -170,7 +179,7 @@ class DDPM(Process, Velocity, StartingWeights, DiffusionTraining):
         simple = terms.pop("simple")
         log = {f"{prefix}/loss_simple": simple.mean()}
         logvar = self.logvar[t]
-        loss = simple / logvar.exp() + logvar
+        loss = self.simple_weights[t] * simple / logvar.exp() + logvar
         if self.learn_logvar:
             log |= {f"{prefix}/loss_gamma": loss.mean(), "logvar": self.logvar.mean()}
         loss = self.l_simple_weight * loss.mean()

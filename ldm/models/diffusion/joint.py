@@ -22,17 +22,21 @@ from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint_sampling import JointSampling
 from ldm.models.diffusion.schedule import Denoiser, make_diffusion
+from ldm.models.diffusion.vectors import VectorModalities
 
 _logger = logging.getLogger(__name__)
 
 
-class JointLatentDiffusion(JointSampling, LatentDiffusion):
+class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
     """LatentDiffusion of an image and `modalities`.
 
     modalities: as for guided_diffusion.modalities.parse_modalities, in latent space: `{label_map: {preset:
     image}}` is a second picture; variant X widens the U-Net's input beyond unet_config's in_channels;
     aggregation: how they enter the latent (Aggregation.named); held_out: how many validation samples the
-    heads' variance is measured on. A batch holds pictures [B, H, W, C] (or cached latents, see
+    heads' variance is measured on; extractors: {name: configuration} of what reads vector modalities off the
+    pictures (VectorModalities); standardise: how many training samples the vectors' mean and scale are
+    measured on, 0 for none; single_task_probability: with it a sample's modalities all count as missing, so
+    that the model also learns to draw without them. A batch holds pictures [B, H, W, C] (or cached latents, see
     FirstStageCoding.latents) and labels [B] under the modalities' names, and where some are missing
     `<name>_present`, bool [B]. Other arguments as in LatentDiffusion.
     """
@@ -44,8 +48,14 @@ class JointLatentDiffusion(JointSampling, LatentDiffusion):
         modalities: str | Mapping = (),
         aggregation: str = "bump",
         held_out: int = 256,
+        extractors: Mapping[str, Mapping] | None = None,
+        standardise: int = 1024,
+        single_task_probability: float = 0.0,
         image_size=256,
         channels=3,
+        ckpt_path=None,
+        ignore_keys=(),
+        load_only_unet=False,
         **kwargs,
     ):
         if kwargs.get("loss_type", "l2") != "l2":
@@ -55,29 +65,39 @@ class JointLatentDiffusion(JointSampling, LatentDiffusion):
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         members = latent_modalities(modalities, (channels, *size), params.get("num_classes"))
         labelled = any(m.kind == "label" for m in members)
-        tasks = MultiTask(members, channels, params.get("num_classes") if labelled else None)
+        classes = params.get("num_classes") if labelled else None
+        tasks = MultiTask(members, channels, classes, context_dim=params.get("context_dim"))
+        tasks.single_task = single_task_probability > 0
         self._extra_channels = tasks.input_channels - channels
         params |= {"in_channels": params["in_channels"] + self._extra_channels, "modalities": members}
         super().__init__(*args, unet_config=unet_config, image_size=image_size, channels=channels, **kwargs)
         tasks.steps = self.num_timesteps
         self.tasks, self.held_out = tasks, held_out
+        self.standardise, self.single_task_probability = standardise, single_task_probability
+        self.make_vectors(extractors or {})
         self.aggregation = (
             Aggregation.named(aggregation, self.diffusion.betas, tasks.peaks) if tasks.peaks else None
         )
         self.diffusion = make_diffusion(self.diffusion.betas, self.parameterization, self.aggregation)
+        tasks.process = self.diffusion
         if self.aggregation is not None:
             _logger.info("%s", self.aggregation.report(self.diffusion.alphas_cumprod))
         self._held_out: list[dict] | None = None
         self._measured_at = -1
+        if ckpt_path is not None:
+            self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
     # The loss
 
     def modality_batch(self, batch: Mapping, random: PerSample | None = None) -> Batch:
-        """The modalities of a batch of data: pictures as scaled latents, drawn by `random`."""
+        """The modalities of a batch of data: pictures as scaled latents, drawn by `random`; vectors in
+        standard form."""
         values, present = {}, {}
         for m in self.tasks:
             if m.kind == "image" and (m.name in batch or f"{m.name}_latent" in batch):
                 values[m.name] = self.latents(batch, m.name, random)
+            elif m.kind == "vector":
+                values[m.name] = self.standards[m.name](self.vectors(batch, m.name))
             elif m.name in batch:
                 values["y" if m.kind == "label" else m.name] = batch[m.name].to(self.device)
             elif m.derive is None:
@@ -92,6 +112,8 @@ class JointLatentDiffusion(JointSampling, LatentDiffusion):
     def loss_terms(self, x_start, cond, t, noise, random, batch):
         """Equation 6: the error of the prediction [B], and KL_name [B] with its lambda for every modality."""
         read = derive_values(self.tasks, x_start, self.modality_batch(batch, random), random)
+        if self.single_task_probability:
+            read = read.only(random.rand().to(x_start.device) >= self.single_task_probability)
         terms = multitask_losses(
             self.diffusion, self.tasks, Denoiser(self), x_start, read, t, noise, random, conditioning=cond
         )
@@ -157,6 +179,21 @@ class JointLatentDiffusion(JointSampling, LatentDiffusion):
             )
         super().on_fit_start()
 
+    def on_train_start(self):
+        """Measures the vectors' standard form, unless a checkpoint knew it."""
+        if self.standardise:
+            device = self.device
+            batches = (self.transfer_batch_to_device(b, device, 0) for b in self.trainer.train_dataloader)
+            self.measure_standards(batches, self.standardise)
+        super().on_train_start()
+
+    def train(self, mode=True):
+        """See LatentDiffusion; extractors stay as they are."""
+        super().train(mode)
+        for extractor in getattr(self, "extractors", {}).values():
+            extractor.eval()
+        return self
+
     def _to_measure(self, batch, most):
         """Latents, modalities and conditioning of at most `most` samples that have every modality."""
         z, cond = self.get_input(batch, self.first_stage_key)
@@ -194,9 +231,10 @@ class JointLatentDiffusion(JointSampling, LatentDiffusion):
         return weights
 
     def optional_weights(self, weights, prefix):
-        """Beside LatentDiffusion's: the heads, where the file has none of them."""
-        heads = f"{prefix}diffusion_model.heads."
-        absent = () if any(name.startswith(heads) for name in weights) else (heads,)
+        """Beside LatentDiffusion's: the heads and what reads and scales vectors, where the file has nothing of
+        them."""
+        parts = (f"{prefix}diffusion_model.heads.", "extractors.", "standards.")
+        absent = (part for part in parts if not any(name.startswith(part) for name in weights))
         return (*super().optional_weights(weights, prefix), *absent)
 
 

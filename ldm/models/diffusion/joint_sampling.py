@@ -33,6 +33,11 @@ class ConditionedDenoiser:
         """The modalities' latest encodings, by name."""
         return self.denoiser.encodings
 
+    @property
+    def estimates(self):
+        """The modalities' latest values, by name, given ones included."""
+        return self.denoiser.estimates
+
 
 class JointSampling:
     """`sample_joint` and `predict`, for a JointLatentDiffusion. The image is named first_stage_key."""
@@ -42,15 +47,32 @@ class JointSampling:
         those at the time of a call (see ema_scope)."""
         return self.diffusion, self.tasks, Denoiser(self)
 
-    def guided_model(self, cond, unconditional=None, scale=1.0, corrector=None, options=None):
-        """The network as the sampler faces (DDIMSampler, ...) see it: the modalities are estimated."""
+    def guided_model(
+        self,
+        cond,
+        unconditional=None,
+        scale=1.0,
+        corrector=None,
+        options=None,
+        given: Mapping[str, torch.Tensor] | None = None,
+        strength: float | Mapping[str, float] = 1.0,
+        absent: Sequence[str] = (),
+    ) -> ConditionedDenoiser:
+        """The network as the sampler faces (DDIMSampler, ...) see it: modalities that are neither `given` (in the
+        terms of `given_values`) nor `absent` are estimated."""
         if corrector is not None:
             raise UserValueError("a score_corrector does not work on a model of several modalities")
-        free = {} if unconditional is None else unconditional
+        free = {} if unconditional is None else self.as_conditioning(unconditional)
         denoiser = JointDenoiser(
-            self.tasks, Denoiser(self), guidance=scale if free else 1.0, unconditional=free
+            self.tasks,
+            Denoiser(self),
+            given,
+            strength,
+            guidance=scale if free else 1.0,
+            unconditional=free,
+            absent=absent,
         )
-        return ConditionedDenoiser(denoiser, cond)
+        return ConditionedDenoiser(denoiser, self.as_conditioning(cond))
 
     def respaced(self, steps: int | str = "") -> SpacedDiffusion:
         """The process over fewer steps ("" for all, a number, "ddim50", "10,15,20"), with the same
@@ -78,6 +100,8 @@ class JointSampling:
         unconditional=None,
         guidance: float = 1.0,
         strength: float | Mapping[str, float] = 1.0,
+        absent: Sequence[str] = (),
+        shape: tuple[int, int, int] | None = None,
         use_ema: bool = True,
         progress: bool = False,
     ) -> Pictures:
@@ -85,13 +109,15 @@ class JointSampling:
         (not clipped), class probabilities, vectors.
 
         given: by name pictures [n, C, H, W] in [-1, 1], or under `<name>_latent` unscaled latents
-        [n, c, h, w], labels int64 [n] or probabilities. If the image is given, see `predict`. sampler, steps:
+        [n, c, h, w], labels int64 [n] or probabilities, vectors [n, D] or, where the model has an extractor,
+        pictures [n, 3, H, W] to read them off. If the image is given, see `predict`. sampler, steps:
         guided_diffusion.samplers.SAMPLERS, `respaced`; seed, indices: sample k is number indices[k] (default
         k) of the seed, whatever n; conditioning, unconditional: learned conditioning and what guidance leads away from;
-        guidance, strength: see JointDenoiser. UserValueError for unknown names.
+        guidance, strength, absent: see JointDenoiser; shape: of the latents, if not the configuration's.
+        UserValueError for unknown names.
         """
-        values = self.given_values(given or {}, n)
-        wanted = self._wanted(want, values)
+        values = self.given_values(given or {}, n, shape)
+        wanted = self._wanted(want, {**values, **dict.fromkeys(absent)})
         random = PerSample.derived(seed, range(n) if indices is None else indices, self.device)
         with self.ema_scope() if use_ema else torch.no_grad():
             if self.first_stage_key in values:
@@ -103,7 +129,7 @@ class JointSampling:
                     diffusion,
                     tasks,
                     network,
-                    (n, *self.latent_shape),
+                    (n, *(shape or self.latent_shape)),
                     random,
                     given=values,
                     strength=strength,
@@ -112,10 +138,11 @@ class JointSampling:
                     guidance=guidance,
                     model_kwargs=self.as_conditioning(conditioning),
                     unconditional=None if unconditional is None else self.as_conditioning(unconditional),
+                    absent=absent,
                     progress=progress,
                 )
                 out = {self.first_stage_key: sample.images, **sample.values}
-        return {name: self._decoded(name, out[name]) for name in wanted}
+        return self.decoded({name: out[name] for name in wanted})
 
     def predict(
         self,
@@ -137,15 +164,18 @@ class JointSampling:
         random = PerSample.derived(seed, range(n) if indices is None else indices, self.device)
         with self.ema_scope() if use_ema else torch.no_grad():
             out = self._predict(image, values, conditioning, random, times)
-        return {name: self._decoded(name, out[name]) for name in wanted}
+        return self.decoded({name: out[name] for name in wanted})
 
     def _predict(self, image, values, conditioning, random, times=(0, 10, 20)):
         cond = self.as_conditioning(conditioning)
         return predict_modalities(*self.joint(), image, values, times, random, cond)
 
-    def given_values(self, given: Mapping[str, torch.Tensor], n: int) -> dict[str, torch.Tensor]:
-        """What is given, as the diffusion knows it: scaled latents, class probabilities, vectors."""
-        values = {}
+    def given_values(
+        self, given: Mapping[str, torch.Tensor], n: int, shape: tuple[int, int, int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What is given, as the diffusion knows it: scaled latents of `shape` (default: latent_shape), class
+        probabilities, vectors in standard form."""
+        values, shape = {}, tuple(shape or self.latent_shape)
         for key, value in given.items():
             name = key.removesuffix("_latent") if key not in self.names else key
             if name not in self.names:
@@ -160,13 +190,24 @@ class JointSampling:
                 value = self.encode_pictures(value)
             elif self.tasks[name].kind == "label" and not value.is_floating_point():
                 value = one_hot(value, self.tasks[name].shape[0])
-            if is_image and tuple(value.shape[1:]) != self.latent_shape:
+            elif self.tasks[name].kind == "vector":
+                value = self.standards[name](self._as_vectors(name, value))
+            if is_image and tuple(value.shape[1:]) != shape:
                 raise UserValueError(
-                    f"given {key}: its latents are {list(value.shape[1:])}, the model's {list(self.latent_shape)}: "
+                    f"given {key}: its latents are {list(value.shape[1:])}, the model's {list(shape)}: "
                     "check the size of the pictures"
                 )
             values[name] = value
         return values
+
+    def _as_vectors(self, name, value):
+        if value.ndim != 4:
+            return self.tasks[name].check(value)
+        if name not in self.extractors:
+            raise UserValueError(
+                f"given {name}: this model has no extractors.{name} to read it off pictures, give the vectors"
+            )
+        return self.vectors({self.first_stage_key: value.permute(0, 2, 3, 1)}, name)
 
     @property
     def names(self) -> list[str]:
@@ -184,14 +225,19 @@ class JointSampling:
             raise UserValueError("everything is given: nothing is left to sample")
         return wanted
 
+    def decoded(self, values: Mapping[str, torch.Tensor]) -> Pictures:
+        """Values in the diffusion's terms, by name, as data: pictures, probabilities, vectors."""
+        return {name: self._decoded(name, value) for name, value in values.items()}
+
     def _decoded(self, name, value):
-        is_image = name == self.first_stage_key or self.tasks[name].kind == "image"
-        return self.decode_first_stage(value) if is_image else value
+        if name == self.first_stage_key or self.tasks[name].kind == "image":
+            return self.decode_first_stage(value)
+        return self.standards[name].restore(value) if self.tasks[name].kind == "vector" else value
 
     def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> Pictures:
         """Samples for `log_images`: image and modalities from nothing (`samples`, `samples_<name>`), the image
-        given each modality (`image_from_<name>`), and each modality given the image
-        (`<name>_from_image`)."""
+        given each modality that is a picture or a vector (`image_from_<name>`), and each picture given the
+        image (`<name>_from_image`)."""
         options = {
             "sampler": "ddim",
             "steps": min(steps, self.num_timesteps),
@@ -208,6 +254,9 @@ class JointSampling:
         for name in (name for name in pictures if name in values):
             source = {f"{name}_latent": values[name] / self.scale_factor}
             shown[name] = self.decode_first_stage(values[name])
+            shown[f"image_from_{name}"] = self.sample_joint(n, source, [image], **options)[image]
+        for name in self.standards:
+            source = {name: self.standards[name].restore(values[name])}
             shown[f"image_from_{name}"] = self.sample_joint(n, source, [image], **options)[image]
         z = self.latents(batch, image)
         predicted = (

@@ -140,6 +140,7 @@ class Sampler:
         unconditional_guidance_scale=1.0,
         unconditional_conditioning=None,
         random: PerSample | None = None,
+        guided=None,
         **kwargs,
     ) -> tuple[torch.Tensor, Intermediates]:
         """Latents [batch_size, *shape] in S steps, and what lay on the way to them.
@@ -149,7 +150,8 @@ class Sampler:
         latents x0 are kept; quantize_x0: round predicted latents to the first stage's codebook; temperature,
         noise_dropout: of the noise of each step; callback(i), img_callback(pred_x0, i): called after step i;
         log_every_t: every so many indices `x_inter` and `pred_x0` are kept; random: one generator per sample,
-        of all noise (the global one if None). UserValueError for options that do not go together.
+        of all noise (the global one if None); guided: the model's own `guided_model(...)`, in place of
+        conditioning, guidance and corrector. UserValueError for options that do not go together.
         """
         if normals_sequence is not None or kwargs:
             names = ", ".join(kwargs) or "normals_sequence"
@@ -161,9 +163,14 @@ class Sampler:
         device = self.model.device
         if x_T is None:
             x_T = randn((batch_size, *shape), device, random)
-        guided = self.model.guided_model(
-            cond, unconditional, unconditional_guidance_scale, score_corrector, corrector_kwargs
-        )
+        if guided is None:
+            guided = self.model.guided_model(
+                cond, unconditional, unconditional_guidance_scale, score_corrector, corrector_kwargs
+            )
+        elif cond or unconditional or score_corrector is not None:
+            raise UserValueError(
+                "conditioning and a score_corrector are part of `guided`: give one or the other"
+            )
         return self._run(
             guided,
             x_T.to(device),

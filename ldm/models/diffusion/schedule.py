@@ -87,6 +87,17 @@ def elbo_weights(diffusion: GaussianDiffusion, parameterization: str) -> torch.T
     return torch.tensor(np.nan_to_num(weights), dtype=torch.float32)
 
 
+def min_snr_weights(diffusion: GaussianDiffusion, parameterization: str, gamma: float) -> torch.Tensor:
+    """How the squared error counts at each timestep so that the error of x_0 counts min(SNR, gamma), float32
+    [T] (Hang et al. 2023, section 3.4); SNR = abar / (1 - abar).
+
+    eps: min(SNR, gamma) / SNR; x0: min(SNR, gamma); v: min(SNR, gamma) / (SNR + 1).
+    """
+    snr = diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)
+    per_error = {"eps": snr, "x0": np.ones_like(snr), "v": snr + 1}[parameterization]
+    return torch.tensor(np.minimum(snr, gamma) / per_error, dtype=torch.float32)
+
+
 class Denoiser:
     """A latent diffusion's network as guided_diffusion calls it: (z, timesteps, **conditioning) -> noise, or
     x_0, with the heads' predictions where it has heads.

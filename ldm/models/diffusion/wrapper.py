@@ -52,13 +52,18 @@ class DiffusionWrapper(nn.Module):
         c_adm: torch.Tensor | None = None,
         *,
         y: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
     ):
         """What the U-Net returns at latents x [B, C, h, w] and timesteps t [B].
 
         c_concat: maps [B, C', h, w]; c_crossattn: sequences [B, S, D], joined, or for `adm` one class or
-        vector; c_adm: a vector; y: the class input of a modality. UserValueError if something is missing.
+        vector; c_adm: a vector; y: the class input of a modality; context: a further sequence behind
+        c_crossattn, or the only one, as the U-Net encodes a vector modality. UserValueError if something is
+        missing.
         """
         key = self.conditioning_key
+        if context is not None:
+            c_crossattn = [*(c_crossattn or ()), context]
         given = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
         for name in given:
             if (given[name] is not None) != (name in NEEDS[key]):

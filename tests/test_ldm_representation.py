@@ -1,0 +1,291 @@
+"""A vector (a CLIP representation) as a modality of a latent diffusion with text conditioning."""
+
+import pytest
+import torch as th
+
+from guided_diffusion.errors import UserError, UserValueError
+from guided_diffusion.multitask import MultiTask
+from guided_diffusion.modalities import Modality
+from guided_diffusion.seeding import PerSample
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.joint import JointLatentDiffusion
+from ldm.models.diffusion.schedule import Denoiser
+from ldm.models.diffusion.vectors import Standard
+from tests.ldm_models import CLASSES, CONTEXT, maps, small
+
+WIDTH = 9  # more than the context's 6: two tokens, the second filled up
+TEXT = dict(
+    cond_stage_config=CLASSES,
+    cond_stage_key="class_label",
+    conditioning_key="crossattn",
+    unet_config=CONTEXT,
+    ucg_training={"class_label": {"p": 0.1, "val": 3}},
+)
+EXTRACTOR = {"target": "tests.test_ldm_representation.Extractor"}
+LABELS = th.tensor([0, 1, 2, 3])
+
+
+class Extractor(th.nn.Module):
+    """Reads WIDTH numbers off pictures [B, 2, 8, 8]: means over bands."""
+
+    width = WIDTH
+
+    def forward(self, pictures):
+        bands = pictures.flatten(1).unfold(1, 14, 14).mean(dim=2)[:, :WIDTH]
+        return 5 + 2 * bands * th.arange(1, WIDTH + 1)
+
+
+def representation(**changes):
+    modalities = {"representation": {"preset": "representation", "shape": [WIDTH]}}
+    options = {"modalities": modalities, "extractors": {"representation": EXTRACTOR}, **TEXT}
+    return small(JointLatentDiffusion, **{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = representation()
+    made.measure_standards([{"image": maps(64, seed=7)}], 64)
+    return made
+
+
+@pytest.fixture
+def batch():
+    return {"image": maps(), "class_label": LABELS}
+
+
+def code_of(model, vectors):
+    """e of vectors in standard form, by the formula: the U-Net's outputs less that of zeros, brought to the
+    vectors' RMS."""
+    tokens = th.cat([vectors, th.zeros(len(vectors), 3)], dim=1).reshape(-1, 2, 6)
+    size = (vectors**2).mean(dim=1).sqrt()
+    z, t = th.zeros(len(vectors), *model.latent_shape), th.zeros(len(vectors), dtype=th.long)
+    unet = model.model.diffusion_model
+    raw = unet(z, t, context=tokens / size[:, None, None])[0] - unet(z, t, context=0 * tokens)[0]
+    return raw / (raw**2).mean(dim=(1, 2, 3), keepdim=True).sqrt() * size[:, None, None, None]
+
+
+# --------------------------------------------------------------------------------------------------------- the modality
+
+
+def test_the_preset_is_the_papers():
+    model = small(JointLatentDiffusion, modalities={"representation": {"preset": "representation"}}, **TEXT)
+    first, relu, last = model.model.heads["representation"]
+    assert (first.in_features, first.out_features, last.out_features) == (64, 1024, 1024)
+    assert isinstance(relu, th.nn.ReLU) and model.tasks["representation"].likelihood == "gaussian"
+    assert model.tasks["representation"].loss_weight == 0.1
+
+
+@pytest.mark.parametrize("width, tokens", [(6, 1), (5, 1), (12, 2), (13, 3)])
+def test_a_vector_of_any_width_becomes_tokens(width, tokens):
+    vector = Modality("clip", "vector", (width,), "unet", "middle")
+    context = MultiTask([vector], 2, context_dim=6).tokens(th.arange(2.0 * width).reshape(2, width))
+    assert context.shape == (2, tokens, 6)
+    assert th.equal(context.flatten(1)[:, :width].flatten(), th.arange(2.0 * width))
+    assert not context.flatten(1)[:, width:].any()
+
+
+@th.no_grad()
+def test_it_is_encoded_through_the_cross_attention(model):
+    vectors = th.randn(3, WIDTH) * th.tensor([[1.0], [0.1], [2.0]])
+    encoded = model.tasks._encode_vector(
+        Denoiser(model), model.tasks["representation"], vectors, maps_like(3), None
+    )
+    # eps at t = 0 is the U-Net's output.
+    assert th.allclose(encoded, code_of(model, vectors), atol=1e-4)
+    size = (encoded**2).mean(dim=(1, 2, 3)).sqrt()
+    assert th.allclose(size, (vectors**2).mean(dim=1).sqrt(), rtol=1e-4)
+    # The mean, which is the null input, does not enter the latent.
+    nothing = model.tasks._encode_vector(
+        Denoiser(model), model.tasks["representation"], 0 * vectors, maps_like(3), None
+    )
+    assert not nothing.any()
+
+
+def maps_like(count):
+    return th.zeros(count, 2, 8, 8)
+
+
+@th.no_grad()
+def test_the_loss_agrees_with_equation_6(model, batch):
+    t, noise = th.tensor([2, 20, 30, 39]), th.randn(4, 2, 8, 8)
+    x, cond = model.get_input(batch, "image")
+    loss, log = model.p_losses(x, cond, t, noise, PerSample(range(4)), batch)
+    vectors = (Extractor()(x) - model.standards["representation"].mean) / model.standards[
+        "representation"
+    ].scale
+    abar = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    atil = 0.5 * 1.5 * 3**0.5 * abar.sqrt() * (1 - abar)  # bump
+    z = abar.sqrt() * x + atil * code_of(model, vectors) + (1 - abar).sqrt() * noise
+    out, heads = model.model.diffusion_model(z, t, context=cond["c_crossattn"][0])
+    kl = (heads["representation"] - vectors).square().mean(dim=1)
+    assert th.allclose(log["val/loss_simple"], (out - noise).square().mean(), rtol=1e-3)
+    assert th.allclose(log["val/KL_representation"], kl.mean(), rtol=1e-4)
+    assert th.allclose(loss, (out - noise).square().mean() + 0.1 * kl.mean(), rtol=1e-3)
+
+
+def test_the_loss_trains_u_net_and_head_alone(model, batch):
+    model.zero_grad()
+    model.shared_step(batch, model.batch_random(batch, 0))[0].backward()
+    assert model.model.heads["representation"][2].weight.grad.any()
+    assert model.model.diffusion_model.input_blocks[0][0].weight.grad.any()
+    model.zero_grad()
+    trained = {id(p) for p in model.trained_parameters()}
+    assert not any(id(p) in trained for p in model.extractors.parameters())
+
+
+# ------------------------------------------------------------------------------------------------- where it comes from
+
+
+def test_standard_form(model):
+    vectors = Extractor()(maps(64, seed=7).permute(0, 3, 1, 2))
+    standard = model.standards["representation"]
+    form = standard(vectors)
+    assert th.allclose(form.mean(dim=0), th.zeros(WIDTH), atol=1e-5)
+    assert (form**2).mean().sqrt() == pytest.approx(1, abs=1e-5)
+    assert th.allclose(standard.restore(form), vectors, atol=1e-4)
+    fresh = Standard(WIDTH)
+    assert th.equal(fresh(vectors), vectors)
+    with pytest.raises(UserError, match="5 vectors of the data are all the same"):
+        fresh.measure(th.ones(5, WIDTH))
+
+
+def test_it_is_measured_once_and_comes_back_with_the_weights(model, tmp_path):
+    before = model.standards["representation"].mean.clone()
+    model.measure_standards([{"image": maps(8, seed=3)}], 8)
+    assert th.equal(model.standards["representation"].mean, before)
+    th.save({"state_dict": model.state_dict()}, tmp_path / "model.ckpt")
+    again = representation(ckpt_path=tmp_path / "model.ckpt")
+    assert (
+        th.equal(again.standards["representation"].mean, before) and again.standards["representation"].known
+    )
+
+
+@th.no_grad()
+def test_vectors_of_the_data_go_before_the_extractor(model, batch):
+    own = th.randn(4, WIDTH)
+    read = model.modality_batch(batch | {"representation": own})
+    standard = model.standards["representation"]
+    assert th.allclose(read.values["representation"], (own - standard.mean) / standard.scale)
+    with pytest.raises(UserValueError, match="the batch has no 'representation'"):
+        representation(extractors={}).modality_batch(batch)
+
+
+@th.no_grad()
+def test_a_picture_may_be_given_for_its_vector(model):
+    pictures = maps(2, seed=5).permute(0, 3, 1, 2)
+    cond = model.get_learned_conditioning({"class_label": LABELS[:2]})
+    options = dict(steps=3, sampler="ddim", conditioning=cond)
+    by_picture = model.sample_joint(2, {"representation": pictures}, **options)["image"]
+    by_vector = model.sample_joint(2, {"representation": Extractor()(pictures)}, **options)["image"]
+    assert th.allclose(by_picture, by_vector, atol=1e-5)
+    other = model.sample_joint(2, {"representation": Extractor()(pictures.flip(0))}, **options)["image"]
+    assert (by_vector - other).abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------- from Stable Diffusion
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+@th.no_grad()
+def test_it_starts_as_stable_diffusion(tmp_path, parameterization):
+    """With a new head, a checkpoint of text to image predicts and draws what it did, to the bit."""
+    options = {**TEXT, "parameterization": parameterization}
+    alone, path = small(**options), tmp_path / "model.ckpt"
+    th.save({"state_dict": alone.state_dict()}, path)
+    model = representation(shake=False, ckpt_path=path, parameterization=parameterization)
+    z, t = th.randn(4, 2, 8, 8), th.tensor([3, 10, 30, 39])
+    cond = alone.get_learned_conditioning({"class_label": LABELS})
+    out, heads = model.apply_model(z, t, cond)
+    assert th.equal(out, alone.apply_model(z, t, cond)) and not heads["representation"].any()
+    free = alone.get_unconditional_conditioning(4)
+    expected, _ = DDIMSampler(alone).sample(
+        5, 4, (2, 8, 8), cond, unconditional_guidance_scale=3.0, unconditional_conditioning=free,
+        random=noise_of(4), verbose=False,
+    )  # fmt: skip
+    guided = model.guided_model(cond, free, 3.0)
+    drawn, _ = DDIMSampler(model).sample(5, 4, (2, 8, 8), guided=guided, random=noise_of(4), verbose=False)
+    assert th.allclose(drawn, expected, atol=1e-5)
+    # It knows nothing yet: the mean.
+    estimate = model.decoded(guided.estimates)["representation"]
+    assert th.equal(estimate, model.standards["representation"].mean.expand(4, -1))
+
+
+@th.no_grad()
+def test_left_out_it_is_the_plain_sampler(model):
+    """`absent` draws as LatentDiffusion does with the same weights."""
+    alone = small(**TEXT)
+    alone.load_state_dict(model.state_dict(), strict=False)
+    cond = model.get_learned_conditioning({"class_label": LABELS})
+    options = dict(verbose=False)
+    expected, _ = DDIMSampler(alone).sample(5, 4, (2, 8, 8), cond, random=noise_of(4), **options)
+    without = model.guided_model(cond, absent=["representation"])
+    drawn, _ = DDIMSampler(model).sample(5, 4, (2, 8, 8), guided=without, random=noise_of(4), **options)
+    assert th.allclose(drawn, expected, atol=1e-5)
+    joint, _ = DDIMSampler(model).sample(5, 4, (2, 8, 8), cond, random=noise_of(4), **options)
+    assert (joint - drawn).abs().max() > 1e-3
+    with pytest.raises(UserValueError, match="are part of `guided`"):
+        DDIMSampler(model).sample(5, 4, (2, 8, 8), cond, guided=without, **options)
+
+
+def noise_of(count):
+    return PerSample.derived(0, range(count))
+
+
+@th.no_grad()
+def test_steps_without_the_modality(batch):
+    """single_task_probability 1 is LatentDiffusion's loss; in between, some samples are."""
+    random = [representation().batch_random(batch, 0) for _ in range(2)]
+    alone = small(LatentDiffusion, **TEXT)
+    never, always = representation(), representation(single_task_probability=1.0)
+    alone.load_state_dict(never.state_dict(), strict=False)
+    x, cond = alone.get_input(batch, "image")
+    t, noise = th.tensor([2, 20, 30, 39]), th.randn(4, 2, 8, 8)
+    expected, _ = alone.p_losses(x, cond, t, noise)
+    assert th.allclose(always.p_losses(x, cond, t, noise, random[0], batch)[0], expected, rtol=1e-5)
+    assert not th.allclose(never.p_losses(x, cond, t, noise, random[1], batch)[0], expected, rtol=1e-3)
+    assert always.tasks.single_task and not never.tasks.single_task
+
+
+# ------------------------------------------------------------------------------------------------------------ min-SNR
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+@th.no_grad()
+def test_min_snr_weights_the_error_of_x0(parameterization):
+    """In terms of x_0 every parameterization's weighted error is min(SNR, gamma) |x_0 - prediction|^2."""
+    model = small(parameterization=parameterization, min_snr_gamma=5.0)
+    x, noise, t = th.randn(3, 2, 8, 8), th.randn(3, 2, 8, 8), th.tensor([1, 15, 39])
+    abar = model.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+    z = abar.sqrt() * x + (1 - abar).sqrt() * noise
+    out = model.apply_model(z, t)
+    if parameterization == "eps":
+        predicted = (z - (1 - abar).sqrt() * out) / abar.sqrt()
+    else:
+        predicted = out if parameterization == "x0" else abar.sqrt() * z - (1 - abar).sqrt() * out
+    snr = abar / (1 - abar)
+    expected = (snr.clamp(max=5) * (x - predicted) ** 2).mean()
+    loss, log = model.p_losses(x, {}, t, noise)
+    assert th.allclose(loss, expected, rtol=1e-3)
+    plain, plain_log = small(parameterization=parameterization).p_losses(x, {}, t, noise)
+    assert not th.allclose(plain, expected, rtol=1e-2)
+    assert log["val/loss_simple"] == plain_log["val/loss_simple"]  # what is logged stays comparable
+
+
+# ----------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_are_named(model):
+    with pytest.raises(UserValueError, match="extractors.depth: the vector modalities are representation"):
+        representation(extractors={"depth": EXTRACTOR})
+    wrong = {"representation": {"preset": "representation", "shape": [4]}}
+    with pytest.raises(UserValueError, match="gives 9 numbers, modality representation has 4: set its shape"):
+        representation(modalities=wrong)
+    with pytest.raises(UserValueError, match="no cross-attention"):
+        small(JointLatentDiffusion, modalities={"representation": {"preset": "representation"}})
+    with pytest.raises(UserValueError, match="no extractors.representation to read it off pictures"):
+        representation(extractors={}).sample_joint(1, {"representation": th.zeros(1, 2, 8, 8)})
+    with pytest.raises(UserValueError, match=r"expected values of shape \[B, 9\]"):
+        model.sample_joint(1, {"representation": th.zeros(1, 3)})
+    with pytest.raises(UserValueError, match="min_snr_gamma must be positive"):
+        small(min_snr_gamma=-1.0)
