@@ -4,22 +4,27 @@ Import it before ldm: it makes the packages importable without installing them.
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import _common  # noqa: F401 (first: it makes the packages importable)
 import numpy as np
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from PIL import Image
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.figures import to_uint8
+from guided_diffusion.mt_data import read_labels, read_vectors
 from guided_diffusion.mt_util import read_config
+from ldm.data.folders import read_pictures as read_sources
+from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.util import instantiate_from_config
 
@@ -78,6 +83,85 @@ def batches(numbers: Sequence[int], size: int) -> list[list[int]]:
     if size < 1:
         raise UserValueError(f"the batch size must be at least 1, not {size}")
     return [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
+
+
+def names_of(model: LatentDiffusion) -> list[str]:
+    """What the model generates."""
+    return model.names if isinstance(model, JointLatentDiffusion) else [model.first_stage_key]
+
+
+def names_wanted(want: str, given: Mapping, model: LatentDiffusion) -> list[str]:
+    """The names of --want, by default all that are not given."""
+    names = names_of(model)
+    wanted = [name.strip() for name in want.split(",") if name.strip()] or [
+        n for n in names if n not in given
+    ]
+    for name in wanted:
+        if name not in names:
+            raise UserValueError(f"--want {name}: this model has {', '.join(names)}")
+        if name in given:
+            raise UserValueError(f"--want {name}: that is given already")
+    if not wanted:
+        raise UserValueError("everything is given: nothing is left to sample")
+    return wanted
+
+
+def read_given(
+    specs: Sequence[str],
+    model: LatentDiffusion,
+    readers: Mapping[str, Callable] | None = None,
+    size: tuple[int, int] | None = None,
+) -> dict:
+    """What --given NAME=SOURCE says: pictures [N, C, H, W] of `size` (default: the model's), labels [N, classes],
+    vectors [N, D], or pictures to read these off. readers: (source, model) -> value, for other names."""
+    values, readers = {}, readers or {}
+    takes = [*(names_of(model) if isinstance(model, JointLatentDiffusion) else []), *readers]
+    for spec in specs:
+        name, found, source = spec.partition("=")
+        if not found or not source:
+            raise UserValueError(f"--given {spec}: expected NAME=FILE_OR_FOLDER")
+        if name in values:
+            raise UserValueError(f"--given {spec}: {name} is given twice")
+        if name not in takes:
+            raise UserValueError(f"--given {spec}: this model takes {', '.join(takes) or 'nothing'}")
+        values[name] = readers.get(name, lambda s, m, n=name: _read_value(n, s, m, size))(source, model)
+    return values
+
+
+def _read_value(name, source, model, size):
+    kind = "image" if name == model.first_stage_key else model.tasks[name].kind
+    if kind == "label":
+        return read_labels(source, model.tasks[name])
+    if kind == "vector" and Path(source).suffix in (".npy", ".npz"):
+        return read_vectors(source, model.tasks[name])
+    return read_model_pictures(source, model, size)
+
+
+def read_model_pictures(
+    source: str, model: LatentDiffusion, size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Pictures [N, C, H, W] in [-1, 1] of `size`, or of the model's."""
+    if size is None:
+        with torch.no_grad():
+            latent = torch.zeros(1, *model.latent_shape, device=model.device)
+            size = tuple(model.decode_first_stage(latent).shape[2:])
+    return read_sources(source, size)
+
+
+def take(values, numbers: Sequence[int]):
+    """The values of these samples, repeated in turn."""
+    return select(values, torch.tensor(numbers) % len(values))
+
+
+def gathered(arrays: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The labels and vectors of all ranks, {name: {number: row}}, in the order of their numbers."""
+    ranks = [arrays]
+    if dist_util.get_world_size() > 1:
+        ranks = [None] * dist_util.get_world_size()
+        dist.all_gather_object(ranks, arrays)
+    names = {name for rank in ranks for name in rank}
+    merged = {name: {k: v for rank in ranks for k, v in rank.get(name, {}).items()} for name in names}
+    return {name: np.stack([rows[k] for k in sorted(rows)]) for name, rows in merged.items()}
 
 
 def save_pictures(pictures: torch.Tensor, folder: Path, numbers: Sequence[int], digits: int = 6) -> None:

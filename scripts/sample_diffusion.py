@@ -25,11 +25,8 @@ import torch.distributed as dist
 from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
-from guided_diffusion.mt_data import read_labels, read_vectors
 from guided_diffusion.seeding import PerSample
 from ldm.checkpoint import trained_steps
-from ldm.data.folders import read_pictures
-from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
 
@@ -70,7 +67,7 @@ def main():
     out = results_folder(Path(args.logdir or run) / "samples" / f"{trained_steps(checkpoint):08}")
     logger.configure(dir=str(out), format_strs=["stdout"])
     given = read_given(args.given, model)
-    wanted = names_wanted(args.want, given, model)
+    wanted = _ldm.names_wanted(args.want, given, model)
     count = args.n_samples or (len(next(iter(given.values()))) if given else 50000)
     if count < 1:
         raise UserValueError(f"--n_samples must be at least 1, not {count}")
@@ -79,13 +76,13 @@ def main():
     with model.ema_scope():
         for numbers in _ldm.batches(_ldm.own_share(count), args.batch_size):
             # What is given is repeated in turn until there is enough.
-            part = {name: take(value, numbers) for name, value in given.items()}
+            part = {name: _ldm.take(value, numbers) for name, value in given.items()}
             for name, value in sample(args, model, part, wanted, numbers).items():
                 if value.ndim == 4:
                     _ldm.save_pictures(value, out / folder_of(name, model), numbers)
                 else:
                     arrays.setdefault(name, {}).update(zip(numbers, value.cpu().numpy(), strict=True))
-    finish(out, count, given, wanted, gathered(arrays), model)
+    finish(out, count, given, wanted, _ldm.gathered(arrays), model)
 
 
 # ------------------------------------------------------------------------------------------------------ what to sample
@@ -124,26 +121,9 @@ def results_folder(parent: Path) -> Path:
 def read_given(specs: list[str], model) -> dict:
     """What --given NAME=SOURCE says: pictures [N, C, H, W], labels [N] or [N, classes], vectors [N, D],
     captions."""
-    values = {}
-    names = names_of(model)
     condition = model.cond_stage_key if model.model.conditioning_key is not None else None
-    for spec in specs:
-        name, found, source = spec.partition("=")
-        if not found or not source:
-            raise UserValueError(f"--given {spec}: expected NAME=FILE_OR_FOLDER")
-        if name in values:
-            raise UserValueError(f"--given {spec}: {name} is given twice")
-        if name == condition:
-            values[name] = read_condition(source, model)
-        elif name not in names or not isinstance(model, JointLatentDiffusion):
-            takes = [*(names if isinstance(model, JointLatentDiffusion) else []), *filter(None, [condition])]
-            raise UserValueError(f"--given {spec}: this model takes {', '.join(takes) or 'nothing'}")
-        elif name == model.first_stage_key or model.tasks[name].kind == "image":
-            values[name] = read_model_pictures(source, model)
-        elif model.tasks[name].kind == "label":
-            values[name] = read_labels(source, model.tasks[name])
-        else:
-            values[name] = read_vectors(source, model.tasks[name])
+    readers = {} if condition is None else {condition: read_condition}
+    values = _ldm.read_given(specs, model, readers)
     if condition is not None and condition not in values:
         raise UserValueError(f"this model is conditioned on {condition}: give --given {condition}=...")
     return values
@@ -161,41 +141,7 @@ def read_condition(source: str, model):
             raise UserValueError(
                 f"{model.cond_stage_key}={source}: give class numbers (3 or 0,1,2)"
             ) from None
-    return read_model_pictures(source, model)
-
-
-def read_model_pictures(source: str, model) -> torch.Tensor:
-    """Pictures [N, C, H, W] in [-1, 1] of the model's size."""
-    with torch.no_grad():
-        latent = torch.zeros(1, *model.latent_shape, device=model.device)
-        size = model.decode_first_stage(latent).shape[2:]
-    return read_pictures(source, size)
-
-
-def names_of(model) -> list[str]:
-    """What the model generates."""
-    return model.names if isinstance(model, JointLatentDiffusion) else [model.first_stage_key]
-
-
-def names_wanted(want: str, given: dict, model) -> list[str]:
-    """The names of --want, by default all that are not given."""
-    names = names_of(model)
-    wanted = [name.strip() for name in want.split(",") if name.strip()] or [
-        n for n in names if n not in given
-    ]
-    for name in wanted:
-        if name not in names:
-            raise UserValueError(f"--want {name}: this model has {', '.join(names)}")
-        if name in given:
-            raise UserValueError(f"--want {name}: that is given already")
-    if not wanted:
-        raise UserValueError("everything is given: nothing is left to sample")
-    return wanted
-
-
-def take(values, numbers: list[int]):
-    """The values of these samples, repeated in turn."""
-    return select(values, torch.tensor(numbers) % len(values))
+    return _ldm.read_model_pictures(source, model)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -259,17 +205,6 @@ def folder_of(name: str, model) -> str:
     return "img" if name == model.first_stage_key else name
 
 
-def gathered(arrays: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The labels and vectors of all ranks, in the order of their numbers."""
-    ranks = [arrays]
-    if dist_util.get_world_size() > 1:
-        ranks = [None] * dist_util.get_world_size()
-        dist.all_gather_object(ranks, arrays)
-    names = {name for rank in ranks for name in rank}
-    merged = {name: {k: v for rank in ranks for k, v in rank.get(name, {}).items()} for name in names}
-    return {name: np.stack([rows[k] for k in sorted(rows)]) for name, rows in merged.items()}
-
-
 def finish(out: Path, count: int, given: dict, wanted: list[str], arrays: dict, model) -> None:
     """The arrays and the sheet, by rank 0, once all pictures are there."""
     if dist_util.get_world_size() > 1:
@@ -280,7 +215,7 @@ def finish(out: Path, count: int, given: dict, wanted: list[str], arrays: dict, 
         np.save(out / f"{name}.npy", array)
     captions = [str(int(row.argmax())) for row in next(iter(arrays.values()), ())][:SHEET]
     rows = [
-        Row(f"{name} (given)", to_uint8(take(value, list(range(min(SHEET, count))))))
+        Row(f"{name} (given)", to_uint8(_ldm.take(value, list(range(min(SHEET, count))))))
         for name, value in given.items()
         if isinstance(value, torch.Tensor) and value.ndim == 4
     ]

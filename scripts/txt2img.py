@@ -1,23 +1,38 @@
 """Pictures for a prompt, from a latent diffusion model with a text encoder (interface: latent-diffusion and
-Stable Diffusion, scripts/txt2img.py).
+Stable Diffusion, scripts/txt2img.py), and with a joint model in any direction.
 
     python scripts/txt2img.py --prompt "a painting of a fox" --config CONFIG.yaml --ckpt MODEL.ckpt
+    python scripts/txt2img.py --prompt "a fox" ... --want image,representation      # both
+    python scripts/txt2img.py --prompt "" ... --given representation=photo.jpg      # variations of a picture
+    python scripts/txt2img.py --prompt "a fox" ... --given representation=photo.jpg # ... that the text describes
+    python scripts/txt2img.py --prompt "" ... --given image=photos/ --want representation
+    python scripts/txt2img.py --prompt "a fox" ... --baseline same                  # beside the plain sampler
 
-Writes OUTDIR/samples/00000.png, ... and one sheet OUTDIR/grid-0000.png with a row for each prompt. The same
-seed gives the same pictures for any n_samples per batch and number of ranks (mpiexec, torchrun).
+A vector is given as .npy or .npz, or as pictures that the model's own extractor reads; of several values the next one is
+taken for every sample. --baseline draws the same prompts with the same seeds and nothing given: `same`, by this
+checkpoint with its modalities left out, or by another checkpoint, of --baseline_config.
+
+Writes OUTDIR/samples/00000.png, ..., OUTDIR/baseline/00000.png, ..., vectors as OUTDIR/NAME.npy, and one sheet
+OUTDIR/grid-0000.png with a row for each prompt. The same seed gives the same pictures for any n_samples per batch and
+number of ranks (mpiexec, torchrun).
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import _ldm
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
-from guided_diffusion.figures import Row, contact_sheet
+from guided_diffusion.figures import Row, contact_sheet, to_uint8
 from guided_diffusion.seeding import PerSample
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.joint import JointLatentDiffusion
 
 DIGITS = 5
 
@@ -50,8 +65,30 @@ def parser() -> argparse.ArgumentParser:
     add("--config", default="configs/stable-diffusion/v1-inference.yaml", help="describes the model")
     add("--ckpt", default="models/ldm/stable-diffusion-v1/model.ckpt", help="its weights")
     add("--seed", type=int, default=42, help="the same seed gives the same pictures")
+    add("--given", action="append", default=[], metavar="NAME=FILE_OR_FOLDER", help="what is known")
+    add("--want", default="", help="names separated by commas (default: everything that is not given)")
+    add("--strength", type=float, default=1.0, help="of conditioning on a given U modality; 1 is exact")
+    add(
+        "--without",
+        default="",
+        metavar="NAME,...",
+        help="modalities that are left out, neither in the latent nor drawn",
+    )
+    add("--baseline", default="", metavar="same|CKPT", help="what to draw beside it, see above")
+    add("--baseline_config", default="", help="describes the baseline's model (default: --config)")
     add("--precision", choices=_ldm.PRECISIONS, default="autocast", help="autocast: float16 on CUDA")
     return flags
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn by which model: given values by name, the names wanted, and what is left out."""
+
+    model: LatentDiffusion
+    folder: Path
+    wanted: Sequence[str]
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    without: Sequence[str] = ()
 
 
 @exit_on_user_error()
@@ -62,22 +99,50 @@ def main():
         raise UserValueError("n_iter and n_samples must be at least 1, H and W multiples of f")
     dist_util.setup_dist()
     logger.configure(dir=args.outdir, format_strs=["stdout"])
-    model = _ldm.load_model(_ldm.merged_config([args.config]), args.ckpt)
-    shape = (args.C, args.H // args.f, args.W // args.f)
-    if args.C != model.channels:
-        raise UserValueError(f"--C {args.C}: this model's latents have {model.channels} channels")
+    drawing, baseline = plan(args)
+    if drawing.model.first_stage_key in drawing.given:
+        arrays = {name: value.cpu().numpy() for name, value in read_off(args, drawing, prompts).items()}
+        if dist_util.get_rank() == 0:
+            save_arrays(args, arrays)
+        return
     for_each = args.n_iter * args.n_samples
-    count = len(prompts) * for_each
-    folder = Path(args.outdir) / "samples"
     logger.log(f"{for_each} pictures for each of {len(prompts)} prompts")
-    with model.ema_scope():
-        for numbers in _ldm.batches(_ldm.own_share(count), args.n_samples):
-            pictures = draw(args, model, shape, [prompts[n // for_each] for n in numbers], numbers)
-            _ldm.save_pictures(pictures, folder, numbers, DIGITS)
+    arrays = draw_all(args, drawing, prompts)
+    if baseline is not None:
+        draw_all(args, baseline, prompts)
     if dist_util.get_world_size() > 1:
         dist.barrier()
     if dist_util.get_rank() == 0:
-        finish(args, folder, prompts, for_each)
+        save_arrays(args, arrays)
+        finish(args, drawing, baseline, prompts)
+
+
+def plan(args) -> tuple[Drawing, Drawing | None]:
+    """What to draw, and the baseline beside it. UserValueError for what the models cannot do."""
+    model = _ldm.load_model(_ldm.merged_config([args.config]), args.ckpt)
+    if args.C != model.channels:
+        raise UserValueError(f"--C {args.C}: this model's latents have {model.channels} channels")
+    image = model.first_stage_key
+    given = _ldm.read_given(args.given, model, size=(args.H, args.W))
+    without = [name.strip() for name in args.without.split(",") if name.strip()]
+    modalities = [name for name in _ldm.names_of(model) if name != image]
+    for name in without:
+        if name not in modalities:
+            raise UserValueError(f"--without {name}: the modalities are {', '.join(modalities) or 'none'}")
+    wanted = _ldm.names_wanted(args.want, {**given, **dict.fromkeys(without)}, model)
+    if image not in (*wanted, *given):
+        raise UserValueError(f"--want {args.want}: without a given {image} it is drawn, and has to be wanted")
+    drawing = Drawing(model, Path(args.outdir) / "samples", wanted, given, without)
+    if not args.baseline:
+        return drawing, None
+    if args.baseline == "same":
+        if not modalities:
+            raise UserValueError("--baseline same: this model has no modalities to leave out")
+        return drawing, Drawing(model, Path(args.outdir) / "baseline", [image], without=modalities)
+    other = _ldm.load_model(_ldm.merged_config([args.baseline_config or args.config]), args.baseline)
+    if other.channels != model.channels:
+        raise UserValueError(f"--baseline: its latents have {other.channels} channels, not {model.channels}")
+    return drawing, Drawing(other, Path(args.outdir) / "baseline", [other.first_stage_key])
 
 
 def read_prompts(args) -> list[str]:
@@ -93,51 +158,116 @@ def read_prompts(args) -> list[str]:
 
 
 @torch.no_grad()
-def draw(args, model, shape, prompts: list[str], numbers: list[int]) -> torch.Tensor:
-    """Pictures [b, 3, H, W] of the samples with these numbers."""
+def read_off(args, drawing: Drawing, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """What is wanted of the given pictures, under the prompts in turn; by name, [N, D] or [N, classes]."""
+    model, given = drawing.model, dict(drawing.given)
+    pictures = given.pop(model.first_stage_key)
+    if args.baseline:
+        raise UserValueError("--baseline draws pictures: leave it out where they are given")
+    if images := [name for name in drawing.wanted if model.tasks[name].kind == "image"]:
+        raise UserValueError(f"--want {images[0]}: scripts/sample_diffusion.py draws pictures of pictures")
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in drawing.wanted}
+    for numbers in _ldm.batches(range(len(pictures)), args.n_samples):
+        cond = model.get_learned_conditioning([prompts[n % len(prompts)] for n in numbers])
+        values = {name: _ldm.take(value, numbers) for name, value in given.items()}
+        read = model.predict(pictures[numbers], values, conditioning=cond, seed=args.seed, indices=numbers)
+        for name, rows in found.items():
+            rows.append(read[name])
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def draw_all(args, drawing: Drawing, prompts: list[str]) -> dict[str, np.ndarray]:
+    """This rank's pictures, as files in the drawing's folder; the vectors and labels of all ranks, by name."""
+    for_each = args.n_iter * args.n_samples
+    arrays: dict[str, dict[int, np.ndarray]] = {}
+    with drawing.model.ema_scope():
+        for numbers in _ldm.batches(_ldm.own_share(len(prompts) * for_each), args.n_samples):
+            drawn = draw(args, drawing, [prompts[n // for_each] for n in numbers], numbers)
+            _ldm.save_pictures(drawn.pop(drawing.model.first_stage_key), drawing.folder, numbers, DIGITS)
+            for name, value in drawn.items():
+                if value.ndim == 4:
+                    _ldm.save_pictures(value, drawing.folder.with_name(name), numbers, DIGITS)
+                else:
+                    arrays.setdefault(name, {}).update(zip(numbers, value.numpy(), strict=True))
+    return _ldm.gathered(arrays)
+
+
+@torch.no_grad()
+def draw(args, drawing: Drawing, prompts: list[str], numbers: list[int]) -> dict[str, torch.Tensor]:
+    """What is wanted of the samples with these numbers, by name; pictures [b, 3, H, W] in [-1, 1]."""
+    model = drawing.model
     name = "plms" if args.plms else "dpm++" if args.dpm_solver else "ddim"
     # With a fixed code the samples of all batches have the noise of the first.
     seeds = [n % args.n_samples for n in numbers] if args.fixed_code else numbers
-    random = PerSample.derived(args.seed, seeds, dist_util.dev())
+    shape = (args.C, args.H // args.f, args.W // args.f)
     with _ldm.precision(args.precision):
-        guided = {}
-        if args.scale != 1:
-            guided["unconditional_guidance_scale"] = args.scale
-            guided["unconditional_conditioning"] = model.get_unconditional_conditioning(len(prompts))
+        free = model.get_unconditional_conditioning(len(prompts)) if args.scale != 1 else None
+        directions = {}
+        if isinstance(model, JointLatentDiffusion):
+            given = {name: _ldm.take(value, numbers) for name, value in drawing.given.items()}
+            directions = {
+                "given": model.given_values(given, len(numbers), shape),
+                "strength": args.strength,
+                "absent": drawing.without,
+            }
+        cond = model.as_conditioning(model.get_learned_conditioning(prompts))
+        guided = model.guided_model(cond, free, args.scale, **directions)
         latents, _ = _ldm.SAMPLERS[name](model).sample(
             args.ddim_steps,
             len(prompts),
             shape,
-            model.get_learned_conditioning(prompts),
+            guided=guided,
             eta=args.ddim_eta,
             verbose=dist_util.get_rank() == 0,
-            random=random,
-            **guided,
+            random=PerSample.derived(args.seed, seeds, dist_util.dev()),
         )
-        return model.decode_first_stage(latents).float().cpu()
+        drawn = {model.first_stage_key: model.decode_first_stage(latents)}
+        others = [name for name in drawing.wanted if name not in drawn]
+        if others:
+            drawn |= model.decoded({name: guided.estimates[name] for name in others})
+        return {name: value.float().cpu() for name, value in drawn.items()}
 
 
-def finish(args, folder: Path, prompts: list[str], for_each: int) -> None:
+def save_arrays(args, arrays: Mapping[str, np.ndarray]) -> None:
+    """NAME.npy of every array, in the output folder."""
+    for name, array in arrays.items():
+        path = Path(args.outdir) / f"{name}.npy"
+        np.save(path, array)
+        logger.log(f"saved {path}, {'x'.join(map(str, array.shape))}")
+
+
+def finish(args, drawing: Drawing, baseline: Drawing | None, prompts: list[str]) -> None:
     """The sheet, and only that with --skip_save."""
-    numbers = range(len(prompts) * for_each)
+    numbers = range(len(prompts) * args.n_iter * args.n_samples)
+    drawings = [drawing, *([] if baseline is None else [baseline])]
     if not args.skip_grid:
-        pictures = _ldm.read_pictures(folder, numbers, DIGITS)
-        columns = args.n_rows or for_each
-        rows = []
-        for k, prompt in enumerate(prompts):
-            own = pictures[k * for_each : (k + 1) * for_each]
-            rows += [
-                Row(prompt if first == 0 else "", own[first : first + columns])
-                for first in range(0, for_each, columns)
-            ]
         path = Path(args.outdir) / f"grid-{len(list(Path(args.outdir).glob('grid-*.png'))):04}.png"
-        contact_sheet(rows).save(path)
+        contact_sheet(sheet_rows(args, drawings, prompts, numbers)).save(path)
         logger.log(f"saved {path}")
-    if args.skip_save:
-        for number in numbers:
-            (folder / f"{number:0{DIGITS}}.png").unlink()
-    else:
-        logger.log(f"saved {len(numbers)} pictures in {folder}")
+    for made in drawings:
+        if args.skip_save:
+            for number in numbers:
+                (made.folder / f"{number:0{DIGITS}}.png").unlink()
+        else:
+            logger.log(f"saved {len(numbers)} pictures in {made.folder}")
+
+
+def sheet_rows(args, drawings: Sequence[Drawing], prompts: list[str], numbers: range) -> list[Row]:
+    """Rows of the sheet: what is given, then each prompt's pictures, above the baseline's."""
+    for_each = args.n_iter * args.n_samples
+    columns = args.n_rows or for_each
+    rows = [
+        Row(f"{name} (given)", to_uint8(_ldm.take(value, range(min(columns, len(numbers))))))
+        for name, value in drawings[0].given.items()
+        if value.ndim == 4
+    ]
+    pictures = [_ldm.read_pictures(drawing.folder, numbers, DIGITS) for drawing in drawings]
+    for k, prompt in enumerate(prompts):
+        for first in range(0, for_each, columns):
+            part = slice(k * for_each + first, k * for_each + min(first + columns, for_each))
+            titles = [prompt if first == 0 else "", "... by the baseline"]
+            rows += [Row(title, own[part]) for title, own in zip(titles, pictures, strict=False)]
+    return rows
 
 
 if __name__ == "__main__":

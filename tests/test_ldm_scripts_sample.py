@@ -198,6 +198,7 @@ def test_the_number_of_ranks_changes_nothing(run, joint_run, tmp_path, monkeypat
     import sample_diffusion
 
     monkeypatch.setattr(sample_diffusion, "dist", Ranks)
+    monkeypatch.setattr(sample_diffusion._ldm, "dist", Ranks)
     monkeypatch.setattr(dist_util, "get_world_size", lambda: 2)
     for rank, made in ((1, 1), (0, 3)):  # rank 0 ends with the sheet
         monkeypatch.setattr(dist_util, "get_rank", lambda rank=rank: rank)
@@ -276,6 +277,118 @@ def test_prompts_become_pictures(run, text_model, tmp_path):
     fixed = draw("fixed", *one[:2], "--n_samples", 1, "--n_iter", 2, "--fixed_code")
     assert np.abs(fixed[0] - fixed[1]).max() <= 1
     assert draw("grid", *one, "--skip_save") == [] and (tmp_path / "grid" / "grid-0000.png").exists()
+
+
+READER = {"target": "tests.test_ldm_scripts_sample.Reader"}
+
+
+class Reader(th.nn.Module):
+    """Reads the mean colour off pictures [B, 3, H, W]."""
+
+    width = 3
+
+    def forward(self, pictures):
+        return pictures.mean(dim=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def colour_model(tmp_path_factory, clip):  # noqa: F811
+    """Text to picture, and the colour of the picture beside it."""
+    text = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+            "params": {"version": str(clip), "max_length": 8}}  # fmt: skip
+    folder, model = write_run(
+        tmp_path_factory.mktemp("colour") / "run",
+        "joint.JointLatentDiffusion",
+        modalities={"colour": {"preset": "representation", "shape": [3]}},
+        extractors={"colour": READER},
+        cond_stage_config=text,
+        cond_stage_key="caption",
+        conditioning_key="crossattn",
+        unet_config=unet_config(**CROSS, context_dim=WIDTH),
+    )
+    return ["--config", folder / "configs" / "2024-project.yaml", "--ckpt", folder / "checkpoints" / "last.ckpt",
+            "--C", 2, "--f", 2, "--H", 16, "--W", 16, "--ddim_steps", 3, "--n_iter", 1, "--scale", 1]  # fmt: skip
+
+
+def test_txt2img_in_every_direction(run, colour_model, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, colour in (("a", (255, 0, 0)), ("b", (0, 0, 255))):
+        Image.new("RGB", (16, 16), colour).save(photos / f"{name}.png")
+    np.save(tmp_path / "red.npy", np.array([[1.0, -1.0, -1.0]], dtype=np.float32))
+
+    def draw(name, *options):
+        code, _, err = run("txt2img", *colour_model, "--outdir", tmp_path / name, *options)
+        assert code == 0, err
+        return [pixels(p) for p in sorted((tmp_path / name / "samples").glob("*.png"))]
+
+    # Text to both; for each sample the same as with both wanted one by one.
+    both = draw("both", "--prompt", "a cat", "--n_samples", 2)
+    colours = np.load(tmp_path / "both" / "colour.npy")
+    assert len(both) == 2 and colours.shape == (2, 3) and np.isfinite(colours).all()
+    alone = draw("alone", "--prompt", "a cat", "--n_samples", 2, "--want", "image")
+    assert all((a == b).all() for a, b in zip(both, alone, strict=True))
+    assert not (tmp_path / "alone" / "colour.npy").exists()
+    # A picture stands for its vector, and conditions.
+    one = ("--prompt", "a cat", "--n_samples", 1)
+    by_picture = draw("picture", *one, "--given", f"colour={photos / 'a.png'}")
+    by_vector = draw("vector", *one, "--given", f"colour={tmp_path / 'red.npy'}")
+    assert np.abs(by_picture[0] - by_vector[0]).max() <= 1
+    assert np.abs(by_picture[0] - both[0]).max() > 1
+    text_too = draw("text", "--prompt", "dog", "--n_samples", 1, "--given", f"colour={photos / 'a.png'}")
+    assert np.abs(by_picture[0] - text_too[0]).max() > 1
+    # Of several given values, one after the other.
+    turns = draw("turns", "--prompt", "a cat", "--n_samples", 3, "--given", f"colour={photos}")
+    assert np.abs(turns[0] - by_picture[0]).max() <= 1
+    # Read off pictures, in the order of their names.
+    assert draw("read", "--prompt", "", "--given", f"image={photos}", "--want", "colour") == []
+    assert np.load(tmp_path / "read" / "colour.npy").shape == (2, 3)
+
+
+def test_txt2img_beside_a_baseline(run, colour_model, text_model, tmp_path):
+    def draw(name, *options, model=colour_model):
+        code, _, err = run("txt2img", *model, "--outdir", tmp_path / name, "--prompt", "a cat", *options)
+        assert code == 0, err
+        return [pixels(tmp_path / name / part / "00000.png") for part in ("samples", "baseline")
+                if (tmp_path / name / part).exists()]  # fmt: skip
+
+    without = draw("without", "--n_samples", 1, "--without", "colour")
+    joint, plain = draw("same", "--n_samples", 2, "--baseline", "same")
+    assert np.abs(without[0] - plain).max() <= 1 and np.abs(joint - plain).max() > 1
+    sheet = Image.open(tmp_path / "same" / "grid-0000.png")
+    assert sheet.height > Image.open(tmp_path / "without" / "grid-0000.png").height
+    # Another model, with the same seeds.
+    other = dict(zip(text_model[::2], text_model[1::2], strict=True))
+    _, another = draw(
+        "other", "--n_samples", 1, "--baseline", other["--ckpt"], "--baseline_config", other["--config"]
+    )
+    (alone,) = draw("alone", *text_model[4:], "--W", 16, "--n_samples", 1, "--scale", 1, model=text_model)
+    assert np.abs(another - alone).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--given", "depth=a.png"], "this model takes image, colour"),
+        (["--want", "colour"], "without a given image it is drawn"),
+        (["--without", "depth"], "the modalities are colour"),
+        (["--given", "colour=missing.png"], "no such file or folder: missing.png"),
+        (["--baseline", "missing.ckpt"], "no checkpoint missing.ckpt"),
+        (["--given", "image={picture}", "--baseline", "same"], "leave it out where they are given"),
+    ],
+)
+def test_mistakes_about_directions_are_one_line(run, colour_model, tmp_path, arguments, said):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    arguments = [argument.replace("{picture}", str(tmp_path / "a.png")) for argument in arguments]
+    code, _, err = run("txt2img", *colour_model, "--outdir", tmp_path, "--prompt", "", *arguments)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_text_to_image_alone_has_no_directions(run, text_model, tmp_path):
+    code, _, err = run("txt2img", *text_model, "--outdir", tmp_path, "--baseline", "same")
+    assert code == 2 and "no modalities to leave out" in err
+    code, _, err = run("txt2img", *text_model, "--outdir", tmp_path, "--given", "colour=a.npy")
+    assert code == 2 and "this model takes nothing" in err
 
 
 @pytest.mark.parametrize(
