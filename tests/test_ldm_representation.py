@@ -2,6 +2,8 @@
 
 import pytest
 import torch as th
+from omegaconf import OmegaConf
+from PIL import Image
 
 from guided_diffusion.errors import UserError, UserValueError
 from guided_diffusion.multitask import MultiTask
@@ -12,7 +14,11 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.models.diffusion.schedule import Denoiser
 from ldm.models.diffusion.vectors import Standard
-from tests.ldm_models import CLASSES, CONTEXT, maps, small
+from tests.ldm_models import CLASSES, CONTEXT, IDENTITY, maps, small, unet_config
+from tests.test_ldm_conditioning import WIDTH as TEXT_WIDTH
+from tests.test_ldm_conditioning import clip  # noqa: F401 (a fixture)
+from tests.test_main import TRAINER, assert_same_training, final, resume, run_folder
+from tests.test_main import train  # noqa: F401 (a fixture)
 
 WIDTH = 9  # more than the context's 6: two tokens, the second filled up
 TEXT = dict(
@@ -289,3 +295,97 @@ def test_mistakes_are_named(model):
         model.sample_joint(1, {"representation": th.zeros(1, 3)})
     with pytest.raises(UserValueError, match="min_snr_gamma must be positive"):
         small(min_snr_gamma=-1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def recipe(tmp_path, clip):  # noqa: F811
+    """recipe(**trainer): a configuration of main.py: captioned pictures, a tiny CLIP's text encoder, colours as the
+    representation."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(12):
+        colour = tuple((number * step) % 256 for step in (20, 45, 90))
+        Image.new("RGB", (8, 8), colour).save(photos / f"{number:02}.png")
+        (photos / f"{number:02}.txt").write_text(f"{'cat' if number % 2 else 'dog'}\n")
+    text = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+            "params": {"version": str(clip), "max_length": 8}}  # fmt: skip
+    params = dict(
+        first_stage_config=IDENTITY,
+        first_stage_key="jpg",
+        cond_stage_config=text,
+        cond_stage_key="txt",
+        conditioning_key="crossattn",
+        ucg_training={"txt": {"p": 0.2, "val": ""}},
+        unet_config=unet_config(
+            in_channels=3, out_channels=3, use_spatial_transformer=True, context_dim=TEXT_WIDTH
+        ),
+        image_size=8,
+        channels=3,
+        timesteps=40,
+        modalities={"representation": {"preset": "representation", "shape": [3]}},
+        extractors={"representation": {"target": "tests.test_ldm_scripts_sample.Reader"}},
+        standardise=10,
+        single_task_probability=0.2,
+        min_snr_gamma=5.0,
+    )
+
+    def folder(part):
+        params = {
+            "root": str(photos),
+            "size": 8,
+            "random_flip": part == "train",
+            "part": part,
+            "held_out_every": 6,
+        }
+        return {"target": "ldm.data.captions.CaptionFolder", "params": params}
+
+    def write(name="joint", callbacks=None, **trainer):
+        model = {
+            "base_learning_rate": 1e-3,
+            "target": "ldm.models.diffusion.joint.JointLatentDiffusion",
+            "params": params,
+        }
+        data = {"batch_size": 2, "num_workers": 0, "train": folder("train"), "validation": folder("held_out")}
+        content = {
+            "model": model,
+            "data": {"target": "main.DataModuleFromConfig", "params": data},
+            "lightning": {
+                "trainer": TRAINER | {"max_epochs": 2} | trainer,
+                "callbacks": {"image_logger": None, **(callbacks or {})},
+            },
+        }
+        OmegaConf.save(OmegaConf.create(content), tmp_path / f"{name}.yaml")
+        return tmp_path / f"{name}.yaml"
+
+    return write
+
+
+def test_training_with_accumulation_and_bf16(recipe, train):  # noqa: F811
+    folder = train(recipe(accumulate_grad_batches=2, precision="bf16-mixed"), "--scale_lr", "False")
+    state = final(folder)
+    weights = state["state_dict"]
+    assert (
+        state["global_step"] == 2 * 3
+    )  # 10 pictures, batches of 2, of which two make an update, the last alone
+    assert weights["standards.representation.known"]
+    # The mean colour of the ten training pictures: numbers 0 and 6 are held out.
+    kept = [n for n in range(12) if n % 6]
+    red = sum((n * 20) % 256 for n in kept) / len(kept) / 127.5 - 1
+    assert weights["standards.representation.mean"][0] == pytest.approx(red, abs=0.02)
+    assert weights["model.diffusion_model.heads.representation.2.weight"].any()
+    assert not (weights["model.diffusion_model.heads.representation.variance"] == 1).all()
+    assert any(name.startswith("model_ema.") for name in weights)
+
+
+def test_a_stopped_training_continues_exactly(recipe, train, tmp_path):  # noqa: F811
+    whole = final(train(recipe("whole"), name="whole"))
+    stop = {"target": "tests.ldm_training_driver.SignalAt", "params": {"step": 3, "name": "SIGTERM"}}
+    with pytest.raises(SystemExit):
+        train(recipe("stopped", callbacks={"stop": stop}), name="stopped")
+    folder = run_folder(tmp_path, "stopped")
+    assert final(folder)["global_step"] < whole["global_step"]
+    resume(folder, "lightning.callbacks.stop=null")
+    assert_same_training(final(folder), whole)

@@ -1,0 +1,302 @@
+"""How well a joint model of pictures and representations works, on captioned pictures that it was not trained on.
+
+    python scripts/representation_metrics.py --resume logs/RUN --data_dir captioned/ --out results/
+
+Measures, by the model's own extractor:
+- read: the cosine of p(representation | picture) to the picture's representation, against that of the mean
+  representation, and by timestep (cosine.png);
+- variations: pictures for given representations and the empty caption, at each of --strengths: how often a
+  variation lies closer to its own representation than to all others (variations.png);
+- drawn: pictures and representations for captions: the cosine of the two, against that of other pairs, and pictures
+  of the same captions and seeds without the representation, the plain sampler (drawn.png). With --clip, the CLIP that
+  the extractor belongs to, also how often a picture lies closer to its own caption than to all others.
+
+Cosines are in standard form (the mean taken off, where that of the mean is 0), `plain` ones of the representations
+as they are. Writes OUT/metrics.json.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import _common
+import _ldm
+import numpy as np
+import sample_diffusion
+import torch
+import torch.nn.functional as F
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import UserValueError, exit_on_user_error
+from guided_diffusion.figures import Curve, Row, contact_sheet, line_plot, to_uint8
+from ldm.data.captions import CaptionFolder
+from ldm.models.diffusion.joint import JointLatentDiffusion
+from ldm.modules.encoders.base import import_transformers, load_pretrained
+
+SHEET = 10  # pictures in a row
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = flags.add_argument
+    add("--resume", required=True, metavar="LOGDIR_OR_CKPT", help="a run of main.py, or its checkpoint")
+    add("--data_dir", required=True, help="captioned pictures, see ldm/data/captions.py")
+    add("--part", default="held_out", help="of the pictures: held_out, train or all")
+    add("--held_out_every", type=int, default=10, help="as the training had it")
+    add("--pictures", type=int, default=32, help="that many, for variations and drawn")
+    add("--each", type=int, default=2, help="variations of each")
+    add("--strengths", default="0,0.3,1", help="of the conditioning on a given representation")
+    add(
+        "--times",
+        type=_common.integers,
+        default="0,100,200,300,400,500,600,700,800,900",
+        help="for cosine.png",
+    )
+    add("--steps", type=int, default=25, help="sampling steps (DPM-Solver++)")
+    add("--scale", type=float, default=3.0, help="of classifier-free guidance by captions")
+    add("--clip", default="", help="the whole CLIP, for its text encoder")
+    add("--batch_size", type=int, default=32)
+    add("--seed", type=int, default=0)
+    add("--out", required=True, help="a folder")
+    return flags
+
+
+@exit_on_user_error()
+def main():
+    args = parser().parse_args()
+    strengths = [float(part) for part in args.strengths.split(",")]
+    if min(args.pictures, args.each, args.batch_size, args.steps) < 1:
+        raise UserValueError("pictures, each, batch_size and steps must be at least 1")
+    dist_util.setup_dist()
+    model, name = load(args.resume)
+    data = held_out(args, model)
+    logger.configure(dir=args.out, format_strs=["stdout"])
+    results = {"pictures": len(data.pictures), "chosen": len(data.first(args.pictures).pictures)}
+    with model.ema_scope():
+        bench = Bench(model, name, args)
+        results["read"] = bench.read(data)
+        chosen = data.first(args.pictures)
+        results["variations"] = bench.variations(chosen, strengths)
+        results["drawn"] = bench.drawn(chosen)
+    path = Path(args.out) / "metrics.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+def load(resume: str) -> tuple[JointLatentDiffusion, str]:
+    """The model of a run, and the name of its vector modality with an extractor."""
+    run, checkpoint = sample_diffusion.locate(resume)
+    model = _ldm.load_model(_ldm.merged_config(sample_diffusion.configurations(run)), checkpoint)
+    names = list(model.extractors) if isinstance(model, JointLatentDiffusion) else []
+    if not names:
+        raise UserValueError(f"{resume} has no vector modality with an extractor")
+    return model, names[0]
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Pictures [N, 3, H, W] in [-1, 1] and a caption of each."""
+
+    pictures: torch.Tensor
+    captions: Sequence[str]
+
+    def first(self, count: int) -> "Captioned":
+        """The first of them."""
+        return Captioned(self.pictures[:count], self.captions[:count])
+
+
+def held_out(args, model) -> Captioned:
+    """The pictures to measure on, at the model's size."""
+    with torch.no_grad():
+        size = model.decode_first_stage(torch.zeros(1, *model.latent_shape, device=model.device)).shape[2:]
+    data = CaptionFolder(
+        args.data_dir, tuple(size), part=args.part, held_out_every=args.held_out_every, caption="first"
+    )
+    items = [data[k] for k in range(len(data))]
+    pictures = torch.from_numpy(np.stack([item["jpg"] for item in items])).permute(0, 3, 1, 2)
+    return Captioned(pictures.contiguous(), [item["txt"] for item in items])
+
+
+class Bench:
+    """The measurements, of the modality `name` of a model."""
+
+    def __init__(self, model: JointLatentDiffusion, name: str, args):
+        self.model, self.name, self.args = model, name, args
+
+    # What is measured
+
+    @torch.no_grad()
+    def read(self, data: Captioned) -> dict:
+        """p(representation | picture), with the empty caption and with the picture's own."""
+        truth = self.extract(data.pictures)
+        mean = self.model.standards[self.name].mean.cpu()
+        curve = [self.cosine(self.predicted(data.pictures, None, (t,)), truth) for t in self.args.times]
+        plot, _ = line_plot(
+            [Curve("empty caption", self.args.times, curve)],
+            "timestep t",
+            "cosine",
+            "Cosine of the representation read from the noised picture",
+        )
+        plot.save(Path(self.args.out) / "cosine.png")
+        found = {}
+        for kind, captions in (("empty_caption", None), ("own_caption", data.captions)):
+            read = self.predicted(data.pictures, captions)
+            found[kind] = {
+                "cosine": self.cosine(read, truth),
+                "plain_cosine": float(F.cosine_similarity(read, truth).mean()),
+                **self.retrieval(read, truth),
+            }
+        found["mean_vector"] = {
+            "cosine": 0.0,
+            "plain_cosine": float(F.cosine_similarity(mean[None], truth).mean()),
+        }
+        found["by_time"] = dict(zip(map(str, self.args.times), curve, strict=True))
+        return found
+
+    @torch.no_grad()
+    def variations(self, data: Captioned, strengths: Sequence[float]) -> dict:
+        """Pictures for the representations of `data`, and of which of them they are."""
+        given = self.extract(data.pictures)
+        rebuilt = self.extract(self.rebuilt(data.pictures))
+        found = {
+            "chance": {"top1": 1 / len(given), "top5": min(5 / len(given), 1.0)},
+            "through_the_first_stage": {"cosine": self.cosine(rebuilt, given), **self.retrieval(rebuilt, given)},
+            "by_strength": [],
+        }
+        rows = [Row("given: the representation of", to_uint8(data.pictures[:SHEET]))]
+        owners = torch.arange(len(given)).repeat(self.args.each)
+        for strength in strengths:
+            pictures = self.draw([""] * len(owners), given[owners], strength=strength, scale=1.0)["image"]
+            drawn = self.extract(pictures)
+            found["by_strength"].append(
+                {
+                    "strength": strength,
+                    "cosine": self.cosine(drawn, given[owners]),
+                    **self.retrieval(drawn, given, owners),
+                }
+            )
+            rows.append(Row(f"variations, strength {strength:g}", to_uint8(pictures[:SHEET])))
+        contact_sheet(rows).save(Path(self.args.out) / "variations.png")
+        return found
+
+    @torch.no_grad()
+    def drawn(self, data: Captioned) -> dict:
+        """Pictures and representations for captions, and pictures of the plain sampler."""
+        joint = self.draw(data.captions, scale=self.args.scale)
+        plain = self.draw(data.captions, scale=self.args.scale, absent=[self.name])
+        seen = self.extract(joint["image"])
+        others = torch.roll(seen, 1, dims=0)
+        found = {
+            "cosine_of_picture_and_representation": self.cosine(joint[self.name], seen),
+            "cosine_of_other_pairs": self.cosine(joint[self.name], others),
+            **self.retrieval(joint[self.name], seen),
+        }
+        if self.args.clip:
+            texts = text_embeddings(self.args.clip, data.captions, self.model.cond_stage_model.max_length)
+            found["caption_found"] = {
+                "chance": {"top1": 1 / len(texts), "top5": min(5 / len(texts), 1.0)},
+                "real_pictures": nearest(self.extract(data.pictures), texts),
+                "joint": nearest(seen, texts),
+                "plain_sampler": nearest(self.extract(plain["image"]), texts),
+            }
+        rows = [
+            Row("real, with these captions", to_uint8(data.pictures[:SHEET])),
+            Row("MT-Diffusion, by the captions", to_uint8(joint["image"][:SHEET])),
+            Row("the plain sampler, same seeds", to_uint8(plain["image"][:SHEET])),
+        ]
+        contact_sheet(rows).save(Path(self.args.out) / "drawn.png")
+        return found
+
+    # What that needs
+
+    def extract(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Representations [N, D] of pictures."""
+        extractor, device = self.model.extractors[self.name], self.model.device
+        return torch.cat([extractor(part.clamp(-1, 1).to(device)).cpu() for part in pictures.split(64)])
+
+    def rebuilt(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures as the first stage gives them back: the best that a model of its latents can draw."""
+        parts = (self.model.encode_pictures(part.to(self.model.device)) for part in pictures.split(64))
+        return torch.cat([self.model.decode_first_stage(z).cpu() for z in parts])
+
+    def predicted(self, pictures, captions, times=(0, 10, 20)) -> torch.Tensor:
+        """The head's reading of pictures at `times`, averaged: [N, D]."""
+        rows = []
+        for numbers in _ldm.batches(range(len(pictures)), self.args.batch_size):
+            cond = self.conditioning([captions[n] if captions else "" for n in numbers])
+            read = self.model.predict(
+                pictures[numbers], conditioning=cond, times=times, seed=self.args.seed, indices=numbers
+            )
+            rows.append(read[self.name].cpu())
+        return torch.cat(rows)
+
+    def draw(self, captions, given=None, strength=1.0, scale=1.0, absent=()) -> dict[str, torch.Tensor]:
+        """`image` [N, 3, H, W] for captions [N] and given representations [N, D], and the representation where it
+        is not given; sample k has seed k."""
+        image, parts = self.model.first_stage_key, []
+        for numbers in _ldm.batches(range(len(captions)), self.args.batch_size):
+            drawn = self.model.sample_joint(
+                len(numbers),
+                None if given is None else {self.name: given[numbers]},
+                sampler="dpm++",
+                steps=self.args.steps,
+                seed=self.args.seed,
+                indices=numbers,
+                conditioning=self.conditioning([captions[n] for n in numbers]),
+                unconditional=self.conditioning([""] * len(numbers)) if scale != 1 else None,
+                guidance=scale,
+                strength=strength,
+                absent=absent,
+                use_ema=False,  # it is in place already
+            )
+            parts.append(drawn)
+        joined = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        return {"image": joined.pop(image), **joined}
+
+    def conditioning(self, captions: list[str]):
+        """Learned conditioning by captions."""
+        return self.model.get_learned_conditioning(captions)
+
+    def standard(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Representations in standard form."""
+        return self.model.standards[self.name](vectors.to(self.model.device)).cpu()
+
+    def cosine(self, first: torch.Tensor, second: torch.Tensor) -> float:
+        """The mean cosine of pairs of representations, in standard form."""
+        return float(F.cosine_similarity(self.standard(first), self.standard(second)).mean())
+
+    def retrieval(self, found: torch.Tensor, among: torch.Tensor, owners: torch.Tensor | None = None) -> dict:
+        """`nearest`, in standard form."""
+        return nearest(self.standard(found), self.standard(among), owners)
+
+
+def nearest(
+    found: torch.Tensor, among: torch.Tensor, owners: torch.Tensor | None = None
+) -> Mapping[str, float]:
+    """How often the own one of `among` [M, D] is the closest to a vector of `found` [N, D], or among the five
+    closest, by cosine. owners: int64 [N], by default the vector of the same number."""
+    likeness = F.normalize(found, dim=1) @ F.normalize(among, dim=1).T
+    owners = torch.arange(len(found)) if owners is None else owners
+    own = likeness.gather(1, owners[:, None])
+    rank = (likeness >= own).sum(dim=1)  # what is equally close counts as closer
+    return {"top1": float((rank <= 1).float().mean()), "top5": float((rank <= 5).float().mean())}
+
+
+def text_embeddings(source: str, captions: Sequence[str], max_length: int) -> torch.Tensor:
+    """Captions in the space of a CLIP's representations, [N, D]."""
+    transformers = import_transformers("a text encoder")
+    tokenizer = load_pretrained(transformers.CLIPTokenizer, source, "", "tokenizer")
+    model = load_pretrained(transformers.CLIPTextModelWithProjection, source, "", "text encoder")
+    tokens = tokenizer(
+        list(captions), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+    )
+    return model(**tokens).text_embeds
+
+
+if __name__ == "__main__":
+    main()
