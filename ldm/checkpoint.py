@@ -1,4 +1,4 @@
-"""Weights in latent-diffusion's layout, from .ckpt or .safetensors files."""
+"""Weights in latent-diffusion's layout, from .ckpt or .safetensors files, or from diffusers' folders."""
 
 import logging
 import pickle
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from guided_diffusion.errors import UserError, UserFileError
+from ldm.diffusers_layout import load_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -23,9 +24,11 @@ _HARMLESS = [ModelCheckpoint]
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, on the CPU.
 
-    A pickle is read with weights_only: it cannot run code. `UserError` for a file that is missing, damaged,
-    or holds anything but weights.
+    path: of a file, or of a folder in diffusers' layout. A pickle is read with weights_only: it cannot run
+    code. `UserError` for a file that is missing, damaged, or holds anything but weights.
     """
+    if Path(path).is_dir():
+        return load_folder(path, load_state_dict)
     if not Path(path).is_file():
         raise UserFileError(f"there is no checkpoint {path}")
     try:
@@ -50,7 +53,7 @@ def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 def trained_steps(path: str | Path) -> int:
     """How many updates a checkpoint of a training run has seen; 0 for weights alone."""
-    if Path(path).suffix == ".safetensors":
+    if Path(path).is_dir() or Path(path).suffix == ".safetensors":
         return 0
     with torch.serialization.safe_globals(_HARMLESS):
         content = torch.load(path, map_location="cpu", weights_only=True)

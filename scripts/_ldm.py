@@ -35,7 +35,7 @@ PRECISIONS = ("full", "autocast")
 def load_model(config: Mapping, checkpoint: str | Path) -> LatentDiffusion:
     """The model of a configuration (`model` with target and params) with a checkpoint's weights, for sampling
     on this process's device."""
-    if not Path(checkpoint).is_file():
+    if not Path(checkpoint).exists():
         raise UserFileError(f"there is no checkpoint {checkpoint}")
     if not isinstance(config.get("model"), Mapping) or "params" not in config["model"]:
         raise UserError("the configuration has no section `model` with target and params")
