@@ -5,9 +5,10 @@
 
 The configuration is that of the model to be trained: its first stage and the dataset `--split` of its `data`; where
 that is ldm.data.latents.CachedLatents already, the pictures under its `pictures`. They are cached without random
-crops or flips; --flips stores every picture flipped as well. Stopped at any point, the same command continues and
-leaves the same files. Prints (and stores) the scale of the latents, for scale_factor. name=value sets any other entry
-of the configuration.
+crops or flips; --flips stores every picture flipped as well. --representations stores, beside the latents, what the
+encoders of the configuration's model.params.extractors (by name: target, params) make of every item's first picture.
+Stopped at any point, the same command continues and leaves the same files. Prints (and stores) the scale of the
+latents, for scale_factor. name=value sets any other entry of the configuration.
 """
 
 import argparse
@@ -32,7 +33,12 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = flags.add_argument
-    add("--config", required=True, help="of the latent diffusion (.yaml)")
+    add(
+        "--config",
+        required=True,
+        action="append",
+        help="of the latent diffusion (.yaml); of several, later ones win",
+    )
     add(
         "--ckpt",
         default="",
@@ -41,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     add("--out", required=True, help="the folder of the cache")
     add("--split", default="train", help="train, validation or test: which entry of the configuration's data")
     add("--flips", action="store_true", help="store every picture flipped left-right as well")
+    add(
+        "--representations",
+        action="store_true",
+        help="store what the model's extractors make of the pictures",
+    )
     add("--dtype", choices=list(DTYPES), default="float32")
     add("--shard_size", type=int, default=1024, help="pictures in a file: what is lost at most when stopped")
     add("--batch_size", type=int, default=8)
@@ -53,8 +64,9 @@ def parser() -> argparse.ArgumentParser:
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
-    config = _ldm.merged_config([args.config], args.changes)
+    config = _ldm.merged_config(args.config, args.changes)
     first_stage = open_first_stage(config, args.ckpt).to(args.device)
+    extractors = open_extractors(config) if args.representations else {}
     pictures = open_pictures(config, args.split)
     index = fill_cache(
         pictures,
@@ -66,9 +78,11 @@ def main():
         args.batch_size,
         args.num_workers,
         lambda shards: tqdm(shards, desc="shards", dynamic_ncols=True),
+        {name: encoder.to(args.device) for name, encoder in extractors.items()},
     )
     told = ", ".join(f"{key} {scale:.6g}" for key, scale in index.scale_factor.items())
-    print(f"{len(index.items)} items in {args.out}; scale_factor (1 / standard deviation): {told}")
+    beside = f" with {', '.join(index.representations)}" if index.representations else ""
+    print(f"{len(index.items)} items{beside} in {args.out}; scale_factor (1 / standard deviation): {told}")
 
 
 def open_first_stage(config: dict, ckpt: str) -> torch.nn.Module:
@@ -86,6 +100,16 @@ def open_first_stage(config: dict, ckpt: str) -> torch.nn.Module:
     elif list(first_stage.parameters()) and not params.get("params", {}).get("ckpt_path"):
         raise UserValueError("which weights does the first stage have? Give --ckpt")
     return first_stage.eval().requires_grad_(False)
+
+
+def open_extractors(config: dict) -> dict[str, torch.nn.Module]:
+    """The encoders of representations of a configuration, by name. UserError where there are none."""
+    found = config["model"]["params"].get("extractors")
+    if not isinstance(found, dict) or not found:
+        raise UserValueError("the configuration has no model.params.extractors, which make representations")
+    return {
+        name: instantiate_from_config(given).eval().requires_grad_(False) for name, given in found.items()
+    }
 
 
 def open_pictures(config: dict, split: str) -> Pictures:

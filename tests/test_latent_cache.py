@@ -1,5 +1,6 @@
 """The cache of latents: what it holds is what the first stage gives, whatever interrupted its making."""
 
+import json
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 from guided_diffusion.errors import UserError, UserValueError
+from ldm.data.captions import CaptionFolder
 from ldm.data.folders import ImageFolder
 from ldm.data.latent_cache import fill_cache
 from ldm.data.latents import CachedLatents
@@ -202,3 +204,108 @@ def test_the_command(folders, tmp_path, run_script):
     dataset = CachedLatents(**cached, random_flip=True)
     assert f"image {dataset.scale_factor['image']:.6g}" in job.stdout
     assert dataset[0]["image_latent"].shape == (2, 8, 10)
+
+
+class Colours(torch.nn.Module):
+    """A representation that can be written down: the mean colour of the left half of [B, 3, H, W], times `scale`."""
+
+    def __init__(self, scale=2.0):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+        self.register_buffer("shift", torch.zeros(3), persistent=False)
+
+    def forward(self, images):
+        return self.scale * images[..., : images.shape[3] // 2].mean((2, 3)) + self.shift
+
+
+@pytest.fixture
+def captioned(folders):
+    """The pictures of the first folder, with two captions each."""
+    for path in (folders / "a").glob("*.png"):
+        path.with_suffix(".txt").write_text(f"{path.stem} one\n{path.stem} two\n")
+    return CaptionFolder(folders / "a", [16, 20])
+
+
+def test_representations_and_captions_beside_the_latents(captioned, tmp_path):
+    fill(captioned, tmp_path / "c", flips=True, extractors={"colours": Colours()})
+    cached = CachedLatents(
+        tmp_path / "c", pictures=captioned, random_flip=True, extractors={"colours": Colours()}
+    )
+    model, captions, flips = autoencoder(), set(), 0
+    random.seed(0)
+    for i in [*range(COUNT)] * 3:
+        item, pixels = cached[i], captioned[i]["jpg"]
+        with torch.no_grad():
+            plain = model.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]).mean[0]
+        flipped = not torch.allclose(item["jpg_latent"], plain, atol=1e-5)
+        flips += flipped
+        half = pixels[:, 10:] if flipped else pixels[:, :10]  # turned as the latent is
+        assert item["colours"].dtype == torch.float32
+        assert np.allclose(item["colours"], 2 * half.mean((0, 1)), atol=1e-5)
+        assert item["txt"].startswith(f"{Path(item['file_path_']).stem} ")
+        captions.add(item["txt"])
+    assert 0 < flips < 3 * COUNT and len(captions) > COUNT
+    captioned.caption = "first"
+    assert {cached[3]["txt"] for _ in range(9)} == {"3 one"}
+    batch = next(iter(DataLoader(cached, batch_size=COUNT, num_workers=1)))
+    assert batch["colours"].shape == (COUNT, 3) and batch["txt"][2] == "2 one"
+
+
+def test_representations_of_another_encoder_are_refused(captioned, pairs, tmp_path):
+    fill(captioned, tmp_path / "c", extractors={"colours": Colours()})
+    shifted = Colours()
+    shifted.shift += 1  # a buffer: how it looks at pictures
+    for other in (Colours(3.0), shifted):
+        for attempt in (
+            lambda: fill(captioned, tmp_path / "c", extractors={"colours": other}),  # noqa: B023
+            lambda: CachedLatents(tmp_path / "c", extractors={"colours": other}),  # noqa: B023
+        ):
+            with pytest.raises(UserError, match=r"colours instead of colours, or another encoder"):
+                attempt()
+    with pytest.raises(UserError, match="other representations .colours instead of none"):
+        fill(captioned, tmp_path / "c")
+    fill(captioned, tmp_path / "plain")
+    with pytest.raises(UserError, match="other representations .none instead of colours"):
+        CachedLatents(tmp_path / "plain", extractors={"colours": Colours()})
+    with pytest.raises(UserValueError, match="'image' is a picture of the data"):
+        fill(pairs, tmp_path / "d", extractors={"image": Colours()})
+    with pytest.raises(UserError, match="colours has values that are not finite"):
+        fill(captioned, tmp_path / "d", extractors={"colours": Colours(float("nan"))})
+
+
+def test_a_cache_without_representations_is_as_before(pairs, tmp_path):
+    index = fill(pairs, tmp_path / "c", flips=True)
+    names = "format first_stage size keys flips dtype shard_size batch_size items scale_factor".split()
+    assert list(json.loads((tmp_path / "c/index.json").read_text())) == names
+    assert index.representations is None
+    assert set(CachedLatents(tmp_path / "c")[0]) == {
+        f"{key}_latent{std}" for key in ("image", "label_map") for std in ("", "_std")
+    } | {"file_path_"}
+
+
+def test_the_command_stores_representations(captioned, folders, tmp_path, run_script):
+    params = {"root": str(folders / "a"), "size": [16, 20]}
+    config = {
+        "model": {"params": {"first_stage_config": CONFIG}},
+        "data": {"params": {"train": {"target": "ldm.data.captions.CaptionFolder", "params": params}}},
+    }
+    torch.save({"state_dict": autoencoder().state_dict()}, tmp_path / "ae.ckpt")
+    words = [
+        "cache_latents",
+        "--config",
+        tmp_path / "config.yaml",
+        "--out",
+        tmp_path / "c",
+        "--device",
+        "cpu",
+    ]
+    words += ["--ckpt", tmp_path / "ae.ckpt", "--representations"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    job = run_script(*words)
+    assert job.returncode == 2 and "no model.params.extractors" in job.stderr
+    extractors = {"colours": {"target": f"{__name__}.Colours", "params": {"scale": 3.0}}}
+    config["model"]["params"]["extractors"] = extractors
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "7 items with colours in" in run_script(*words).stdout
+    cached = CachedLatents(tmp_path / "c", pictures=captioned, extractors=extractors)
+    assert np.allclose(cached[4]["colours"], 3 * captioned[4]["jpg"][:, :10].mean((0, 1)), atol=1e-5)

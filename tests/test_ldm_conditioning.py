@@ -381,3 +381,27 @@ def test_wrong_learning_rate_schedules_are_named():
     target = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": {"warm_up_steps": [1]}}
     with pytest.raises(UserValueError, match="missing"):
         instantiate_from_config(target)
+
+
+@th.no_grad()
+def test_stable_diffusion_2_without_the_block_that_it_does_not_read(clip, tmp_path, monkeypatch):
+    """diffusers leaves the last block of the text encoder out: its last state is the whole one's penultimate."""
+    transformers = pytest.importorskip("transformers")
+    whole = transformers.CLIPTextModel.from_pretrained(clip)
+    config = transformers.CLIPTextConfig.from_pretrained(clip, num_hidden_layers=2)
+    cut = transformers.CLIPTextModel(config)
+    cut.load_state_dict({k: v for k, v in whole.state_dict().items() if ".layers.2." not in k})
+    cut.save_pretrained(tmp_path)
+    transformers.CLIPTokenizer.from_pretrained(clip).save_pretrained(tmp_path)
+    monkeypatch.setattr(FrozenOpenCLIPEmbedder, "BLOCKS", {"ViT-H-14": 3})
+    by_whole, by_cut = (
+        FrozenOpenCLIPEmbedder(version=str(folder), max_length=8, layer="penultimate")
+        for folder in (clip, tmp_path)
+    )
+    assert th.allclose(by_cut(["a cat"]), by_whole(["a cat"]), atol=1e-6)
+    # The cut one's weights fill the whole encoder: the block that is not read stays.
+    filled = by_whole.adapt_weights(by_cut.state_dict())
+    assert filled.keys() == by_whole.state_dict().keys()
+    # What reads the last state has to have it.
+    last = FrozenOpenCLIPEmbedder(version=str(clip), max_length=8, layer="last")
+    assert last.adapt_weights(by_cut.state_dict()).keys() == by_cut.state_dict().keys()

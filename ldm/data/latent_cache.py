@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,14 @@ from torch.utils.data import DataLoader, Subset
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from ldm.data.base import Pictures
-from ldm.data.latents import FORMAT, CacheIndex, encoder_checksum, open_shard, shard_path
+from ldm.data.latents import (
+    FORMAT,
+    CacheIndex,
+    encoder_checksum,
+    extractor_checksums,
+    open_shard,
+    shard_path,
+)
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -29,6 +36,7 @@ def fill_cache(
     batch_size: int = 8,
     num_workers: int = 0,
     progress=iter,  # wraps the numbers of the shards that are missing
+    extractors: Mapping[str, nn.Module] | None = None,  # of representations, by name; as first_stage
 ) -> CacheIndex:
     """Encode what is not there yet. Stopped and started again, the files are those of an uninterrupted pass.
 
@@ -42,6 +50,9 @@ def fill_cache(
         raise UserValueError(
             f"shards and batches need at least one picture, and dtype is one of {', '.join(DTYPES)}"
         )
+    extractors = extractors or {}
+    if taken := sorted(set(extractors) & set(pictures.keys)):
+        raise UserValueError(f"{taken[0]!r} is a picture of the data: its representation needs another name")
     root = Path(root)
     index = CacheIndex(
         format=FORMAT,
@@ -53,12 +64,13 @@ def fill_cache(
         shard_size=shard_size,
         batch_size=batch_size,
         items=tuple(pictures.paths),
+        representations=extractor_checksums(extractors),
     )
     _claim(root, index)
     for number in progress([n for n in range(index.shards) if not shard_path(root, n).exists()]):
         rows = range(number * shard_size, min((number + 1) * shard_size, len(pictures)))
         loader = DataLoader(Subset(pictures, rows), batch_size, num_workers=num_workers)
-        tensors = _encoded(loader, first_stage, index)
+        tensors = _encoded(loader, first_stage, extractors, index)
         partial = root / f".{shard_path(root, number).name}.partial"
         save_file(tensors, partial)
         os.replace(partial, shard_path(root, number))
@@ -88,24 +100,34 @@ def _write(root: Path, index: CacheIndex) -> None:
 
 
 @torch.no_grad()
-def _encoded(loader: Iterable, first_stage: nn.Module, index: CacheIndex) -> dict[str, torch.Tensor]:
-    """The tensors of one shard by name, each [n, c, h, w]."""
+def _encoded(
+    loader: Iterable, first_stage: nn.Module, extractors: Mapping[str, nn.Module], index: CacheIndex
+) -> dict[str, torch.Tensor]:
+    """The tensors of one shard by name: latents [n, c, h, w] and representations [n, d]."""
     parts: dict[str, list[torch.Tensor]] = {}
     for batch in loader:
         for key in index.keys:
-            x = batch[key].permute(0, 3, 1, 2).to(next(first_stage.parameters(), batch[key]).device)
-            for name, value in ((key, x), (f"{key}_flipped", x.flip(-1)))[: 1 + index.flips]:
-                mean, std = moments(first_stage, value.contiguous())
-                parts.setdefault(name, []).append(mean)
+            for suffix, x in _turned(batch[key], first_stage, index.flips):
+                mean, std = moments(first_stage, x)
+                parts.setdefault(key + suffix, []).append(mean)
                 if std is not None:
-                    parts.setdefault(f"{name}_std", []).append(std)
+                    parts.setdefault(f"{key}{suffix}_std", []).append(std)
+        for name, extractor in extractors.items():
+            for suffix, x in _turned(batch[index.keys[0]], extractor, index.flips):
+                parts.setdefault(name + suffix, []).append(extractor(x))
     tensors = {name: torch.cat(some).to(DTYPES[index.dtype]).cpu() for name, some in parts.items()}
     for name, value in tensors.items():
         if not value.isfinite().all():
-            raise UserError(
-                f"the latents {name} have values that are not finite: the first stage is not sound"
-            )
+            raise UserError(f"{name} has values that are not finite: the encoder that made it is not sound")
     return tensors
+
+
+def _turned(pictures: torch.Tensor, encoder: nn.Module, flips: bool) -> list[tuple[str, torch.Tensor]]:
+    """Pictures [B, H, W, C] as [B, C, H, W] where `encoder` is, and with `flips` flipped; each with the ending of its
+    tensors' names."""
+    x = pictures.permute(0, 3, 1, 2).to(next(encoder.parameters(), pictures).device)
+    both = [("", x), ("_flipped", x.flip(-1))]
+    return [(suffix, value.contiguous()) for suffix, value in both[: 1 + flips]]
 
 
 def moments(first_stage: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -3,7 +3,7 @@
 A cache is a folder: shard-00000.safetensors, ... with the latents of `shard_size` items each, and index.json, which
 says what they are of. In a shard stand, for every key of the pictures, KEY [n, c, h, w], the means of the first
 stage's posterior (or its latents where it has none), KEY_std, and with stored flips KEY_flipped, KEY_flipped_std.
-Nothing is scaled.
+Nothing is scaled. Representations of the items' first pictures may stand beside: NAME [n, d], NAME_flipped.
 """
 
 import dataclasses
@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from torch.utils.data import Dataset
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from ldm.checkpoint import load_state_dict
 from ldm.data.base import Item, Pictures
+from ldm.data.captions import CaptionFolder
 from ldm.util import instantiate_from_config
 
 FORMAT = 1
@@ -42,6 +44,7 @@ class CacheIndex:
     batch_size: int  # by which it was computed: rounding depends on it
     items: tuple[str, ...]  # the pictures' files
     scale_factor: dict[str, float] | None = None  # 1 / standard deviation, by key; None: not finished
+    representations: dict[str, str] | None = None  # checksum of the encoder, by name
 
     @property
     def shards(self) -> int:
@@ -49,7 +52,10 @@ class CacheIndex:
         return -(-len(self.items) // self.shard_size)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        content = dataclasses.asdict(self)
+        if not self.representations:  # the index is then what it was before there were any
+            del content["representations"]
+        return json.dumps(content, indent=1) + "\n"
 
     @classmethod
     def read(cls, root: str | Path) -> "CacheIndex":
@@ -78,6 +84,9 @@ class CacheIndex:
                 continue
             if field.name == "first_stage":
                 return "another first stage (its encoder's checksum differs)"
+            if field.name == "representations":
+                names = (", ".join(some or ()) or "none" for some in (mine, theirs))
+                return "other representations ({} instead of {}, or another encoder)".format(*names)
             if field.name == "items":
                 return f"other pictures ({len(mine)} instead of {len(theirs)}, or other names)"
             return f"another {field.name} ({_words(mine)} instead of {_words(theirs)})"
@@ -91,8 +100,23 @@ def shard_path(root: str | Path, number: int) -> Path:
 
 def encoder_checksum(weights: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of the encoder's tensors in a first stage's state dict, by name."""
+    return _checksum({name: value for name, value in weights.items() if name.startswith(ENCODER)})
+
+
+def extractor_checksums(extractors: Mapping[str, nn.Module | Mapping]) -> dict[str, str] | None:
+    """By name, SHA-256 of all tensors of encoders of representations, or of those that their configurations make;
+    None where there are none."""
+    checksums = {}
+    for name, made in extractors.items():
+        encoder = instantiate_from_config(made) if isinstance(made, Mapping) else made
+        # The buffers too: they hold the preprocessing.
+        checksums[name] = _checksum({**dict(encoder.named_parameters()), **dict(encoder.named_buffers())})
+    return checksums or None
+
+
+def _checksum(weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(name for name in weights if name.startswith(ENCODER)):
+    for name in sorted(weights):
         value = weights[name].detach().float().cpu().contiguous()  # as the model holds it
         digest.update(f"{name} {list(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -109,8 +133,9 @@ def first_stage_weights(path: str | Path) -> dict[str, torch.Tensor]:
 class CachedLatents(Dataset):
     """Items {KEY_latent: float32 [c, h, w], KEY_latent_std: the same where there is one, "file_path_": str}.
 
-    UserError for a cache that is unfinished, or made of other pictures, of another size or with another first
-    stage than said here.
+    With representations also {NAME: float32 [d]}; with captioned `pictures` also a caption, drawn as they draw it.
+    UserError for a cache that is unfinished, or made of other pictures, of another size, with another first stage or
+    with other encoders of representations than said here.
     """
 
     def __init__(
@@ -118,10 +143,11 @@ class CachedLatents(Dataset):
         root: str | Path,
         pictures: Pictures
         | Mapping
-        | None = None,  # what was cached, to be compared; cache_latents.py reads it
+        | None = None,  # what was cached, to be compared; cache_latents.py reads it; captions are its
         first_stage: str | Path | None = None,  # its checkpoint, to be compared
         keys: Sequence[str] | None = None,  # of those cached; all by default
         random_flip: bool = False,  # left-right, half of the time; needs stored flips
+        extractors: Mapping[str, nn.Module | Mapping] | None = None,  # of representations, to be compared
     ):
         super().__init__()
         self.root = Path(root)
@@ -146,7 +172,11 @@ class CachedLatents(Dataset):
                 f"the cache {root} was made with another first stage than {first_stage}: cache the latents again"
             )
         if pictures is not None:
-            self._compare(instantiate_from_config(pictures) if isinstance(pictures, Mapping) else pictures)
+            pictures = instantiate_from_config(pictures) if isinstance(pictures, Mapping) else pictures
+            self._compare(size=pictures.size, items=tuple(pictures.paths), keys=pictures.keys)
+        if extractors is not None:
+            self._compare(representations=extractor_checksums(extractors))
+        self.captioned = pictures if isinstance(pictures, CaptionFolder) else None
         self._open: dict[int, safe_open] = {}
 
     def __len__(self) -> int:
@@ -166,6 +196,10 @@ class CachedLatents(Dataset):
             item[f"{key}_latent"] = self._read(shard, f"{key}{flipped}", row)
             if f"{key}_std" in self._shard(shard).keys():
                 item[f"{key}_latent_std"] = self._read(shard, f"{key}{flipped}_std", row)
+        for name in self.index.representations or ():
+            item[name] = self._read(shard, f"{name}{flipped}", row)
+        if self.captioned:
+            item[self.captioned.caption_key] = self.captioned.draw_caption(number)
         return {**item, "file_path_": self.index.items[number]}
 
     def __getstate__(self):
@@ -179,11 +213,8 @@ class CachedLatents(Dataset):
             self._open[number] = open_shard(shard_path(self.root, number))
         return self._open[number]
 
-    def _compare(self, pictures: Pictures) -> None:
-        other = dataclasses.replace(
-            self.index, size=pictures.size, items=tuple(pictures.paths), keys=pictures.keys
-        )
-        if difference := self.index.difference(other):
+    def _compare(self, **said) -> None:
+        if difference := self.index.difference(dataclasses.replace(self.index, **said)):
             raise UserError(f"the cache {self.root} was made with {difference}: cache the latents again")
 
 

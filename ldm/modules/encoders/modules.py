@@ -7,7 +7,6 @@ without gradients unless `freeze` is off.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +14,26 @@ from torch import nn
 
 from guided_diffusion.errors import UserFileError, UserValueError
 from ldm.models.diffusion.first_stage import frozen
+from ldm.modules.encoders.base import (
+    RELEASED,
+    AbstractEncoder,
+    import_transformers,
+    load_pretrained,
+    subfolder,
+)
 from ldm.modules.encoders.clip_weights import from_open_clip
+from ldm.modules.encoders.images import FrozenOpenCLIPImageEmbedder
 
-
-class AbstractEncoder(nn.Module):
-    """What a conditioner is: `encode` makes the U-Net's input of what the data bring."""
-
-    def encode(self, *args, **kwargs):
-        """As calling it."""
-        return self(*args, **kwargs)
+__all__ = [
+    "AbstractEncoder",
+    "ClassEmbedder",
+    "FrozenCLIPEmbedder",
+    "FrozenOpenCLIPEmbedder",
+    "FrozenOpenCLIPImageEmbedder",
+    "SpatialRescaler",
+    "TextEncoder",
+    "load_text_model",
+]
 
 
 class ClassEmbedder(AbstractEncoder):
@@ -171,11 +181,12 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
     """OpenCLIP's text encoder, as in Stable Diffusion 2, in transformers' form.
 
     arch, version: of the released model, whose hub repository is taken; or version is a folder or hub name.
-    layer: `last`, or `penultimate`, the states before the last block; both normalised. device: see
+    layer: `last`, or `penultimate`, the states before the last block; both normalised. Stable Diffusion 2 in
+    diffusers' layout leaves the last block out, which `penultimate` does not read. device: see
     FrozenCLIPEmbedder.
     """
 
-    RELEASED = {("ViT-H-14", "laion2b_s32b_b79k"): "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
+    BLOCKS = {"ViT-H-14": 24}
 
     def __init__(
         self,
@@ -186,8 +197,11 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         freeze=True,
         layer="last",
     ):
-        source = self.RELEASED.get((arch, version), version)
+        source = RELEASED.get((arch, version), version)
         super().__init__(source, max_length, freeze, layer, ("last", "penultimate"))
+        self._blocks = self._text_model.config.num_hidden_layers
+        cut = self._blocks + 1 == self.BLOCKS.get(arch)
+        self._state = -1 if layer == "last" or cut else -2
 
     @property
     def padding(self):
@@ -196,34 +210,31 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
     def forward(self, text):
         """Captions -> [B, max_length, D]."""
         states = self._hidden_states(text).hidden_states
-        return self._normalised(states[-1 if self.layer == "last" else -2])
+        return self._normalised(states[self._state])
 
     def adapt_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A checkpoint's tensors by name; open_clip's are translated."""
-        if not any(name.startswith("model.") for name in weights):
+        """A checkpoint's tensors by name; open_clip's are translated, and a last block that is not read may be
+        missing."""
+        if any(name.startswith("model.") for name in weights):
+            weights = {f"transformer.text_model.{name}": v for name, v in from_open_clip(weights).items()}
+        unread = f"transformer.text_model.encoder.layers.{self._blocks - 1}."
+        if not weights or self._state == -1 or any(name.startswith(unread) for name in weights):
             return dict(weights)
-        return {f"transformer.text_model.{name}": value for name, value in from_open_clip(weights).items()}
+        return dict(weights) | {name: v for name, v in self.state_dict().items() if name.startswith(unread)}
 
 
 def load_text_model(source: str):
     """(tokenizer, text model) of a folder or of a name on the hub. UserFileError if they are not there."""
+    transformers = import_transformers("a text encoder")
+    part = subfolder(source, ["text_encoder"])
+    model = load_pretrained(transformers.CLIPTextModel, source, part, "text encoder")
+    part = subfolder(source, ["tokenizer"])
     try:
-        from transformers import CLIPTextModel, CLIPTokenizer
-        from transformers.utils import logging as transformers_logging
-    except ImportError:
-        raise UserValueError(
-            "a text encoder needs the package transformers, which is not installed"
-        ) from None
-    parts = {"text_encoder": "", "tokenizer": ""}
-    if Path(source).is_dir():
-        parts = {part: part if (Path(source) / part).is_dir() else "" for part in parts}
-    transformers_logging.disable_progress_bar()  # of reading the weights, which takes a moment
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder=parts["tokenizer"])
-        model = CLIPTextModel.from_pretrained(source, subfolder=parts["text_encoder"])
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(source, subfolder=part)
     except OSError as error:
         raise UserFileError(
-            f"there is no text encoder {source}: neither a folder with a CLIP model and its tokenizer, nor a "
-            f"hub repository that can be reached ({str(error).splitlines()[0]})"
+            f"the text encoder {source} has no tokenizer ({str(error).splitlines()[0]})"
         ) from None
-    return tokenizer, model.eval()
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
+        raise UserFileError(f"the text encoder {source} has no tokenizer (tokenizer.json)")
+    return tokenizer, model

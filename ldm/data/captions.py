@@ -1,0 +1,153 @@
+"""Captioned pictures: a folder of photos, each with one caption or several."""
+
+import csv
+import io
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from guided_diffusion.errors import UserError, UserFileError, UserValueError
+from guided_diffusion.image_datasets import _list_images
+from ldm.data.base import Item, Pictures
+from ldm.data.pictures import Source
+
+TABLES = ("captions.csv", "metadata.jsonl")
+COLUMNS = (("image", "caption"), ("file_name", "text"))  # of captions.csv
+PARTS = ("all", "train", "held_out")
+DRAWS = ("random", "first")
+
+
+class CaptionFolder(Pictures):
+    """Items {image_key: float32 [H, W, 3] in [-1, 1], caption_key: str, "file_path_": str}.
+
+    The pictures lie anywhere below `root`. Their captions stand in root/captions.csv (columns image,caption or
+    file_name,text), in root/metadata.jsonl (file_name, text), or in a .txt file beside each picture, one on a line.
+    A table names a picture by its path below root, or by its file name where that is the only one.
+
+    size, random_crop, random_flip, interpolation: see Pictures. UserError for a table that cannot be read, a caption
+    of a picture that is not there, a picture without a caption.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int | Sequence[int] = 256,
+        random_crop: bool = False,
+        random_flip: bool = False,
+        interpolation: str = "bicubic",
+        part: str = "all",  # all; held_out: every held_out_every-th picture by name; train: the others
+        held_out_every: int = 10,
+        caption: str = "random",  # one of the picture's captions by Python's `random`, or always the first
+        image_key: str = "jpg",
+        caption_key: str = "txt",
+    ):
+        if caption not in DRAWS:
+            raise UserValueError(f"caption must be one of {', '.join(DRAWS)}, not {caption!r}")
+        found = read_captions(root)
+        paths = _part(sorted(found), part, held_out_every)
+        entries = [{image_key: Source(path)} for path in paths]
+        super().__init__(entries, size, random_crop, random_flip, interpolation)
+        self.captions = [found[path] for path in paths]
+        self.caption = caption
+        self.caption_key = caption_key
+
+    def __getitem__(self, index: int) -> Item:
+        return {**super().__getitem__(index), self.caption_key: self.draw_caption(index)}
+
+    def draw_caption(self, index: int) -> str:
+        """A caption of picture `index`, as its item has one."""
+        some = self.captions[index]
+        return some[0] if self.caption == "first" else random.choice(some)
+
+
+def read_captions(root: str | Path) -> dict[Path, tuple[str, ...]]:
+    """The captions of every picture below a folder, in the order of their table or file. UserError: see
+    CaptionFolder."""
+    paths = [Path(path) for path in _list_images(str(root))]
+    tables = [Path(root) / name for name in TABLES if (Path(root) / name).is_file()]
+    if len(tables) > 1:
+        raise UserError(f"{root} has both {' and '.join(TABLES)}: keep the one that holds")
+    found = _from_table(tables[0], paths) if tables else {path: _beside(path) for path in paths}
+    if bare := [path for path in paths if not found.get(path)]:
+        raise UserError(f"{bare[0]} has no caption ({len(bare)} of {len(paths)} pictures have none)")
+    return found
+
+
+def _part(paths: list[Path], part: str, every: int) -> list[Path]:
+    if part not in PARTS:
+        raise UserValueError(f"part must be one of {', '.join(PARTS)}, not {part!r}")
+    if part == "all":
+        return paths
+    if not isinstance(every, int) or every < 2:
+        raise UserValueError(f"held_out_every must be a whole number from 2 on, not {every!r}")
+    chosen = [path for i, path in enumerate(paths) if (i % every == 0) == (part == "held_out")]
+    if not chosen:
+        raise UserValueError(f"of {len(paths)} pictures none are left for the part {part}")
+    return chosen
+
+
+def _from_table(table: Path, paths: Iterable[Path]) -> dict[Path, tuple[str, ...]]:
+    """The captions of a table by picture."""
+    by_name = defaultdict(list)
+    for path in paths:
+        by_name[path.name].append(path)
+    known = set(paths)
+    found: dict[Path, list[str]] = defaultdict(list)
+    read = _csv_rows if table.suffix == ".csv" else _json_rows
+    for line, name, caption in read(table):
+        whole = table.parent / name
+        matches = [whole] if whole in known else by_name[name]
+        if len(matches) != 1:
+            why = "several pictures have that name" if matches else "there is no such picture"
+            raise UserFileError(f"{table} line {line} is a caption of {name!r}, but {why}")
+        found[matches[0]].append(caption)
+    return {path: tuple(some) for path, some in found.items()}
+
+
+def _csv_rows(table: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, picture's name, caption) of a captions.csv."""
+    reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
+    try:
+        columns = next((pair for pair in COLUMNS if set(pair) <= set(reader.fieldnames or ())), None)
+        if columns is None:
+            told = " or ".join(",".join(pair) for pair in COLUMNS)
+            raise UserError(f"{table} has no columns {told}, only {','.join(reader.fieldnames or ())!r}")
+        for row in reader:
+            yield reader.line_num, *_checked(table, reader.line_num, [row[name] for name in columns])
+    except csv.Error as error:
+        raise UserError(f"{table} cannot be read after line {reader.line_num}: {error}") from None
+
+
+def _json_rows(table: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, picture's name, caption) of a metadata.jsonl."""
+    for line, content in enumerate(_text(table).split("\n"), 1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except ValueError as error:
+            raise UserError(f"{table} line {line} is not JSON: {error}") from None
+        values = [row.get(name) for name in COLUMNS[1]] if isinstance(row, dict) else [None]
+        yield line, *_checked(table, line, values)
+
+
+def _checked(table: Path, line: int, values: Sequence) -> list[str]:
+    """A picture's name and its caption. UserError where one of the two is missing or empty."""
+    if not all(isinstance(value, str) and value.strip() for value in values):
+        raise UserError(f"{table} line {line} does not name a picture and its caption")
+    return [value.strip() for value in values]
+
+
+def _beside(picture: Path) -> tuple[str, ...]:
+    """The captions in the .txt file beside a picture, one on a line; none where there is no file."""
+    path = picture.with_suffix(".txt")
+    return tuple(line.strip() for line in _text(path).splitlines() if line.strip()) if path.is_file() else ()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None

@@ -1,0 +1,71 @@
+"""What the conditioners share: their interface, and reading a CLIP of transformers."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import nn
+
+from guided_diffusion.errors import UserFileError, UserValueError
+
+# The hub repository of OpenCLIP's released models, by architecture and weights.
+RELEASED = {("ViT-H-14", "laion2b_s32b_b79k"): "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
+
+
+class AbstractEncoder(nn.Module):
+    """What a conditioner is: `encode` makes the U-Net's input of what the data bring."""
+
+    def encode(self, *args, **kwargs):
+        """As calling it."""
+        return self(*args, **kwargs)
+
+
+def import_transformers(what: str):
+    """The package transformers, for a `text encoder`, for example. UserValueError where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserValueError(f"{what} needs the package transformers, which is not installed") from None
+    return transformers
+
+
+def subfolder(source: str, names: Sequence[str]) -> str:
+    """The first of `names` that is a folder in the folder `source`; "" where none is, or for a name on the hub."""
+    return next((name for name in names if (Path(source) / name).is_dir()), "")
+
+
+@contextlib.contextmanager
+def reading(source: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises for files that are missing or damaged into UserFileError. what: the words for
+    them in its message."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()  # of reading the weights, which takes a moment
+    logging.set_verbosity_error()  # the weights of a whole CLIP's other half are left out: nothing to warn of
+    try:
+        yield
+    except OSError as error:
+        raise UserFileError(
+            f"there is no {what} {source}: neither a folder with a CLIP model, nor a hub repository that can be "
+            f"reached ({str(error).splitlines()[0]})"
+        ) from None
+    except (SafetensorError, RuntimeError, ValueError) as error:  # a file cut off, other shapes, no CLIP
+        raise UserFileError(f"the {what} {source} cannot be read: {str(error).splitlines()[0]}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load_pretrained(model: type, source: str, part: str, what: str, config=None) -> nn.Module:
+    """A model of transformers in evaluation mode, from the subfolder `part` of a folder or of a name on the hub.
+
+    config: instead of that of the files. UserFileError where there is none, or where its weights are not all there.
+    """
+    with reading(source, what):
+        loaded, found = model.from_pretrained(source, subfolder=part, config=config, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise UserFileError(
+            f"there is no {what} in {source}: {len(missing)} of its tensors are missing (first: {missing[0]})"
+        )
+    return loaded.eval()

@@ -1,0 +1,162 @@
+"""Captioned pictures: every caption stays with its picture, and mistakes are named."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from guided_diffusion.errors import UserError, UserFileError, UserValueError
+from ldm.data.base import FirstStagePictures
+from ldm.data.captions import CaptionFolder, read_captions
+from ldm.data.folders import ImageFolder
+from tests.conftest import picture
+
+COUNT = 7
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Seven pictures in two folders, p0 to p6, without captions."""
+    for i in range(COUNT):
+        path = tmp_path / "set" / ("x", "y/z")[i % 2] / f"p{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(10 * i).save(path)
+    return tmp_path / "set"
+
+
+def write_table(root, kind, per_picture=2):
+    """Captions `p3, a` and `p3, b` of the picture p3, as one of the three forms."""
+    rows = [(f"p{i}.png", f"p{i}, {'ab'[k]}") for k in range(per_picture) for i in range(COUNT)]
+    if kind == "beside":
+        for path in root.rglob("*.png"):
+            path.with_suffix(".txt").write_text(
+                "\n".join(text for name, text in rows if name == path.name) + "\n\n"
+            )
+    elif kind == "metadata.jsonl":
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+        (root / kind).write_text("\n".join(lines) + "\n")
+    else:
+        lines = [f'{name},"{text}"' for name, text in rows]
+        (root / "captions.csv").write_text("\n".join([kind, *lines]))
+
+
+@pytest.mark.parametrize("kind", ["image,caption", "file_name,text", "metadata.jsonl", "beside"])
+def test_every_caption_stays_with_its_picture(root, kind):
+    write_table(root, kind)
+    data, plain = CaptionFolder(root, 8), ImageFolder(root, 8)
+    pixels = {item["file_path_"]: item["image"] for item in (plain[i] for i in range(COUNT))}
+    seen = Counter()
+    for item in (data[i] for _ in range(20) for i in range(COUNT)):
+        name = item["file_path_"].split("/")[-1].removesuffix(".png")
+        assert item["txt"] in (f"{name}, a", f"{name}, b")
+        assert item["jpg"].dtype == np.float32 and np.array_equal(item["jpg"], pixels[item["file_path_"]])
+        seen[item["txt"]] += 1
+    assert len(data) == COUNT and len(seen) == 2 * COUNT  # each caption is drawn at some time
+    first = CaptionFolder(root, 8, caption="first", image_key="image", caption_key="caption")
+    assert {first[0]["caption"] for _ in range(9)} == {"p0, a"} and set(first[0]) == {
+        "image",
+        "caption",
+        "file_path_",
+    }
+
+
+def test_captions_are_drawn_by_the_seed(root):
+    write_table(root, "beside")
+    data = CaptionFolder(root, 8, random_crop=True, random_flip=True)
+
+    def draw(seed):
+        random.seed(seed)
+        return [data[0]["txt"] for _ in range(20)]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_pictures_are_held_out_with_all_their_captions(root):
+    write_table(root, "image,caption")
+    captions = {}
+    for part in ("all", "train", "held_out"):
+        data = CaptionFolder(root, 8, part=part, held_out_every=3)
+        captions[part] = {text for some in data.captions for text in some}
+    # By name x/p0 x/p2 x/p4 x/p6 y/z/p1 ...: the first, fourth and seventh.
+    assert captions["held_out"] == {f"p{i}, {k}" for i in (0, 6, 5) for k in "ab"}
+    assert captions["train"] == captions["all"] - captions["held_out"] and len(captions["all"]) == 2 * COUNT
+
+
+def test_names_below_the_root(root):
+    picture(99).save(root / "x/p1.png")  # the second p1
+    write_table(root, "image,caption", per_picture=1)
+    with pytest.raises(UserFileError, match=r"captions\.csv line 3 .*'p1\.png', but several pictures have"):
+        CaptionFolder(root, 8)
+    table = root / "captions.csv"
+    table.write_text(table.read_text().replace("p1.png", "y/z/p1.png") + "\nx/p1.png,the other\n")
+    data = CaptionFolder(root, 8)
+    assert {p: c for p, c in zip(data.paths, data.captions, strict=True)}[str(root / "x/p1.png")] == (
+        "the other",
+    )
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("image,caption\nnone.png,a\n", r"captions\.csv line 2 .*'none\.png', but there is no such picture"),
+        ("image,caption\np0.png,a\n", r"p2\.png has no caption \(6 of 7 pictures"),
+        (
+            "picture,caption\np0.png,a\n",
+            r"no columns image,caption or file_name,text, only 'picture,caption'",
+        ),
+        ("", "no columns"),
+        ("image,caption\np0.png\n", "line 2 does not name a picture and its caption"),
+        ("image,caption\np0.png, \n", "line 2 does not name a picture and its caption"),
+        ('image,caption\np0.png,"open', r"captions\.csv cannot be read after line 1"),
+        (b"image,caption\np0.png,\xff\xfe\n", "is not text in UTF-8"),
+    ],
+)
+def test_wrong_tables_are_named(root, content, message):
+    (root / "captions.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as raised:
+        CaptionFolder(root, 8)
+    assert "\n" not in str(raised.value)
+
+
+def test_wrong_lines_of_json_are_named(root):
+    table = root / "metadata.jsonl"
+    table.write_text('{"file_name": "p0.png", "text": "a"}\n{"file_name"\n')
+    with pytest.raises(UserError, match=r"metadata\.jsonl line 2 is not JSON"):
+        CaptionFolder(root, 8)
+    for row in ('["p0.png", "a"]', '{"file_name": "p0.png"}', '{"file_name": "p0.png", "text": 3}'):
+        table.write_text(row)
+        with pytest.raises(UserError, match="line 1 does not name a picture and its caption"):
+            CaptionFolder(root, 8)
+    (root / "captions.csv").write_text("image,caption\n")
+    with pytest.raises(UserError, match="both captions.csv and metadata.jsonl"):
+        CaptionFolder(root, 8)
+
+
+def test_wrong_choices_are_named(root):
+    with pytest.raises(UserError, match="has no caption .7 of 7"):
+        CaptionFolder(root, 8)
+    write_table(root, "beside")
+    for wrong in ({"part": "test"}, {"caption": "last"}, {"part": "train", "held_out_every": 1}):
+        with pytest.raises(
+            UserValueError, match=next(iter(wrong.values())) if len(wrong) == 1 else "from 2 on"
+        ):
+            CaptionFolder(root, 8, **wrong)
+    with pytest.raises(UserFileError, match="does not exist"):
+        CaptionFolder(root / "nowhere", 8)
+
+
+def test_workers_and_first_stages_read_them(root):
+    write_table(root, "beside")
+    data = CaptionFolder(root, 8)
+    batch = next(iter(DataLoader(data, batch_size=COUNT, num_workers=1)))
+    assert batch["jpg"].shape == (COUNT, 8, 8, 3) and len(batch["txt"]) == COUNT
+    assert FirstStagePictures(data)[2]["image"].shape == (8, 8, 3)
+
+
+def test_photos_with_captions_of_people(unpacked_dev_data):
+    """Real photos, five captions each (captions.csv)."""
+    found = read_captions(unpacked_dev_data("flickr900.tar") / "flickr900")
+    assert len(found) > 100 and {len(some) for some in found.values()} == {5}
