@@ -33,7 +33,7 @@ from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Curve, Row, contact_sheet, line_plot, to_uint8
 from ldm.data.captions import CaptionFolder
 from ldm.models.diffusion.joint import JointLatentDiffusion
-from ldm.modules.encoders.base import import_transformers, load_pretrained
+from ldm.modules.encoders.base import import_transformers, load_pretrained, reading
 
 SHEET = 10  # pictures in a row
 
@@ -290,7 +290,8 @@ def nearest(
 def text_embeddings(source: str, captions: Sequence[str], max_length: int) -> torch.Tensor:
     """Captions in the space of a CLIP's representations, [N, D]."""
     transformers = import_transformers("a text encoder")
-    tokenizer = load_pretrained(transformers.CLIPTokenizer, source, "", "tokenizer")
+    with reading(source, "tokenizer"):
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(source)
     model = load_pretrained(transformers.CLIPTextModelWithProjection, source, "", "text encoder")
     tokens = tokenizer(
         list(captions), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
