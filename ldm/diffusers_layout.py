@@ -27,6 +27,9 @@ _VARIANTS = ("", ".fp16")
 # diffusers' schedules of beta, as make_beta_schedule calls them.
 _SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}
 
+# What diffusers says that a network predicts, as `parameterization` calls it.
+_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
 _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -149,6 +152,12 @@ def _read_json(path):
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")
     return content
+
+
+def parameterization(folder: str | Path) -> str | None:
+    """What the network of a pipeline's folder predicts, `eps`, `v` or `x0`; None where nothing says it."""
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    return _PREDICTIONS.get(_read_json(path).get("prediction_type")) if path.is_file() else None
 
 
 def _betas(path):

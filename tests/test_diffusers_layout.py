@@ -48,6 +48,7 @@ VAE = dict(
 )  # fmt: skip
 ENCODERS = {"sd1": "FrozenCLIPEmbedder", "sd2": "FrozenOpenCLIPEmbedder"}
 BETAS = dict(linear_start=0.00085, linear_end=0.012)
+PREDICTS = {"sd1": "eps", "sd2": "v"}  # as their schedulers say
 
 
 def tensors(case, part):
@@ -88,7 +89,7 @@ def config(case, text_encoder):
     unet = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": UNETS[case]}
     return dict(
         unet_config=unet, first_stage_config=first_stage, cond_stage_config=text, cond_stage_key="caption",
-        conditioning_key="crossattn", image_size=16, channels=4, **BETAS,
+        conditioning_key="crossattn", image_size=16, channels=4, parameterization=PREDICTS[case], **BETAS,
     )  # fmt: skip
 
 
@@ -148,6 +149,13 @@ def test_schedule(made, model, expected):
     agree(model.betas, expected["betas"], "the model's betas")
     with pytest.raises(UserError, match="another noise schedule"):
         LatentDiffusion(**(made[1] | {"linear_end": 0.02}), ckpt_path=str(made[0]))
+
+
+def test_weights_that_predict_something_else_are_refused(made, case):
+    folder, options = made
+    told, wrong = PREDICTS[case], {"eps": "v", "v": "eps"}[PREDICTS[case]]
+    with pytest.raises(UserError, match=f"predicts {told}, the configuration says {wrong}: set param"):
+        LatentDiffusion(**(options | {"parameterization": wrong}), ckpt_path=str(folder))
 
 
 # ------------------------------------------------------------------------------------------- forms of folders
@@ -210,8 +218,9 @@ def test_parts_alone(made, case, model):
     assert same(vae.state_dict(), model.first_stage_model.state_dict())
     for source in (made[0], made[0] / "unet"):
         alone = DDPM(
-            made[1]["unet_config"], conditioning_key="crossattn", ckpt_path=str(source), load_only_unet=True
-        )
+            made[1]["unet_config"], conditioning_key="crossattn", parameterization=PREDICTS[case],
+            ckpt_path=str(source), load_only_unet=True,
+        )  # fmt: skip
         assert same(alone.model.state_dict(), model.model.state_dict())
     assert trained_steps(made[0]) == 0
 
@@ -304,4 +313,4 @@ def test_folders_of_another_kind_are_named(tmp_path):
 def test_another_models_folder_is_refused(made, case):
     other = config({"sd1": "sd2", "sd2": "sd1"}[case], made[1]["cond_stage_config"]["params"]["version"])
     with pytest.raises(UserError, match="does not fit LatentDiffusion"):
-        LatentDiffusion(**other).init_from_ckpt(made[0])
+        LatentDiffusion(**(other | {"parameterization": PREDICTS[case]})).init_from_ckpt(made[0])

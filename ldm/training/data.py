@@ -134,12 +134,17 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.datasets = {}
         for name, config in self.dataset_configs.items():
             dataset = instantiate_from_config(config)
-            dataset = WrappedDataset(dataset) if self.wrap else dataset
-            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-                raise UserError(f"data.{name}: {config['target']} has no length, so no order to resume in")
-            if len(dataset) == 0:
-                raise UserError(f"data.{name}: {config['target']} found nothing: the dataset is empty")
-            self.datasets[name] = dataset
+            self._check(name, config["target"], dataset)
+            self.datasets[name] = WrappedDataset(dataset) if self.wrap else dataset
+
+    def _check(self, name, target, dataset):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise UserError(
+                f"data.{name}: {target} has no length, so no order to resume in "
+                "(TarShards have one in the data module ldm.training.shard_data.ShardDataModule)"
+            )
+        if len(dataset) == 0:
+            raise UserError(f"data.{name}: {target} found nothing: the dataset is empty")
 
     def state_dict(self) -> dict[str, int]:
         """Where the training data are: epoch, batches done in it, and what an epoch consists of."""

@@ -6,6 +6,7 @@ import torch
 
 from guided_diffusion.errors import UserError
 from ldm.checkpoint import load_state_dict, load_weights
+from ldm.diffusers_layout import parameterization
 from ldm.models.diffusion.schedule import TABLES
 from ldm.modules.ema import LitEma
 
@@ -18,8 +19,15 @@ class StartingWeights:
         `ignore_keys`; only_model: the U-Net's alone.
 
         The file may lack the moving average, which then starts at the weights, and the tables of the
-        schedule. UserError if it belongs to another model or to another noise schedule.
+        schedule. `path` may be a folder in diffusers' layout. UserError if it belongs to another model, another
+        noise schedule or another parameterization.
         """
+        told = parameterization(path)
+        if told not in (None, self.parameterization):
+            raise UserError(
+                f"the network of {path} predicts {told}, the configuration says {self.parameterization}: set "
+                "parameterization"
+            )
         weights = self.adapt_weights(load_state_dict(path))
         betas = weights.get("betas")
         if not only_model and betas is not None and not _same_table(betas, self.betas):
