@@ -165,7 +165,10 @@ class Bench:
         rebuilt = self.extract(self.rebuilt(data.pictures))
         found = {
             "chance": {"top1": 1 / len(given), "top5": min(5 / len(given), 1.0)},
-            "through_the_first_stage": {"cosine": self.cosine(rebuilt, given), **self.retrieval(rebuilt, given)},
+            "through_the_first_stage": {
+                "cosine": self.cosine(rebuilt, given),
+                **self.retrieval(rebuilt, given),
+            },
             "by_strength": [],
         }
         rows = [Row("given: the representation of", to_uint8(data.pictures[:SHEET]))]

@@ -233,19 +233,37 @@ def test_mistakes_are_one_line(run, joint_run, tmp_path, arguments, said):
 # --------------------------------------------------------------------------------------------------------- txt2img
 
 
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory, clip):  # noqa: F811
+def with_text(clip):  # noqa: F811
+    """The parameters of a small model that a tiny CLIP's text encoder conditions."""
     text = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
             "params": {"version": str(clip), "max_length": 8}}  # fmt: skip
-    folder, _ = write_run(
-        tmp_path_factory.mktemp("text") / "run",
+    return dict(
         cond_stage_config=text,
         cond_stage_key="caption",
         conditioning_key="crossattn",
         unet_config=unet_config(**CROSS, context_dim=WIDTH),
     )
+
+
+def write_colour_run(folder, clip):  # noqa: F811
+    """A run of a model of text to picture, and the colour of the picture beside it."""
+    colour = {
+        "modalities": {"colour": {"preset": "representation", "shape": [3]}},
+        "extractors": {"colour": READER},
+    }
+    return write_run(folder, "joint.JointLatentDiffusion", **colour, **with_text(clip))[0]
+
+
+def flags_of(folder, *others):
+    """txt2img's flags for a run whose latents have 2 channels."""
     return ["--config", folder / "configs" / "2024-project.yaml", "--ckpt", folder / "checkpoints" / "last.ckpt",
-            "--C", 2, "--f", 2, "--H", 16, "--W", 24, "--ddim_steps", 3]  # fmt: skip
+            "--C", 2, "--f", 2, "--H", 16, *others]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory, clip):  # noqa: F811
+    folder, _ = write_run(tmp_path_factory.mktemp("text") / "run", **with_text(clip))
+    return flags_of(folder, "--W", 24, "--ddim_steps", 3)
 
 
 def test_prompts_become_pictures(run, text_model, tmp_path):
@@ -293,21 +311,8 @@ class Reader(th.nn.Module):
 
 @pytest.fixture(scope="module")
 def colour_model(tmp_path_factory, clip):  # noqa: F811
-    """Text to picture, and the colour of the picture beside it."""
-    text = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-            "params": {"version": str(clip), "max_length": 8}}  # fmt: skip
-    folder, model = write_run(
-        tmp_path_factory.mktemp("colour") / "run",
-        "joint.JointLatentDiffusion",
-        modalities={"colour": {"preset": "representation", "shape": [3]}},
-        extractors={"colour": READER},
-        cond_stage_config=text,
-        cond_stage_key="caption",
-        conditioning_key="crossattn",
-        unet_config=unet_config(**CROSS, context_dim=WIDTH),
-    )
-    return ["--config", folder / "configs" / "2024-project.yaml", "--ckpt", folder / "checkpoints" / "last.ckpt",
-            "--C", 2, "--f", 2, "--H", 16, "--W", 16, "--ddim_steps", 3, "--n_iter", 1, "--scale", 1]  # fmt: skip
+    folder = write_colour_run(tmp_path_factory.mktemp("colour") / "run", clip)
+    return flags_of(folder, "--W", 16, "--ddim_steps", 3, "--n_iter", 1, "--scale", 1)
 
 
 def test_txt2img_in_every_direction(run, colour_model, tmp_path):

@@ -192,7 +192,10 @@ REFUSED = [
         {"twin": {"preset": "image", "shape": [3, 8]}},
         r"a image needs a shape of 3 positive numbers, got \(3, 8\)",
     ),
-    ({"twin": {"preset": "image", "encoder": "unet"}}, "needs a conditioning input, which only a label or a vector has"),
+    (
+        {"twin": {"preset": "image", "encoder": "unet"}},
+        "needs a conditioning input, which only a label or a vector has",
+    ),
     (
         {"twin": {"preset": "image", "encoder": "clip"}},
         "unknown encoder 'clip', choose identity, unet, none or a callable",

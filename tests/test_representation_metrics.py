@@ -7,9 +7,8 @@ import pytest
 import torch as th
 from PIL import Image
 
-from tests.ldm_models import unet_config
-from tests.test_ldm_conditioning import WIDTH, clip  # noqa: F401 (a fixture)
-from tests.test_ldm_scripts_sample import CROSS, READER, SCRIPTS, run, write_run  # noqa: F401 (a fixture)
+from tests.test_ldm_conditioning import clip  # noqa: F401 (a fixture)
+from tests.test_ldm_scripts_sample import SCRIPTS, run, write_colour_run, write_run  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +26,7 @@ def colours(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def colour_run(tmp_path_factory, clip):  # noqa: F811
-    text = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-            "params": {"version": str(clip), "max_length": 8}}  # fmt: skip
-    return write_run(
-        tmp_path_factory.mktemp("colour") / "run",
-        "joint.JointLatentDiffusion",
-        modalities={"colour": {"preset": "representation", "shape": [3]}},
-        extractors={"colour": READER},
-        cond_stage_config=text,
-        cond_stage_key="caption",
-        conditioning_key="crossattn",
-        unet_config=unet_config(**CROSS, context_dim=WIDTH),
-    )[0]
+    return write_colour_run(tmp_path_factory.mktemp("colour") / "run", clip)
 
 
 def test_nearest(monkeypatch):
