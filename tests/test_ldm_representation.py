@@ -19,6 +19,7 @@ from tests.test_ldm_conditioning import WIDTH as TEXT_WIDTH
 from tests.test_ldm_conditioning import clip  # noqa: F401 (a fixture)
 from tests.test_main import TRAINER, assert_same_training, final, resume, run_folder
 from tests.test_main import train  # noqa: F401 (a fixture)
+from tests.test_tar_shards import shards  # noqa: F401 (a fixture)
 
 WIDTH = 9  # more than the context's 6: two tokens, the second filled up
 TEXT = dict(
@@ -342,16 +343,21 @@ def recipe(tmp_path, clip):  # noqa: F811
         }
         return {"target": "ldm.data.captions.CaptionFolder", "params": params}
 
-    def write(name="joint", callbacks=None, **trainer):
+    def write(name="joint", callbacks=None, data=None, **trainer):
         model = {
             "base_learning_rate": 1e-3,
             "target": "ldm.models.diffusion.joint.JointLatentDiffusion",
             "params": params,
         }
-        data = {"batch_size": 2, "num_workers": 0, "train": folder("train"), "validation": folder("held_out")}
+        photos = {
+            "batch_size": 2,
+            "num_workers": 0,
+            "train": folder("train"),
+            "validation": folder("held_out"),
+        }
         content = {
             "model": model,
-            "data": {"target": "main.DataModuleFromConfig", "params": data},
+            "data": data or {"target": "main.DataModuleFromConfig", "params": photos},
             "lightning": {
                 "trainer": TRAINER | {"max_epochs": 2} | trainer,
                 "callbacks": {"image_logger": None, **(callbacks or {})},
@@ -389,3 +395,23 @@ def test_a_stopped_training_continues_exactly(recipe, train, tmp_path):  # noqa:
     assert final(folder)["global_step"] < whole["global_step"]
     resume(folder, "lightning.callbacks.stop=null")
     assert_same_training(final(folder), whole)
+
+
+def test_training_on_tar_shards_continues_in_the_middle_of_one(recipe, train, shards, tmp_path):  # noqa: F811
+    """Measuring the standard form reads the stream's beginning, which the training then sees all the same."""
+    stream = {"shards": str(shards([5, 7])), "size": 8, "samples_per_epoch": 12, "random_flip": True}
+    params = {"batch_size": 2, "num_workers": 2}
+    params["train"] = {"target": "ldm.data.tar_shards.TarShards", "params": stream}
+    data = {"target": "ldm.training.shard_data.ShardDataModule", "params": params}
+    whole = final(train(recipe("whole", data=data, max_epochs=1), name="whole"))
+    stop = {"target": "tests.ldm_training_driver.SignalAt", "params": {"step": 2, "name": "SIGTERM"}}
+    with pytest.raises(SystemExit):
+        train(recipe("stopped", {"stop": stop}, data, max_epochs=1), name="stopped")
+    folder = run_folder(tmp_path, "stopped")
+    assert final(folder)["global_step"] < whole["global_step"] == 6
+    resume(folder, "lightning.callbacks.stop=null")
+    again = final(folder)
+    assert whole["state_dict"]["standards.representation.known"]
+    different = [n for n, v in whole["state_dict"].items() if not th.equal(v, again["state_dict"][n])]
+    assert not different
+    assert again["ShardDataModule"]["lanes"] == whole["ShardDataModule"]["lanes"]

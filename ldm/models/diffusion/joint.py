@@ -22,7 +22,7 @@ from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint_sampling import JointSampling
 from ldm.models.diffusion.schedule import Denoiser, make_diffusion
-from ldm.models.diffusion.vectors import VectorModalities
+from ldm.models.diffusion.vectors import VectorModalities, read_again
 
 _logger = logging.getLogger(__name__)
 
@@ -182,9 +182,7 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
     def on_train_start(self):
         """Measures the vectors' standard form, unless a checkpoint knew it."""
         if self.standardise:
-            device = self.device
-            batches = (self.transfer_batch_to_device(b, device, 0) for b in self.trainer.train_dataloader)
-            self.measure_standards(batches, self.standardise)
+            self.measure_standards(read_again(self.trainer.train_dataloader), self.standardise)
         super().on_train_start()
 
     def train(self, mode=True):

@@ -2,12 +2,14 @@
 standard form in which they are modelled (MT-Diffusion, appendix E.4).
 """
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError, UserValueError
@@ -56,6 +58,21 @@ class Standard(nn.Module):
         self.mean.copy_(mean)
         self.scale.copy_(variance.sqrt())
         self.known.fill_(True)
+
+
+def read_again(loader: Iterable) -> Iterable:
+    """The batches of a loader from where it begins, read beside it: a DataLoader that is being iterated, whose
+    workers are its iterators' own, stays where it is."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    return DataLoader(
+        copy.copy(loader.dataset),  # a stream's place is its own
+        loader.batch_size,
+        sampler=loader.sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        drop_last=loader.drop_last,
+    )
 
 
 class VectorModalities:
