@@ -46,9 +46,9 @@ class MultiTask:
     num_classes: if the network takes `y`; context_dim: the width of its `context`, if it has cross-attention;
     steps: the length T of the full process, and rescaled: whether the network is called with t * 1000 / T
     (rescale_timesteps). ValueError for names that occur twice, two modalities that both need the network's
-    class input, or a vector that the U-Net is to encode without cross-attention. Set afterwards, where they are needed: process, the
-    full diffusion (for classifier heads, and for guidance in the moving frame); single_task, whether the
-    network also learned images without any modality (M*, E*).
+    class input, or a vector that the U-Net is to encode without cross-attention. Set afterwards, where they
+    are needed: process, the full diffusion (for classifier heads, and for guidance in the moving frame);
+    single_task, whether the network also learned images without any modality (M*, E*).
     """
 
     process: GaussianDiffusion | None = None

@@ -36,9 +36,9 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
     heads' variance is measured on; extractors: {name: configuration} of what reads vector modalities off the
     pictures (VectorModalities); standardise: how many training samples the vectors' mean and scale are
     measured on, 0 for none; single_task_probability: with it a sample's modalities all count as missing, so
-    that the model also learns to draw without them. A batch holds pictures [B, H, W, C] (or cached latents, see
-    FirstStageCoding.latents) and labels [B] under the modalities' names, and where some are missing
-    `<name>_present`, bool [B]. Other arguments as in LatentDiffusion.
+    that the model also learns to draw without them. A batch holds pictures [B, H, W, C] (or cached latents,
+    see FirstStageCoding.latents), labels [B] and vectors [B, D] under the modalities' names, and where some
+    are missing `<name>_present`, bool [B]. Other arguments as in LatentDiffusion.
     """
 
     def __init__(
