@@ -90,12 +90,16 @@ def names_of(model: LatentDiffusion) -> list[str]:
     return model.names if isinstance(model, JointLatentDiffusion) else [model.first_stage_key]
 
 
+def own_name(name: str, model: LatentDiffusion) -> str:
+    """A name of the command line as the model knows it: `image` is the image, whatever its key."""
+    return model.first_stage_key if name == "image" else name
+
+
 def names_wanted(want: str, given: Mapping, model: LatentDiffusion) -> list[str]:
     """The names of --want, by default all that are not given."""
     names = names_of(model)
-    wanted = [name.strip() for name in want.split(",") if name.strip()] or [
-        n for n in names if n not in given
-    ]
+    asked = [own_name(name.strip(), model) for name in want.split(",") if name.strip()]
+    wanted = asked or [n for n in names if n not in given]
     for name in wanted:
         if name not in names:
             raise UserValueError(f"--want {name}: this model has {', '.join(names)}")
@@ -113,13 +117,15 @@ def read_given(
     size: tuple[int, int] | None = None,
 ) -> dict:
     """What --given NAME=SOURCE says: pictures [N, C, H, W] of `size` (default: the model's), labels [N, classes],
-    vectors [N, D], or pictures to read these off. readers: (source, model) -> value, for other names."""
+    vectors [N, D], or pictures to read these off. NAME `image` is the image. readers: (source, model) -> value, for
+    other names."""
     values, readers = {}, readers or {}
     takes = [*(names_of(model) if isinstance(model, JointLatentDiffusion) else []), *readers]
     for spec in specs:
         name, found, source = spec.partition("=")
         if not found or not source:
             raise UserValueError(f"--given {spec}: expected NAME=FILE_OR_FOLDER")
+        name = own_name(name, model)
         if name in values:
             raise UserValueError(f"--given {spec}: {name} is given twice")
         if name not in takes:

@@ -141,6 +141,25 @@ def test_the_loss_trains_u_net_and_head_alone(model, batch):
     assert not any(id(p) in trained for p in model.extractors.parameters())
 
 
+def test_activation_checkpointing_changes_nothing(model, batch):
+    unet = unet_config(use_spatial_transformer=True, context_dim=6, use_checkpoint=True)
+    other = representation(unet_config=unet)
+    other.load_state_dict(model.state_dict())
+    results = []
+    for one in (model, other):
+        one.zero_grad()
+        one.shared_step(batch, one.batch_random(batch, 0))[0].backward()
+        gradient = one.model.diffusion_model.input_blocks[0][0].weight.grad.clone()
+        one.zero_grad()
+        # Through which a given vector conditions too.
+        cond = one.get_learned_conditioning({"class_label": LABELS[:2]})
+        given = {"representation": th.ones(2, WIDTH)}
+        drawn = one.sample_joint(2, given, steps=3, sampler="ddim", conditioning=cond)["image"]
+        results.append((gradient, drawn))
+    for plain, checkpointed in zip(*results, strict=True):
+        assert th.allclose(plain, checkpointed, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- where it comes from
 
 

@@ -245,13 +245,13 @@ def with_text(clip):  # noqa: F811
     )
 
 
-def write_colour_run(folder, clip):  # noqa: F811
+def write_colour_run(folder, clip, **changes):  # noqa: F811
     """A run of a model of text to picture, and the colour of the picture beside it."""
     colour = {
         "modalities": {"colour": {"preset": "representation", "shape": [3]}},
         "extractors": {"colour": READER},
     }
-    return write_run(folder, "joint.JointLatentDiffusion", **colour, **with_text(clip))[0]
+    return write_run(folder, "joint.JointLatentDiffusion", **colour, **with_text(clip), **changes)[0]
 
 
 def flags_of(folder, *others):
@@ -348,6 +348,21 @@ def test_txt2img_in_every_direction(run, colour_model, tmp_path):
     # Read off pictures, in the order of their names.
     assert draw("read", "--prompt", "", "--given", f"image={photos}", "--want", "colour") == []
     assert np.load(tmp_path / "read" / "colour.npy").shape == (2, 3)
+
+
+def test_the_image_is_called_image_whatever_its_key(run, clip, tmp_path):  # noqa: F811
+    """As in Stable Diffusion 2, whose batches have it under `jpg`."""
+    folder = write_colour_run(tmp_path / "run", clip, first_stage_key="jpg")
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(tmp_path / "a.png")
+    flags = flags_of(folder, "--W", 16, "--ddim_steps", 3, "--n_iter", 1, "--n_samples", 1, "--scale", 1)
+    both = run("txt2img", *flags, "--outdir", tmp_path / "both", "--prompt", "dog", "--want", "image,colour")
+    assert both[0] == 0, both[2]
+    assert (tmp_path / "both/samples/00000.png").exists() and (tmp_path / "both/colour.npy").exists()
+    given = ("--given", f"image={tmp_path / 'a.png'}", "--want", "colour")
+    assert run("txt2img", *flags, "--outdir", tmp_path / "read", "--prompt", "", *given)[0] == 0
+    sampled = ("-r", folder, "--given", "caption=dog", *given, "-c", 3, "-l", tmp_path / "sampled")
+    assert run("sample_diffusion", *sampled)[0] == 0
+    assert np.load(newest(tmp_path / "sampled") / "colour.npy").shape == (1, 3)
 
 
 def test_txt2img_beside_a_baseline(run, colour_model, text_model, tmp_path):
