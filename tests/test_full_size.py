@@ -10,9 +10,11 @@ from torch import nn
 
 from guided_diffusion.modalities import Modality
 from guided_diffusion.nn import checkpoint
+from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 from tests.conftest import ROOT
+from tests.ldm_models import IDENTITY
 
 pytest.importorskip("transformers")
 
@@ -54,6 +56,25 @@ def test_the_joint_model_is_the_released_one_and_a_head(encoder):
     parameters = sum(p.numel() for name, p in unet.named_parameters() if name not in new)
     assert parameters == RELEASED["sd2_unet"]["n_params"]
     assert shapes(first_stage) == FIRST_STAGE["state"]
+
+
+def test_the_recipe_finetunes_that_model():
+    """configs/representation/sd2.yaml is Stable Diffusion 2 but for the modality, and makes the same network."""
+    recipe, released = (
+        yaml.safe_load((ROOT / "configs" / name).read_text())["model"]["params"]
+        for name in ("representation/sd2.yaml", "stable-diffusion/v2-inference.yaml")
+    )
+    same = [name for name in released if name not in ("monitor", "use_ema")]
+    assert {name: recipe[name] for name in same} == {name: released[name] for name in same}
+    own = {
+        "extractors": {},
+        "first_stage_config": IDENTITY,
+        "cond_stage_config": {"target": "torch.nn.Identity"},
+    }
+    with th.device("meta"):
+        model = JointLatentDiffusion(**{**recipe, **own, "ckpt_path": None, "use_ema": False})
+    assert shapes(model.model.diffusion_model) == RELEASED["sd2_unet"]["state"] | HEAD
+    assert model.standards["representation"].mean.shape == (1024,)
 
 
 # --------------------------------------------------------------------------------------------------- its cost
