@@ -168,6 +168,12 @@ def test_a_damaged_shard_is_named(pairs, tmp_path):
         CachedLatents(tmp_path / "c")[SHARD]
 
 
+def command(tmp_path):
+    """The words of cache_latents.py for config.yaml in this folder."""
+    folders = ("--config", tmp_path / "config.yaml", "--out", tmp_path / "c")
+    return ["cache_latents", *folders, "--device", "cpu"]
+
+
 def test_the_command(folders, tmp_path, run_script):
     data = {
         "image_root": str(folders / "a"),
@@ -189,15 +195,7 @@ def test_the_command(folders, tmp_path, run_script):
     inside = {f"first_stage_model.{k}": v for k, v in autoencoder().state_dict().items()}
     torch.save({"state_dict": inside}, tmp_path / "ae.ckpt")
 
-    words = [
-        "cache_latents",
-        "--config",
-        tmp_path / "config.yaml",
-        "--out",
-        tmp_path / "c",
-        "--device",
-        "cpu",
-    ]
+    words = command(tmp_path)
     job = run_script(*words)
     assert job.returncode == 2 and job.stderr.endswith("have? Give --ckpt\n")
     job = run_script(*words, "--ckpt", tmp_path / "ae.ckpt", "--flips")
@@ -290,15 +288,7 @@ def test_the_command_stores_representations(captioned, folders, tmp_path, run_sc
         "data": {"params": {"train": {"target": "ldm.data.captions.CaptionFolder", "params": params}}},
     }
     torch.save({"state_dict": autoencoder().state_dict()}, tmp_path / "ae.ckpt")
-    words = [
-        "cache_latents",
-        "--config",
-        tmp_path / "config.yaml",
-        "--out",
-        tmp_path / "c",
-        "--device",
-        "cpu",
-    ]
+    words = command(tmp_path)
     words += ["--ckpt", tmp_path / "ae.ckpt", "--representations"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     job = run_script(*words)
