@@ -147,11 +147,13 @@ def read_model_pictures(
     source: str, model: LatentDiffusion, size: tuple[int, int] | None = None
 ) -> torch.Tensor:
     """Pictures [N, C, H, W] in [-1, 1] of `size`, or of the model's."""
-    if size is None:
-        with torch.no_grad():
-            latent = torch.zeros(1, *model.latent_shape, device=model.device)
-            size = tuple(model.decode_first_stage(latent).shape[2:])
-    return read_sources(source, size)
+    return read_sources(source, size or picture_size(model))
+
+
+def picture_size(model: LatentDiffusion) -> tuple[int, int]:
+    """(height, width) of the pictures that the model draws."""
+    latent = torch.zeros(1, *model.latent_shape, device=model.device)
+    return tuple(model.decode_first_stage(latent).shape[2:])
 
 
 def take(values, numbers: Sequence[int]):

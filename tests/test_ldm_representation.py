@@ -187,6 +187,14 @@ def test_it_is_measured_once_and_comes_back_with_the_weights(model, tmp_path):
     )
 
 
+def test_missing_vectors_are_not_measured():
+    made, known = representation(extractors={}), th.randn(8, WIDTH)
+    present = th.tensor([True] * 8 + [False] * 4)
+    vectors = th.cat([known, th.full((4, WIDTH), 100.0)])
+    made.measure_standards([{"representation": vectors, "representation_present": present}], 12)
+    assert th.allclose(made.standards["representation"].mean, known.mean(dim=0), atol=1e-5)
+
+
 @th.no_grad()
 def test_vectors_of_the_data_go_before_the_extractor(model, batch):
     own = th.randn(4, WIDTH)

@@ -111,14 +111,17 @@ class VectorModalities:
         return self.extractors[name](pictures.to(self.device)).float()
 
     def measure_standards(self, batches: Iterable[Mapping], count: int) -> None:
-        """Measure the standards that are not known on the first `count` samples of all ranks together."""
+        """Measure the standards that are not known on the first `count` samples of all ranks together; those
+        that have no vector (`<name>_present`) do not count."""
         unknown = [name for name, standard in self.standards.items() if not standard.known]
         if not unknown:
             return
         seen, found = 0, {name: [] for name in unknown}
         for batch in batches:
             for name in unknown:
-                found[name].append(self.vectors(batch, name))
+                vectors = self.vectors(batch, name)
+                present = batch.get(f"{name}_present")
+                found[name].append(vectors if present is None else vectors[present.to(vectors.device)])
             seen += len(found[unknown[0]][-1]) * dist_util.get_world_size()
             if seen >= count:
                 break
