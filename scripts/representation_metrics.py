@@ -3,6 +3,9 @@
     python scripts/representation_metrics.py --resume logs/RUN --data_dir captioned/ --out results/
 
 Measures, by the model's own extractor:
+- encoding: by how much the U-Net's outputs for representations differ (`spread`, beside their RMS), the cosine of their
+  codes computed in bfloat16 to those in float32, and the correlation of the codes' likenesses with the
+  representations'; head_error is the head's squared error on latents with their shift, in equal parts of the process;
 - read: the cosine of p(representation | picture) to the picture's representation, against that of the mean
   representation, and by timestep (cosine.png);
 - variations: pictures for given representations and the empty caption, at each of --strengths: how often a
@@ -33,6 +36,7 @@ from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Curve, Row, contact_sheet, line_plot, to_uint8
 from ldm.data.captions import CaptionFolder
 from ldm.models.diffusion.joint import JointLatentDiffusion
+from ldm.models.diffusion.schedule import Denoiser
 from ldm.modules.encoders.base import import_transformers, load_pretrained, reading
 
 SHEET = 10  # pictures in a row
@@ -76,11 +80,12 @@ def main():
     model, name = load(args.resume)
     data = held_out(args, model)
     logger.configure(dir=args.out, format_strs=["stdout"])
-    results = {"pictures": len(data.pictures), "chosen": len(data.first(args.pictures).pictures)}
+    chosen = data.first(args.pictures)
+    results = {"pictures": len(data.pictures), "chosen": len(chosen.pictures)}
     with model.ema_scope():
         bench = Bench(model, name, args)
+        results["encoding"] = bench.encoding(chosen)
         results["read"] = bench.read(data)
-        chosen = data.first(args.pictures)
         results["variations"] = bench.variations(chosen, strengths)
         results["drawn"] = bench.drawn(chosen)
     path = Path(args.out) / "metrics.json"
@@ -112,11 +117,8 @@ class Captioned:
 
 def held_out(args, model) -> Captioned:
     """The pictures to measure on, at the model's size."""
-    with torch.no_grad():
-        size = model.decode_first_stage(torch.zeros(1, *model.latent_shape, device=model.device)).shape[2:]
-    data = CaptionFolder(
-        args.data_dir, tuple(size), part=args.part, held_out_every=args.held_out_every, caption="first"
-    )
+    how = {"part": args.part, "held_out_every": args.held_out_every, "caption": "first"}
+    data = CaptionFolder(args.data_dir, _ldm.picture_size(model), **how)
     items = [data[k] for k in range(len(data))]
     pictures = torch.from_numpy(np.stack([item["jpg"] for item in items])).permute(0, 3, 1, 2)
     return Captioned(pictures.contiguous(), [item["txt"] for item in items])
@@ -129,6 +131,33 @@ class Bench:
         self.model, self.name, self.args = model, name, args
 
     # What is measured
+
+    @torch.no_grad()
+    def encoding(self, data: Captioned) -> dict:
+        """What the U-Net makes of representations at z = 0, t = 0."""
+        vectors = self.standard(self.extract(data.pictures))
+        rows = vectors / vectors.square().mean(dim=1, keepdim=True).sqrt()
+        raw, codes = self.raw_codes(rows)
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16):
+            _, half = self.raw_codes(rows)
+        agreement = F.cosine_similarity(codes, half)
+        likenesses = torch.stack([pairwise_cosines(codes), pairwise_cosines(vectors)])
+        return {
+            "rms": float(raw.square().mean().sqrt()),
+            "spread": float(codes.square().mean().sqrt()),
+            "bf16_cosine": {"mean": float(agreement.mean()), "least": float(agreement.min())},
+            "likeness_correlation": float(torch.corrcoef(likenesses)[0, 1]),
+            "head_error": self.model.model.heads[self.name].variance.tolist(),
+        }
+
+    def raw_codes(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The U-Net's outputs for vectors [N, D], and what they differ by from that of the null input, [N, C h w]."""
+        rows = torch.cat([rows, torch.zeros_like(rows[:1])]).to(self.model.device)
+        z = rows.new_zeros(len(rows), *self.model.latent_shape)
+        t = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+        output, _ = Denoiser(self.model)(z, t, context=self.model.tasks.tokens(rows))
+        output = output.float().flatten(1).cpu()
+        return output[:-1], output[:-1] - output[-1:]
 
     @torch.no_grad()
     def read(self, data: Captioned) -> dict:
@@ -276,6 +305,12 @@ class Bench:
     def retrieval(self, found: torch.Tensor, among: torch.Tensor, owners: torch.Tensor | None = None) -> dict:
         """`nearest`, in standard form."""
         return nearest(self.standard(found), self.standard(among), owners)
+
+
+def pairwise_cosines(vectors: torch.Tensor) -> torch.Tensor:
+    """Of all pairs of different vectors [N, D]: [N (N - 1)]."""
+    unit = F.normalize(vectors, dim=1)
+    return (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
 
 
 def nearest(

@@ -52,6 +52,9 @@ def test_what_is_measured(run, colour_run, colours, tmp_path):  # noqa: F811
     assert (found["pictures"], found["chosen"]) == (4, 3)
     # The standard form is unknown here, so the mean is 0, and of no direction.
     assert found["read"]["mean_vector"] == {"cosine": 0.0, "plain_cosine": 0.0}
+    encoding = found["encoding"]
+    assert 0 < encoding["spread"] and 0 < encoding["rms"] and len(encoding["head_error"]) == 32
+    assert 0 < encoding["bf16_cosine"]["least"] <= encoding["bf16_cosine"]["mean"] < 1
     assert set(found["read"]["by_time"]) == {"0", "20"}
     assert [part["strength"] for part in found["variations"]["by_strength"]] == [0, 1]
     assert found["variations"]["chance"] == {"top1": pytest.approx(1 / 3), "top5": 1.0}
