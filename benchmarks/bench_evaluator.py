@@ -1,12 +1,12 @@
 """Speed and memory of the evaluator, beside the same network in torch-fidelity's and pytorch-fid's form.
 
-    python benchmarks/bench_evaluator.py                          features: pictures per second, and the peers' in turn
-    python benchmarks/bench_evaluator.py --num_images 10000       one pass over 10,000 pictures
+    python benchmarks/bench_evaluator.py                          features: images per second, and the peers' in turn
+    python benchmarks/bench_evaluator.py --num_images 10000       one pass over 10,000 images
     python benchmarks/bench_evaluator.py --metrics                FID, precision and recall of 10,000 against 50,000
 
 The weights are random ones of the full size (speed does not depend on them), so nothing is downloaded. The peers are
 measured where they can be imported (`pip install torch-fidelity pytorch-fid`; both need torchvision); each gets the
-same pictures and weights, in turn with ours in every repetition, at the better of two batch sizes.
+same images and weights, in turn with ours in every repetition, at the better of two batch sizes.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def port_state(weights: InceptionWeights) -> dict[str, torch.Tensor]:
     return state
 
 
-Extract = Callable[[np.ndarray, int], torch.Tensor]  # (pictures, batch size) -> pool_3 [N, 2048]
+Extract = Callable[[np.ndarray, int], torch.Tensor]  # (images, batch size) -> pool_3 [N, 2048]
 
 
 def torch_fidelity(state: dict[str, torch.Tensor], device: torch.device) -> Extract:
@@ -73,8 +73,8 @@ def torch_fidelity(state: dict[str, torch.Tensor], device: torch.device) -> Extr
         )
     network = network.to(device).eval()
 
-    def extract(pictures: np.ndarray, batch_size: int) -> torch.Tensor:
-        batches = torch.from_numpy(pictures).permute(0, 3, 1, 2).split(batch_size)
+    def extract(images: np.ndarray, batch_size: int) -> torch.Tensor:
+        batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(batch_size)
         return torch.cat([network(batch.contiguous().to(device))[0].cpu() for batch in batches])
 
     return extract
@@ -86,8 +86,8 @@ def pytorch_fid(state: dict[str, torch.Tensor], device: torch.device) -> Extract
     inception.load_state_dict_from_url = lambda *_args, **_kwargs: state
     network = inception.InceptionV3([3]).to(device).eval()
 
-    def extract(pictures: np.ndarray, batch_size: int) -> torch.Tensor:
-        batches = torch.from_numpy(pictures).permute(0, 3, 1, 2).split(batch_size)
+    def extract(images: np.ndarray, batch_size: int) -> torch.Tensor:
+        batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(batch_size)
         return torch.cat([network(batch.to(device) / 255)[0][:, :, 0, 0].cpu() for batch in batches])
 
     return extract
@@ -131,33 +131,33 @@ def bench_features(args: argparse.Namespace, device: torch.device) -> dict:
     weights = seeded_weights(divisor=1)
     network = Inception(weights, "random", "").to(device)
     peers = find_peers(port_state(weights), device)
-    pictures = np.random.default_rng(0).integers(0, 256, (args.num_images, 64, 64, 3), np.uint8)
+    arrays = np.random.default_rng(0).integers(0, 256, (args.num_images, 64, 64, 3), np.uint8)
     runs: dict[str, list[Taken]] = {"ours": []}
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(f"{folder}/pictures.npz", arr_0=pictures)
-        images = open_images(f"{folder}/pictures.npz")
+        np.savez(f"{folder}/images.npz", arr_0=arrays)
+        images = open_images(f"{folder}/images.npz")
 
         def ours() -> None:
             extract_features(images, network, args.batch_size, progress=False)
 
-        few = pictures[: 2 * max(PEER_BATCHES)]
+        few = arrays[: 2 * max(PEER_BATCHES)]
         batches = {}
         for name, extract in peers.items():
             extract(few, PEER_BATCHES[0])  # warm up
             trials = {size: measure(functools.partial(extract, few, size)).cpu for size in PEER_BATCHES}
             batches[name], runs[name] = min(trials, key=trials.get), []
-        network(torch.from_numpy(pictures[:16]))
+        network(torch.from_numpy(arrays[:16]))
         for _ in range(args.repetitions):
             runs["ours"].append(measure(ours))
             for name, extract in peers.items():
-                runs[name].append(measure(functools.partial(extract, pictures, batches[name])))
+                runs[name].append(measure(functools.partial(extract, arrays, batches[name])))
     result = {}
     for name, taken in runs.items():
         rates = [args.num_images / one.clock for one in taken]
         per_cpu = statistics.median(args.num_images / one.cpu for one in taken)
-        result[name] = {"pictures_per_second": rates, "pictures_per_cpu_second": per_cpu}
+        result[name] = {"images_per_second": rates, "images_per_cpu_second": per_cpu}
         line = (
-            f"{name}: {statistics.median(rates):.1f} pictures/s (median of {len(rates)}, {min(rates):.1f} to "
+            f"{name}: {statistics.median(rates):.1f} images/s (median of {len(rates)}, {min(rates):.1f} to "
             f"{max(rates):.1f}), {per_cpu:.1f} per CPU second; "
         )
         if name == "ours":
@@ -170,7 +170,7 @@ def bench_features(args: argparse.Namespace, device: torch.device) -> dict:
         print(
             f"{line}batches of {batches[name]}, from memory; ours is {by_clock:.2f} times as fast ({by_cpu:.2f} by CPU)"
         )
-    same = pictures[:16]
+    same = arrays[:16]
     if "torch-fidelity" in peers:
         theirs, own = peers["torch-fidelity"](same, 8), network(torch.from_numpy(same)).pool.cpu()
         result["difference_from_torch_fidelity"] = float((own - theirs).norm() / theirs.norm())
@@ -225,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--num_images", type=int, default=200, help="pictures of 64x64 per pass")
+    parser.add_argument("--num_images", type=int, default=200, help="images of 64x64 per pass")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--threads", type=int, help="of the CPU; all by default")

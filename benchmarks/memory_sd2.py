@@ -23,7 +23,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.step_cost import BYTES, FULL, HALF, Step, Work, count_step, inference
-from guided_diffusion.modalities import Modality
+from guided_diffusion.mt.modalities import Modality
 from guided_diffusion.unet import ResBlock
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -78,11 +78,11 @@ def make_frozen() -> dict[str, nn.Module]:
 
 
 def frozen_work(models: Mapping[str, nn.Module]) -> dict[str, Work]:
-    """One reading of a picture of 512 x 512 pixels and its caption."""
-    picture, small = (torch.empty(1, 3, size, size, device="meta") for size in (512, 224))
+    """One reading of an image of 512 x 512 pixels and its caption."""
+    image, small = (torch.empty(1, 3, size, size, device="meta") for size in (512, 224))
     caption = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     return {
-        "first stage's encoder": inference(models["autoencoder"].encode, picture),
+        "first stage's encoder": inference(models["autoencoder"].encode, image),
         "text encoder": inference(models["text encoder"], caption),
         "image encoder": inference(models["image encoder"], small),
     }

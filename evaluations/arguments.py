@@ -35,7 +35,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         "--inception", metavar="FILE", help="Inception weights (.pb, .tgz, .pth); downloaded if not given"
     )
     parser.add_argument(
-        "--batch_size", type=positive, default=BATCH_SIZE, help="pictures per step of the network"
+        "--batch_size", type=positive, default=BATCH_SIZE, help="images per step of the network"
     )
     add_device_option(parser)
 

@@ -5,7 +5,7 @@
         ...
         evaluation(step)
 
-`sample(count, seed)` returns `count` uint8 pictures [count, H, W, 3], the k-th of them drawn from `seed` + k. With
+`sample(count, seed)` returns `count` uint8 images [count, H, W, 3], the k-th of them drawn from `seed` + k. With
 several ranks every rank calls the callback and draws its share of the samples.
 """
 
@@ -46,7 +46,7 @@ class EvaluationCallback:
         num_samples: int,
         log_dir: str | Path,
         network: Inception | None = None,  # the official weights by default
-        batch_size: int = BATCH_SIZE,  # pictures per step of the network
+        batch_size: int = BATCH_SIZE,  # images per step of the network
         seed: int = 0,  # of the first sample
     ):
         self._images, self._given = open_images(reference), given_statistics(reference)
@@ -79,9 +79,7 @@ class EvaluationCallback:
             drawn = drawn.cpu().numpy()
         check_array(drawn.shape, drawn.dtype, "the sampler's result", lambda: [drawn])
         if len(drawn) != stop - start:
-            raise EvaluationError(
-                f"the sampler returned {len(drawn)} pictures, {stop - start} were asked for"
-            )
+            raise EvaluationError(f"the sampler returned {len(drawn)} images, {stop - start} were asked for")
         return _Share(drawn, start, self._count)
 
     def _record(self, step: int, result: Evaluation) -> None:

@@ -4,7 +4,7 @@
     python evaluations/evaluator.py ref.npz samples.npz --json scores.json --bootstrap 100
     torchrun --nproc_per_node 8 evaluations/evaluator.py ref.npz samples.npz
 
-Both files hold uint8 pictures [N, H, W, 3] under arr_0; a folder of pictures does as well. Statistics in a file (`mu`,
+Both files hold uint8 images [N, H, W, 3] under arr_0; a folder of images does as well. Statistics in a file (`mu`,
 `sigma`, `mu_s`, `sigma_s`) are used for FID and sFID, as ADM does it.
 """
 
@@ -40,19 +40,19 @@ from evaluations.inception import RESIZE_MODE, Inception, load_inception
 from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
 
-FEW = 2048  # pictures: below the number of features, FID's covariance is singular and its bias large
+FEW = 2048  # images: below the number of features, FID's covariance is singular and its bias large
 META = "meta"  # key of an .npz written by make_reference.py: JSON that says how its statistics were computed
 
 
 @dataclass(frozen=True)
 class Activations:
-    """The features of a set of pictures, and what is compared of them."""
+    """The features of a set of images, and what is compared of them."""
 
     name: str
     size: tuple[int, int]  # height, width in pixels
     pool: Tensor  # [N, 2048] float32
     spatial: Tensor  # [N, 2023] float32
-    given: tuple[Statistics, Statistics] | None = None  # that came with the file, perhaps from other pictures
+    given: tuple[Statistics, Statistics] | None = None  # that came with the file, perhaps from other images
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -65,15 +65,15 @@ class Activations:
 
     @property
     def sources(self) -> tuple[Source, Source]:
-        """What FID and sFID may be computed from again, with fewer or other pictures: the features if they can vary."""
+        """What FID and sFID may be computed from again, with fewer or other images: the features if they can vary."""
         return self.gaussians if self.given else (self.pool, self.spatial)
 
 
 @dataclass(frozen=True)
 class FrechetDetail:
-    """How far a Frechet distance can be trusted at these numbers of pictures."""
+    """How far a Frechet distance can be trusted at these numbers of images."""
 
-    bias: float | None  # about how much it is too large; None where there are 2,048 pictures or more
+    bias: float | None  # about how much it is too large; None where there are 2,048 images or more
     interval: tuple[float, float] | None  # 95 % bootstrap interval; None if not asked for
 
 
@@ -92,8 +92,8 @@ class Evaluation:
     n_samples: int
     reference: str
     samples: str
-    reference_statistics: str  # "pictures" or "file"
-    picture_size: tuple[int, int]  # height, width in pixels
+    reference_statistics: str  # "images" or "file"
+    image_size: tuple[int, int]  # height, width in pixels
     resize: str
     weights: str
     weights_sha256: str
@@ -140,7 +140,7 @@ def evaluate(
         )
     if bootstrap and reference.given and samples.given:
         raise EvaluationError(
-            "a bootstrap interval needs pictures, both files bring their statistics ready-made"
+            "a bootstrap interval needs images, both files bring their statistics ready-made"
         )
     neighbours = precision_recall(reference.pool, samples.pool, device=network.device)
     fid, sfid = (frechet_distance(a, b) for a, b in zip(reference.gaussians, samples.gaussians, strict=True))
@@ -162,8 +162,8 @@ def evaluate(
         n_samples=len(samples),
         reference=reference.name,
         samples=samples.name,
-        reference_statistics="file" if reference.given else "pictures",
-        picture_size=samples.size,
+        reference_statistics="file" if reference.given else "images",
+        image_size=samples.size,
         resize=RESIZE_MODE,
         weights=network.source,
         weights_sha256=network.sha256,
@@ -186,14 +186,14 @@ def given_statistics(path: str | Path) -> tuple[Statistics, Statistics] | None:
 
 
 def bias_warning(result: Evaluation) -> str | None:
-    """One line on how much FID and sFID are too large, where there are few pictures."""
+    """One line on how much FID and sFID are too large, where there are few images."""
     if result.fid_detail.bias is None:
         return None
     n = min(result.n_reference, result.n_samples)
     return (
-        f"FID and sFID from {n} pictures (fewer than {FEW:,}) are biased upwards: here by at least about "
+        f"FID and sFID from {n} images (fewer than {FEW:,}) are biased upwards: here by at least about "
         f"{result.fid_detail.bias:.3g} of {result.fid:.4g} and {result.sfid_detail.bias:.3g} of {result.sfid:.4g}; "
-        "compare only scores from equal numbers of pictures"
+        "compare only scores from equal numbers of images"
     )
 
 

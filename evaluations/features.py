@@ -1,4 +1,4 @@
-"""Inception features of a set of pictures, in one pass; reading overlaps with computing, ranks share the work."""
+"""Inception features of a set of images, in one pass; reading overlaps with computing, ranks share the work."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N pictures, float32, on the CPU."""
+    """Features of N images, float32, on the CPU."""
 
     pool: Tensor  # [N, 2048]
     spatial: Tensor  # [N, 2023]
@@ -32,7 +32,7 @@ def stream_features(
     """Features of this rank's share of `images`, batch by batch, on the CPU. `progress`: a bar on standard error."""
     start, stop = distributed.share(images.shape[0])
     batches = prefetch(_tensors(images, start, stop, batch_size, network.device))
-    with tqdm(total=stop - start, unit="picture", disable=not progress or distributed.rank() > 0) as bar:
+    with tqdm(total=stop - start, unit="image", disable=not progress or distributed.rank() > 0) as bar:
         for batch in batches:
             output = network(batch)
             yield InceptionOutput(output.pool.cpu(), output.spatial.cpu())
@@ -48,7 +48,7 @@ def extract_features(
     gathered = []
     for column in ("pool", "spatial"):
         rows = [getattr(part, column) for part in parts]
-        # More ranks than pictures: some have none.
+        # More ranks than images: some have none.
         gathered.append(distributed.gather_rows(torch.cat(rows) if rows else torch.empty(0, 0), count))
     return None if gathered[0] is None else Features(*gathered)
 

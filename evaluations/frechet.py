@@ -68,7 +68,7 @@ class RunningStatistics:
     def result(self) -> Statistics:
         """Raises EvaluationError for fewer than two features, which have no covariance."""
         if self.count < 2:
-            raise EvaluationError(f"a covariance needs at least 2 pictures, there are {self.count}")
+            raise EvaluationError(f"a covariance needs at least 2 images, there are {self.count}")
         return Statistics(self._mean.numpy(), (self._scatter / (self.count - 1)).numpy())
 
 
@@ -89,7 +89,7 @@ class Gaussian:
 
 Source = (
     Tensor | Statistics | Gaussian
-)  # features [N, D], or what was computed of pictures that are not at hand
+)  # features [N, D], or what was computed of images that are not at hand
 
 
 def fit(source: Source) -> Gaussian:
@@ -124,7 +124,7 @@ def frechet_bias(first: Source, second: Source, distance: float, seed: int = 0) 
     """About how much `distance` is too large because the sets are finite.
 
     The bias falls as 1/n once n exceeds the number of features (Chong and Forsyth 2020), so halving the sets adds about
-    as much as the sets themselves already have too much; with fewer pictures than features it is a lower bound.
+    as much as the sets themselves already have too much; with fewer images than features it is a lower bound.
     What is no features is taken as it is.
     """
     random = torch.Generator().manual_seed(seed)
@@ -142,11 +142,11 @@ def _halves(source: Source, random: torch.Generator) -> list[Gaussian]:
 def frechet_interval(
     first: Source, second: Source, distance: float, repetitions: int, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Bootstrap interval of `distance` at these numbers of pictures.
+    """Bootstrap interval of `distance` at these numbers of images.
 
-    Features are drawn anew with replacement, anything else stays. Repeated pictures raise every redrawn distance alike, so
+    Features are drawn anew with replacement, anything else stays. Repeated images raise every redrawn distance alike, so
     the quantiles are taken around their mean: the interval says how far another set of the same size may fall, not how
-    large the distance would be with more pictures (that is `frechet_bias`).
+    large the distance would be with more images (that is `frechet_bias`).
     """
     random = torch.Generator().manual_seed(seed)
     redraws = (_redraws(source, repetitions, random) for source in (first, second))

@@ -1,4 +1,4 @@
-"""Sets of pictures, read in pieces: an .npz file as ADM's samplers write it, a folder, or an array in memory."""
+"""Sets of images, read in pieces: an .npz file as ADM's samplers write it, a folder, or an array in memory."""
 
 import queue
 import threading
@@ -20,18 +20,18 @@ T = TypeVar("T")
 
 
 class Images(Protocol):
-    """N pictures of one size, uint8 RGB."""
+    """N images of one size, uint8 RGB."""
 
     name: str  # for messages and reports
     shape: tuple[int, int, int, int]  # N, height, width, 3
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        """The pictures `start` to `stop`, in order, [at most size, H, W, 3] at a time."""
+        """The images `start` to `stop`, in order, [at most size, H, W, 3] at a time."""
         ...
 
 
 class ArrayImages:
-    """Pictures in memory: uint8 [N, H, W, 3]."""
+    """Images in memory: uint8 [N, H, W, 3]."""
 
     def __init__(self, array: np.ndarray, name: str = "array"):
         check_array(array.shape, array.dtype, name, lambda: [array])
@@ -43,7 +43,7 @@ class ArrayImages:
 
 
 class NpzImages:
-    """Pictures under `key` in an .npz file, read from the file piece by piece."""
+    """Images under `key` in an .npz file, read from the file piece by piece."""
 
     def __init__(self, path: str | Path, key: str = "arr_0"):
         self.path, self.key, self.name = Path(path), key, f"{key} of {path}"
@@ -78,14 +78,14 @@ class NpzImages:
 
 
 class FolderImages:
-    """Picture files, decoded by several threads. Grey and palette pictures become RGB, as ADM's data loader does it.
+    """Image files, decoded by several threads. Grey and palette images become RGB, as ADM's data loader does it.
 
-    `size` crops and scales to a square as ADM's training does; without it all pictures must be of one size.
+    `size` crops and scales to a square as ADM's training does; without it all images must be of one size.
     """
 
     def __init__(self, files: list[Path], name: str, size: int | None = None):
         if not files:
-            raise EvaluationError(f"{name} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+            raise EvaluationError(f"{name} holds no images ({', '.join(sorted(EXTENSIONS))})")
         self.files, self.name, self.size = files, name, size
         height, width = self._decode(files[0]).shape[:2]
         self.shape = (len(files), height, width, 3)
@@ -93,29 +93,29 @@ class FolderImages:
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         with ThreadPoolExecutor(DECODERS) as pool:
             for first in range(start, stop, size):
-                pictures = list(pool.map(self._decode, self.files[first : min(first + size, stop)]))
-                for file, picture in zip(self.files[first:stop], pictures, strict=False):
-                    if picture.shape != self.shape[1:]:
+                images = list(pool.map(self._decode, self.files[first : min(first + size, stop)]))
+                for file, image in zip(self.files[first:stop], images, strict=False):
+                    if image.shape != self.shape[1:]:
                         raise EvaluationError(
-                            f"{file} is {_pixels(picture.shape)}, others are {_pixels(self.shape[1:])}: "
+                            f"{file} is {_pixels(image.shape)}, others are {_pixels(self.shape[1:])}: "
                             f"scale them to one size (make_reference.py: --image_size)"
                         )
-                yield np.stack(pictures)
+                yield np.stack(images)
 
     def _decode(self, file: Path) -> np.ndarray:
-        return decode_picture(file, self.size)
+        return decode_image(file, self.size)
 
 
 def open_images(path: str | Path, size: int | None = None) -> Images:
-    """Pictures from an .npz file (arr_0) or a folder. Raises EvaluationError for anything else."""
+    """Images from an .npz file (arr_0) or a folder. Raises EvaluationError for anything else."""
     path = Path(path).expanduser()
     if path.is_dir():
-        return FolderImages(list_pictures(path), str(path), size)
+        return FolderImages(list_images(path), str(path), size)
     return NpzImages(path)
 
 
-def list_pictures(folder: str | Path) -> list[Path]:
-    """All picture files below a folder, sorted by path."""
+def list_images(folder: str | Path) -> list[Path]:
+    """All image files below a folder, sorted by path."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise MissingFileError(f"folder {folder} does not exist")
@@ -146,7 +146,7 @@ def load_array(path: str | Path, key: str) -> np.ndarray:
 
 
 def check_array(shape: tuple, dtype: np.dtype, name: str, pieces: Callable[[], Iterable[np.ndarray]]) -> None:
-    """Raise EvaluationError unless an array holds uint8 RGB pictures [N, H, W, 3], N >= 1.
+    """Raise EvaluationError unless an array holds uint8 RGB images [N, H, W, 3], N >= 1.
 
     `pieces` yields the data; only read to say more about an array that is not acceptable anyway.
     """
@@ -156,10 +156,10 @@ def check_array(shape: tuple, dtype: np.dtype, name: str, pieces: Callable[[], I
             broken = sum(int((~np.isfinite(piece)).sum()) for piece in pieces())
             extra = f" and {broken} of its values are NaN or infinite" if broken else ""
             extra += "; from [-1, 1] convert with ((x + 1) * 127.5).clip(0, 255).astype('uint8')"
-        raise EvaluationError(f"{name} is {dtype}, pictures must be uint8 0 to 255{extra}")
+        raise EvaluationError(f"{name} is {dtype}, images must be uint8 0 to 255{extra}")
     if len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1):
         raise EvaluationError(
-            f"{name} holds grey pictures {list(shape)}: repeat the channel to get [N, H, W, 3]"
+            f"{name} holds grey images {list(shape)}: repeat the channel to get [N, H, W, 3]"
         )
     if len(shape) != 4 or shape[-1] != 3:
         hint = ": move the channels last" if len(shape) == 4 and shape[1] == 3 else ""
@@ -168,26 +168,26 @@ def check_array(shape: tuple, dtype: np.dtype, name: str, pieces: Callable[[], I
         raise EvaluationError(f"{name} is empty: its shape is {list(shape)}")
 
 
-def decode_picture(file: Path, size: int | None = None) -> np.ndarray:
-    """One picture file as uint8 RGB [H, W, 3], cropped to a square of `size` pixels if that is given."""
+def decode_image(file: Path, size: int | None = None) -> np.ndarray:
+    """One image file as uint8 RGB [H, W, 3], cropped to a square of `size` pixels if that is given."""
     try:
-        with Image.open(file) as picture:
-            picture = picture.convert("RGB")
+        with Image.open(file) as image:
+            image = image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise EvaluationError(f"{file} cannot be read as a picture ({error})") from error
-    return np.asarray(center_crop(picture, size) if size else picture)
+        raise EvaluationError(f"{file} cannot be read as an image ({error})") from error
+    return np.asarray(center_crop(image, size) if size else image)
 
 
-def center_crop(picture: Image.Image, size: int) -> Image.Image:
+def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The central square, scaled to `size` pixels the way ADM prepares its training data (`center_crop_arr`)."""
     # Halving by averages first, then bicubic for the rest: avoids the aliasing of one large step.
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    scaled = (round(picture.width * scale), round(picture.height * scale))
-    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    scaled = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def prefetch(items: Iterable[T], ahead: int = AHEAD) -> Iterator[T]:

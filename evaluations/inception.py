@@ -3,7 +3,7 @@
 Measured against TensorFlow on the same graph file: pool_3 and the spatial features agree to 2e-6.
 
 Four things make this network differ from torchvision's Inception v3, and each moves the features visibly:
-pictures are enlarged as TensorFlow 1 did it (source pixel = i * in / 299, no half-pixel centres, no antialiasing) and
+images are enlarged as TensorFlow 1 did it (source pixel = i * in / 299, no half-pixel centres, no antialiasing) and
 scaled by (x - 128) / 128; average pools do not count the padding; the last block pools with a maximum; batch norm uses
 gamma only where the graph says so.
 """
@@ -39,11 +39,11 @@ from evaluations.weights import existing_file, fetch, sha256_of
 INPUT_SIZE = 299  # pixels
 RESIZE_MODE = "tensorflow1-bilinear-299"
 SPATIAL_CHANNELS = 7  # of mixed_6/conv: 7 x 17 x 17 = 2023 numbers, about as many as pool_3 has
-CPU_CHUNK = 2  # pictures per thread, but at least 4: activations stay in the processor's cache, far faster than 32 at once
+CPU_CHUNK = 2  # images per thread, but at least 4: activations stay in the processor's cache, far faster than 32 at once
 
 
 class InceptionOutput(NamedTuple):
-    """Features of B pictures."""
+    """Features of B images."""
 
     pool: Tensor  # [B, 2048] pool_3
     spatial: Tensor  # [B, 2023] first 7 channels of mixed_6/conv, flattened as [height, width, channel]
@@ -105,7 +105,7 @@ def packed_convolution_works() -> bool:
 
 
 class Inception(nn.Module):
-    """The network, from pictures to the features that ADM's evaluator uses.
+    """The network, from images to the features that ADM's evaluator uses.
 
     Its widths are those of the weights: the same topology with a few channels serves as a fast stand-in in tests.
     `source` names the weights, `sha256` is the checksum of their file.
@@ -219,7 +219,7 @@ class Inception(nn.Module):
 
 
 def preprocess(images: Tensor) -> Tensor:
-    """Pictures [B, H, W, 3], 0 to 255, to the network's input [B, 3, 299, 299] in channels-last order."""
+    """Images [B, H, W, 3], 0 to 255, to the network's input [B, 3, 299, 299] in channels-last order."""
     x = resize_bilinear(images.float(), INPUT_SIZE)
     return ((x - 128) / 128).permute(0, 3, 1, 2)
 

@@ -1,24 +1,24 @@
-"""Metrics of jointly generated pairs: a picture, and its label, segmentation map, masked copy or representation.
+"""Metrics of jointly generated pairs: an image, and its label, segmentation map, masked copy or representation.
 
     python evaluations/joint.py ref.npz samples.npz
     python evaluations/joint.py ref.npz samples.npz --modality arr_1 --conditional conditional.npz --json joint.json
     python evaluations/joint.py ref.npz samples.npz --modality maps --palette cityscapes --predicted segmenter.npz
 
-Pictures stand under arr_0, uint8 [N, H, W, 3], the other half of each pair under --modality (in the reference under
+Images stand under arr_0, uint8 [N, H, W, 3], the other half of each pair under --modality (in the reference under
 --ref_modality, if it has another name there):
     integers [N], or floats [N, C] that are probabilities     labels; -1 or all 0 is unknown
     integers [N, H, W]                                        segmentation maps (class indices; needs --palette)
-    uint8 [N, H, W, 3]                                        pictures: masked copies or, with --palette, colour maps
+    uint8 [N, H, W, 3]                                        images: masked copies or, with --palette, colour maps
     other floats [N, D]                                       representations
 
-- Joint Frechet distance (FJD, DeVries et al. 2019): of the pictures' features with the other half's features beside
-  them. It sees what FID cannot: good pictures with the wrong partners.
-- Label agreement: how often a classifier finds the label that was generated with the picture. The classifier is a
+- Joint Frechet distance (FJD, DeVries et al. 2019): of the images' features with the other half's features beside
+  them. It sees what FID cannot: good images with the wrong partners.
+- Label agreement: how often a classifier finds the label that was generated with the image. The classifier is a
   linear one on the reference's Inception features (its accuracy on held-out references is printed beside), or
   --predicted brings the labels (arr_0) of a better one.
-- Pair mIoU: of segmentation maps against those that --predicted (arr_0) finds in the generated pictures; of masked
-  copies, between the pixels that are masked and the pixels where the copy differs from the picture.
-- Consistency: pairs (x, y) generated jointly against pictures generated for given y (--conditional). A model that
+- Pair mIoU: of segmentation maps against those that --predicted (arr_0) finds in the generated images; of masked
+  copies, between the pixels that are masked and the pixels where the copy differs from the image.
+- Consistency: pairs (x, y) generated jointly against images generated for given y (--conditional). A model that
   learned one joint distribution draws both from the same one. Their joint Frechet distance is printed with what it
   would be if they were: the mean over random regroupings of the same pairs.
 """
@@ -56,18 +56,18 @@ from evaluations.joint_metrics import (
 )
 from evaluations.segmentation import Palette, load_palette, to_indices
 
-Kind = Literal["labels", "maps", "pictures", "vectors"]
+Kind = Literal["labels", "maps", "images", "vectors"]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """N pictures with the other half of each pair, as features and as data."""
+    """N images with the other half of each pair, as features and as data."""
 
-    pool: Tensor  # [N, 2048] of the pictures
+    pool: Tensor  # [N, 2048] of the images
     partner: Tensor  # [N, D] of the other half
     kind: Kind
     data: np.ndarray  # the other half itself
-    pictures: np.ndarray | None  # where the metric looks at pixels
+    images: np.ndarray | None  # where the metric looks at pixels
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class JointEvaluation:
     """The joint metrics, and everything needed to compute them again. None: does not apply to this modality."""
 
     joint_frechet: float
-    frechet: float  # of the pictures alone
+    frechet: float  # of the images alone
     partner_frechet: float  # of the other halves alone
     label_agreement: float | None
     classifier_accuracy: float | None  # of the linear classifier on held-out references
@@ -123,7 +123,7 @@ def read_partner(path: str | Path, key: str) -> Partner:
     if data.ndim == 3 and integer:
         return Partner("maps", data, name)
     if data.ndim == 4 and data.shape[-1] == 3 and data.dtype == np.uint8:
-        return Partner("pictures", data, name)
+        return Partner("images", data, name)
     if data.ndim == 2 and np.issubdtype(data.dtype, np.floating):
         if not np.isfinite(data).all():
             raise EvaluationError(f"{name} holds NaN or infinite values")
@@ -133,7 +133,7 @@ def read_partner(path: str | Path, key: str) -> Partner:
         return Partner("vectors", data, name)
     raise EvaluationError(
         f"{name} is {data.dtype} {list(data.shape)}, expected labels [N], maps [N, H, W], "
-        "uint8 pictures [N, H, W, 3] or float vectors [N, D]"
+        "uint8 images [N, H, W, 3] or float vectors [N, D]"
     )
 
 
@@ -145,18 +145,18 @@ def load_pairs(
     palette: Palette | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Pairs | None:
-    """Pictures of an .npz with their partners. `classes`: width of the labels' one-hot vectors. None on ranks above 0."""
+    """Images of an .npz with their partners. `classes`: width of the labels' one-hot vectors. None on ranks above 0."""
     images = NpzImages(path)
     if len(partner.data) != images.shape[0]:
         raise EvaluationError(
-            f"{path} has {images.shape[0]} pictures, but {partner.name} are {len(partner.data)}"
+            f"{path} has {images.shape[0]} images, but {partner.name} are {len(partner.data)}"
         )
     features = extract_features(images, network, batch_size)
     beside = _partner_features(partner, network, classes, palette, batch_size)
     if features is None:
         return None
-    pictures = load_array(path, "arr_0") if partner.kind == "pictures" and not palette else None
-    return Pairs(features.pool, beside, partner.kind, partner.data, pictures)
+    arrays = load_array(path, "arr_0") if partner.kind == "images" and not palette else None
+    return Pairs(features.pool, beside, partner.kind, partner.data, arrays)
 
 
 def _partner_features(
@@ -202,8 +202,8 @@ def evaluate_joint(
         agreement = label_agreement(samples.data, found)
     elif palette and predicted is not None:
         miou = map_pair_miou(samples.data, predicted, palette)
-    elif kind == "pictures" and not palette:
-        miou = masked_pair_miou(samples.pictures, samples.data)
+    elif kind == "images" and not palette:
+        miou = masked_pair_miou(samples.images, samples.data)
     consistency = None
     if conditional:
         given = (conditional.pool, conditional.partner)
@@ -248,10 +248,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--ref_modality", metavar="KEY", help="its name in the reference, if it is another")
     parser.add_argument(
-        "--conditional", metavar="FILE", help="pairs whose pictures were generated for given partners"
+        "--conditional", metavar="FILE", help="pairs whose images were generated for given partners"
     )
     parser.add_argument(
-        "--predicted", metavar="FILE", help="labels or maps (arr_0) found in the generated pictures"
+        "--predicted", metavar="FILE", help="labels or maps (arr_0) found in the generated images"
     )
     parser.add_argument(
         "--palette", help="of segmentation maps: cityscapes, camvid, or a file with `R G B name` lines"
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace) -> None:
         raise EvaluationError(f"the pairs are not of one kind ({kinds})")
     sizes = {NpzImages(path).shape[1:3] for path in files}
     if len(sizes) > 1:
-        raise EvaluationError(f"the pictures are of different sizes {sorted(sizes)} (height, width)")
+        raise EvaluationError(f"the images are of different sizes {sorted(sizes)} (height, width)")
     classes = max(int(p.data.max()) for p in partners) + 1 if partners[0].kind == "labels" else None
     network = load_inception(args.inception, args.device)
     pairs = [
@@ -303,7 +303,7 @@ def report(result: JointEvaluation) -> list[str]:
     """The lines that the command prints."""
     lines = [
         f"Joint Frechet distance: {result.joint_frechet}",
-        f"Frechet distance of the pictures: {result.frechet}",
+        f"Frechet distance of the images: {result.frechet}",
         f"Frechet distance of {result.modality}: {result.partner_frechet}",
     ]
     if result.label_agreement is not None:

@@ -1,4 +1,4 @@
-"""What joint.py computes of pairs (picture, partner): pure functions of features, labels and maps."""
+"""What joint.py computes of pairs (image, partner): pure functions of features, labels and maps."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ MASK_VALUE = 127.5  # 0 in [-1, 1]: what masked pixels hold
 MASK_TOLERANCE = 12  # of 255: generated grey is never exact
 REGROUPINGS = 5
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # strengths tried for the linear classifier
-HELD_OUT = 5  # every fifth reference picture
+HELD_OUT = 5  # every fifth reference image
 
 
 def joint_frechet(reference: tuple[Tensor, Tensor], samples: tuple[Tensor, Tensor], scale: float) -> float:
-    """Frechet distance of concatenated features: pictures' [N, D] and partners' [N, E] times `scale`."""
+    """Frechet distance of concatenated features: images' [N, D] and partners' [N, E] times `scale`."""
     return frechet_distance(_beside(*reference, scale), _beside(*samples, scale))
 
 
@@ -33,7 +33,7 @@ def _beside(pool: Tensor, partner: Tensor, scale: float) -> Tensor:
 
 
 def label_agreement(generated: np.ndarray, found: np.ndarray) -> float:
-    """Share of pairs whose `generated` label is the one `found` in the picture, both [N]; -1 is left out."""
+    """Share of pairs whose `generated` label is the one `found` in the image, both [N]; -1 is left out."""
     if generated.shape != found.shape:
         raise EvaluationError(f"{len(generated)} generated labels, but {len(found)} found ones")
     known = generated >= 0
@@ -58,7 +58,7 @@ class LinearClassifier:
 
 
 def fit_classifier(features: Tensor, labels: np.ndarray) -> LinearClassifier:
-    """Classifier for `labels` [N] from `features` [N, D]; its ridge is the one that does best on every fifth picture."""
+    """Classifier for `labels` [N] from `features` [N, D]; its ridge is the one that does best on every fifth image."""
     known = labels >= 0
     classes, targets = np.unique(labels[known], return_inverse=True)
     if len(classes) < 2 or known.sum() < 2 * HELD_OUT:
@@ -90,19 +90,19 @@ def _design(features: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     return torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
 
 
-def masked_pair_miou(pictures: np.ndarray, masked: np.ndarray, tolerance: int = MASK_TOLERANCE) -> float:
-    """How well masked copies fit their pictures, both uint8 [N, H, W, 3]: mean IoU of masked and of visible pixels.
+def masked_pair_miou(images: np.ndarray, masked: np.ndarray, tolerance: int = MASK_TOLERANCE) -> float:
+    """How well masked copies fit their images, both uint8 [N, H, W, 3]: mean IoU of masked and of visible pixels.
 
     A pixel is masked where the copy is grey within `tolerance` of 255. It should be where the copy differs from the
-    picture by more than that, and nowhere else; pixels where the picture itself is grey tell nothing and do not count.
+    image by more than that, and nowhere else; pixels where the image itself is grey tell nothing and do not count.
     """
-    if pictures.shape != masked.shape:
-        raise EvaluationError(f"pictures are {list(pictures.shape)}, masked copies {list(masked.shape)}")
+    if images.shape != masked.shape:
+        raise EvaluationError(f"images are {list(images.shape)}, masked copies {list(masked.shape)}")
     intersection, union = np.zeros(2), np.zeros(2)
-    for picture, copy in zip(pictures.astype(np.float32), masked.astype(np.float32), strict=True):
+    for image, copy in zip(images.astype(np.float32), masked.astype(np.float32), strict=True):
         grey = (np.abs(copy - MASK_VALUE) <= tolerance).all(-1)
-        differs = (np.abs(copy - picture) > tolerance).any(-1)
-        telling = ~(np.abs(picture - MASK_VALUE) <= 2 * tolerance).all(-1)
+        differs = (np.abs(copy - image) > tolerance).any(-1)
+        telling = ~(np.abs(image - MASK_VALUE) <= 2 * tolerance).all(-1)
         for index, (a, b) in enumerate(((grey, differs), (~grey, ~differs))):
             intersection[index] += (a & b & telling).sum()
             union[index] += ((a | b) & telling).sum()
@@ -111,7 +111,7 @@ def masked_pair_miou(pictures: np.ndarray, masked: np.ndarray, tolerance: int = 
 
 
 def map_pair_miou(generated: np.ndarray, found: np.ndarray, palette: Palette) -> float:
-    """Class IoU of generated segmentation maps against those `found` in the pictures (indices or colours, [N, ...])."""
+    """Class IoU of generated segmentation maps against those `found` in the images (indices or colours, [N, ...])."""
     if len(generated) != len(found):
         raise EvaluationError(f"{len(generated)} generated maps, but {len(found)} found ones")
     confusion = Confusion(palette)

@@ -1,13 +1,13 @@
-"""Scores by a classifier that is trained on the data themselves, for pictures that Inception does not suit: small ones,
+"""Scores by a classifier that is trained on the data themselves, for images that Inception does not suit: small ones,
 or where its weights cannot be had. They compare models on one data set, and are not the literature's FID.
 
     python evaluations/judge.py train cifar10/train judge.pt --image_size 16
     python evaluations/judge.py score judge.pt cifar10/test samples.npz --image_size 16 --labels label --json scores.json
 
-Pictures are folders, or .npz files with uint8 [N, H, W, 3] under arr_0. `train` needs their classes (the folder or file
-name prefix, or arr_1), leaves every tenth picture out and prints the accuracy there. `score` prints Frechet distance, precision and recall of the
+Images are folders, or .npz files with uint8 [N, H, W, 3] under arr_0. `train` needs their classes (the folder or file
+name prefix, or arr_1), leaves every tenth image out and prints the accuracy there. `score` prints Frechet distance, precision and recall of the
 judge's 256 features, the Inception Score formula on its class probabilities and, with --labels, how often the label
-generated with a picture (int [N], or probabilities [N, classes]) is the one that the judge sees.
+generated with an image (int [N], or probabilities [N, classes]) is the one that the judge sees.
 """
 
 import argparse
@@ -40,12 +40,12 @@ from evaluations.weights import existing_file, sha256_of
 
 FEATURES = 256
 BATCH_SIZE = 128
-HELD_OUT = 10  # every tenth picture
+HELD_OUT = 10  # every tenth image
 FORMAT = "mt-diffusion-judge-1"
 
 
 class Judge(nn.Module):
-    """A small convolutional classifier for uint8 RGB pictures of any size from 8 pixels on."""
+    """A small convolutional classifier for uint8 RGB images of any size from 8 pixels on."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -60,9 +60,9 @@ class Judge(nn.Module):
         )
         self.head = nn.Linear(FEATURES, classes)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, H, W] -> (features [B, 256], logits [B, classes])."""
-        features = self.body(pictures.float() / 127.5 - 1).mean(dim=(2, 3))
+        features = self.body(images.float() / 127.5 - 1).mean(dim=(2, 3))
         return features, self.head(features)
 
 
@@ -76,7 +76,7 @@ class Judgement:
     precision: float
     recall: float
     label_agreement: float | None
-    judge_accuracy: float  # on pictures that it was not trained on
+    judge_accuracy: float  # on images that it was not trained on
     n_reference: int
     n_samples: int
     judge: str
@@ -87,14 +87,14 @@ class Judgement:
 
 
 def train_judge(
-    pictures: np.ndarray,
+    images: np.ndarray,
     labels: np.ndarray,
     epochs: int = 6,
     seed: int = 0,
     device: str = "cpu",
     progress: bool = False,
 ) -> tuple[Judge, float]:
-    """A judge of pictures uint8 [N, H, W, 3] with labels int [N], and its accuracy on every tenth, which it never saw.
+    """A judge of images uint8 [N, H, W, 3] with labels int [N], and its accuracy on every tenth, which it never saw.
 
     EvaluationError for fewer than two classes or labels that are not 0..K-1.
     """
@@ -105,7 +105,7 @@ def train_judge(
         )
     torch.manual_seed(seed)
     judge = Judge(classes).to(device)
-    x, y = _tensor(pictures), torch.from_numpy(labels.astype(np.int64))
+    x, y = _tensor(images), torch.from_numpy(labels.astype(np.int64))
     held_out = torch.arange(len(x)) % HELD_OUT == 0
     rows = (~held_out).nonzero()[:, 0]
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2)
@@ -121,16 +121,16 @@ def train_judge(
                 optimizer.step()
                 schedule.step()
                 bar.update()
-    _, probabilities = inspect(judge.eval(), pictures[held_out.numpy()], device)
+    _, probabilities = inspect(judge.eval(), images[held_out.numpy()], device)
     return judge, float((probabilities.argmax(1) == y[held_out]).double().mean())
 
 
-def _tensor(pictures: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+def _tensor(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def _augment(x: Tensor) -> Tensor:
-    """Each picture moved by up to an eighth, its edge repeated, and half of them mirrored."""
+    """Each image moved by up to an eighth, its edge repeated, and half of them mirrored."""
     height, width = x.shape[2:]
     by = max(1, width // 8)
     padded = F.pad(x.float(), (by,) * 4, mode="replicate").to(x.dtype)
@@ -144,16 +144,16 @@ def _augment(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def inspect(judge: Judge, pictures: np.ndarray, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """(features [N, 256], class probabilities [N, classes]) of pictures uint8 [N, H, W, 3], on the CPU."""
-    outputs = [judge(part.to(device)) for part in _tensor(pictures).split(BATCH_SIZE)]
+def inspect(judge: Judge, images: np.ndarray, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """(features [N, 256], class probabilities [N, classes]) of images uint8 [N, H, W, 3], on the CPU."""
+    outputs = [judge(part.to(device)) for part in _tensor(images).split(BATCH_SIZE)]
     return torch.cat([f.cpu() for f, _ in outputs]), torch.cat(
         [logits.softmax(1).cpu() for _, logits in outputs]
     )
 
 
 def save_judge(judge: Judge, accuracy: float, path: str | Path) -> None:
-    """Write a judge with its accuracy on held-out pictures."""
+    """Write a judge with its accuracy on held-out images."""
     classes = judge.head.out_features
     torch.save(
         {"format": FORMAT, "classes": classes, "accuracy": accuracy, "model": judge.state_dict()}, path
@@ -184,10 +184,10 @@ def score(
     labels: np.ndarray | None,
     device: str = "cpu",
 ) -> Judgement:
-    """Judge samples uint8 [M, H, W, 3] against reference pictures [N, H, W, 3] with the judge in `path`."""
+    """Judge samples uint8 [M, H, W, 3] against reference images [N, H, W, 3] with the judge in `path`."""
     judge, accuracy = load_judge(path)
     if reference.shape[1:] != samples.shape[1:]:
-        raise EvaluationError(f"reference pictures are {reference.shape[1:3]}, samples {samples.shape[1:3]}")
+        raise EvaluationError(f"reference images are {reference.shape[1:3]}, samples {samples.shape[1:3]}")
     expected, _ = inspect(judge.to(device), reference, device)
     features, probabilities = inspect(judge, samples, device)
     frechet = frechet_distance(expected, features)
@@ -208,8 +208,8 @@ def score(
     )
 
 
-def _pictures(source: str, size: int | None, number: int | None = None, seed: int = 0):
-    """(pictures uint8 [N, H, W, 3], classes [N] or None) of a folder or .npz, or `number` of them drawn by `seed`."""
+def _images(source: str, size: int | None, number: int | None = None, seed: int = 0):
+    """(images uint8 [N, H, W, 3], classes [N] or None) of a folder or .npz, or `number` of them drawn by `seed`."""
     selection = select(source, size)
     chosen = np.arange(selection.images.shape[0])
     if number and number < len(chosen):
@@ -235,13 +235,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a judge on labelled pictures")
-    train.add_argument("data", help="folder of pictures, or .npz with arr_0 and arr_1")
+    train = commands.add_parser("train", help="train a judge on labelled images")
+    train.add_argument("data", help="folder of images, or .npz with arr_0 and arr_1")
     train.add_argument("judge", type=new_file)
     train.add_argument("--epochs", type=positive, default=6)
     judge = commands.add_parser("score", help="judge samples")
     judge.add_argument("judge")
-    judge.add_argument("reference", help="folder of pictures, or .npz with arr_0")
+    judge.add_argument("reference", help="folder of images, or .npz with arr_0")
     judge.add_argument("samples", help=".npz with arr_0")
     judge.add_argument("--num_images", type=positive, help="of the reference, drawn by --seed (default: all)")
     judge.add_argument("--labels", metavar="KEY", help="the array of the samples' generated labels")
@@ -260,16 +260,16 @@ def main() -> None:
     with exit_on_error():
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if args.command == "train":
-            pictures, labels = _pictures(args.data, args.image_size)
+            images, labels = _images(args.data, args.image_size)
             if labels is None:
                 raise EvaluationError(f"{args.data} has no labels (arr_1)")
-            judge, accuracy = train_judge(pictures, labels, args.epochs, args.seed, device, progress=True)
+            judge, accuracy = train_judge(images, labels, args.epochs, args.seed, device, progress=True)
             save_judge(judge.cpu(), accuracy, args.judge)
-            print(f"accuracy on held-out pictures: {accuracy:.4f}")
+            print(f"accuracy on held-out images: {accuracy:.4f}")
             return
         labels = _labels(args.samples, args.labels) if args.labels else None
-        reference, _ = _pictures(args.reference, args.image_size, args.num_images, args.seed)
-        result = score(args.judge, reference, _pictures(args.samples, None)[0], labels, device)
+        reference, _ = _images(args.reference, args.image_size, args.num_images, args.seed)
+        result = score(args.judge, reference, _images(args.samples, None)[0], labels, device)
         for name in (
             "frechet",
             "frechet_bias",

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018), version 0.1: perceptual distance of two pictures. AlexNet, VGG-16 and SqueezeNet 1.1.
+"""LPIPS (Zhang et al. 2018), version 0.1: perceptual distance of two images. AlexNet, VGG-16 and SqueezeNet 1.1.
 
 The activations of a network trained on ImageNet are normalised to unit length at every position; the squared
 differences are weighted per channel by the learned linear layers, averaged over positions and summed over layers.
@@ -20,7 +20,7 @@ from evaluations.weights import PublishedFile, existing_file, fetch, sha256_of
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 EPSILON = 1e-10
-SMALLEST = 32  # pixels; AlexNet's pools leave nothing of smaller pictures
+SMALLEST = 32  # pixels; AlexNet's pools leave nothing of smaller images
 _TORCHVISION = "https://download.pytorch.org/models/"
 _PERCEPTUAL_SIMILARITY = (
     "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
@@ -107,7 +107,7 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance [B] of pictures `a` and `b` [B, 3, H, W] in [-1, 1]. Differentiable in both."""
+        """Distance [B] of images `a` and `b` [B, 3, H, W] in [-1, 1]. Differentiable in both."""
         total = a.new_zeros(len(a))
         x, y = (a - self.shift) / self.scale, (b - self.shift) / self.scale
         for number in range(len(BACKBONES[self.net_name].ends)):
@@ -156,15 +156,15 @@ def load_lpips(
 
 @torch.inference_mode()
 def lpips_distances(model: LPIPS, a: np.ndarray, b: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """LPIPS [N] of two arrays of pictures, uint8 [N, H, W, 3]. Raises EvaluationError where they do not pair."""
+    """LPIPS [N] of two arrays of images, uint8 [N, H, W, 3]. Raises EvaluationError where they do not pair."""
     if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or (a.dtype, b.dtype) != (np.uint8, np.uint8):
         raise EvaluationError(
-            f"LPIPS compares two equal-sized sets of uint8 pictures [N, H, W, 3], "
+            f"LPIPS compares two equal-sized sets of uint8 images [N, H, W, 3], "
             f"these are {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
         )
     if min(a.shape[1:3]) < SMALLEST:
         raise EvaluationError(
-            f"LPIPS needs pictures of {SMALLEST} pixels or more, these are {list(a.shape[1:3])}"
+            f"LPIPS needs images of {SMALLEST} pixels or more, these are {list(a.shape[1:3])}"
         )
     distances = [np.empty(0, np.float32)]
     for start in range(0, len(a), batch_size):
@@ -173,8 +173,8 @@ def lpips_distances(model: LPIPS, a: np.ndarray, b: np.ndarray, batch_size: int 
     return np.concatenate(distances)
 
 
-def _to_unit_range(pictures: np.ndarray, device: torch.device) -> Tensor:
-    x = torch.from_numpy(np.ascontiguousarray(pictures)).to(device)
+def _to_unit_range(images: np.ndarray, device: torch.device) -> Tensor:
+    x = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

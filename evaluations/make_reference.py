@@ -1,12 +1,12 @@
-"""Write a reference batch for the evaluator: pictures and the statistics of their features, under ADM's keys.
+"""Write a reference batch for the evaluator: images and the statistics of their features, under ADM's keys.
 
     python evaluations/make_reference.py imagenet/train ref64.npz --image_size 64
     python evaluations/make_reference.py imagenet/train ref64.npz --image_size 64 --classes classes.txt --labels
     python evaluations/make_reference.py samples.npz ref.npz
     torchrun --nproc_per_node 8 evaluations/make_reference.py imagenet/train ref64.npz --image_size 64
 
-The statistics (`mu`, `sigma`, `mu_s`, `sigma_s`) are those of all the source's pictures; `arr_0` keeps --num_images of
-them, drawn by --seed, for precision and recall. A picture's class is the folder it lies in or, in a flat folder, its
+The statistics (`mu`, `sigma`, `mu_s`, `sigma_s`) are those of all the source's images; `arr_0` keeps --num_images of
+them, drawn by --seed, for precision and recall. An image's class is the folder it lies in or, in a flat folder, its
 file name up to the first underscore, as in ADM's data loader; of an .npz it is the number in arr_1. `meta` says how all
 this was computed, as JSON.
 """
@@ -34,7 +34,7 @@ from evaluations.images import (
     FolderImages,
     Images,
     NpzImages,
-    list_pictures,
+    list_images,
     load_array,
     npz_keys,
 )
@@ -46,7 +46,7 @@ CROP_MODE = "box-halving-bicubic-center"  # of images.center_crop
 
 @dataclass(frozen=True)
 class Selection:
-    """The pictures that make the reference, with the class of each where it is known."""
+    """The images that make the reference, with the class of each where it is known."""
 
     images: Images
     labels: np.ndarray | None  # [N] numbers of the classes in alphabetical order, or arr_1 of the .npz
@@ -58,7 +58,7 @@ class Meta:
 
     source: str
     n_statistics: int
-    n_pictures: int
+    n_images: int
     image_size: int | None
     crop: str | None
     classes: list[str] | None
@@ -69,18 +69,18 @@ class Meta:
 
 
 def select(source: str | Path, image_size: int | None = None, classes: list[str] | None = None) -> Selection:
-    """Pictures of a folder or .npz, only those of `classes` if given. Raises EvaluationError where none are left."""
+    """Images of a folder or .npz, only those of `classes` if given. Raises EvaluationError where none are left."""
     source = Path(source).expanduser()
     if source.is_file():
         return _select_from_npz(source, image_size, classes)
-    files = list_pictures(source)
+    files = list_images(source)
     if not files:
-        raise EvaluationError(f"{source} holds no pictures")
+        raise EvaluationError(f"{source} holds no images")
     names = [_class_name(file, source) for file in files]
     known = sorted(set(names))
     if classes is not None:
         if missing := sorted(set(classes) - set(known)):
-            raise EvaluationError(f"{source} has no pictures of class {', '.join(missing[:5])}")
+            raise EvaluationError(f"{source} has no images of class {', '.join(missing[:5])}")
         files = [file for file, name in zip(files, names, strict=True) if name in set(classes)]
         names = [name for name in names if name in set(classes)]
     labels = np.array([known.index(name) for name in names])
@@ -96,7 +96,7 @@ def _select_from_npz(source: Path, image_size: int | None, classes: list[str] | 
     labels = load_array(source, "arr_1") if "arr_1" in npz_keys(source) else None
     if labels is not None and labels.shape != images.shape[:1]:
         raise EvaluationError(
-            f"arr_1 of {source} has shape {list(labels.shape)}, expected one label per picture"
+            f"arr_1 of {source} has shape {list(labels.shape)}, expected one label per image"
         )
     if classes is None:
         return Selection(images, labels)
@@ -125,7 +125,7 @@ def read_classes(path: str | Path) -> list[str]:
 
 
 def pick(images: Images, indices: np.ndarray, batch_size: int = BATCH_SIZE) -> np.ndarray:
-    """The pictures at `indices` (ascending) as one array."""
+    """The images at `indices` (ascending) as one array."""
     if isinstance(images, FolderImages):
         chosen = FolderImages([images.files[i] for i in indices], images.name, images.size)
         return np.concatenate(list(chosen.batches(0, len(indices), batch_size)))
@@ -157,7 +157,7 @@ def reference_statistics(
 
 def write_reference(
     path: str | Path,
-    pictures: np.ndarray,
+    images: np.ndarray,
     pool: Statistics,
     spatial: Statistics,
     meta: Meta,
@@ -165,7 +165,7 @@ def write_reference(
 ) -> None:
     """Write the .npz, whole or not at all."""
     arrays = {
-        "arr_0": pictures,
+        "arr_0": images,
         "mu": pool.mu,
         "sigma": pool.sigma,
         "mu_s": spatial.mu,
@@ -183,19 +183,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="folder of pictures, or .npz with arr_0")
+    parser.add_argument("source", help="folder of images, or .npz with arr_0")
     parser.add_argument("output", type=new_file, help="the .npz to write")
     parser.add_argument(
         "--image_size", type=positive, help="crop and scale to a square as ADM's training does"
     )
-    parser.add_argument("--num_images", type=positive, default=NUM_IMAGES, help="pictures kept in arr_0")
+    parser.add_argument("--num_images", type=positive, default=NUM_IMAGES, help="images kept in arr_0")
     parser.add_argument(
         "--classes", metavar="FILE", help="only these classes: a text file, one name per line"
     )
     parser.add_argument(
-        "--labels", action="store_true", help="also write the labels of the kept pictures, as arr_1"
+        "--labels", action="store_true", help="also write the labels of the kept images, as arr_1"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of the pictures kept")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of the images kept")
     add_network_options(parser)
     return parser.parse_args(arguments)
 
@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
     meta = Meta(
         source=str(args.source),
         n_statistics=count,
-        n_pictures=len(kept),
+        n_images=len(kept),
         image_size=args.image_size,
         crop=CROP_MODE if args.image_size else None,
         classes=classes,
@@ -234,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
     )
     labels = selection.labels[kept] if args.labels else None
     write_reference(args.output, pick(selection.images, kept), *computed, meta, labels)
-    print(f"{args.output}: statistics of {count} pictures, {len(kept)} of them kept")
+    print(f"{args.output}: statistics of {count} images, {len(kept)} of them kept")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _radii(points: _Points, neighbours: int, block_elements: int) -> Tensor:
     n = len(points)
     if n <= neighbours:
         raise EvaluationError(
-            f"precision and recall need more than {neighbours} pictures on each side, there are {n}"
+            f"precision and recall need more than {neighbours} images on each side, there are {n}"
         )
     nearest = points.squares.new_full((n, neighbours), torch.inf)
     blocks = list(_slices(n, max(1, math.isqrt(block_elements))))

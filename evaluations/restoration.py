@@ -1,4 +1,4 @@
-"""Table 1 of the paper: LPIPS between clean pictures and masked, SDEdit-restored and MT-Diffusion-restored ones.
+"""Table 1 of the paper: LPIPS between clean images and masked, SDEdit-restored and MT-Diffusion-restored ones.
 
     python evaluations/restoration.py mask photos/ table1 --image_size 64 --num_images 1000
     python evaluations/restoration.py sdedit table1 --model_path single_task.pt --num_channels 128 ...
@@ -7,9 +7,9 @@
     done
     python evaluations/restoration.py table table1 --json table1/table.json
 
-`mask` writes holes_M.npz for every number M of masks: arr_0 the masked pictures, mask the pixels that are left, clean the
-pictures themselves. Masks are squares anywhere inside the picture, and may overlap; masked pixels are grey (0 in
-[-1, 1]). Picture k has the same masks whatever else is in the set. `table` also takes other methods' results:
+`mask` writes holes_M.npz for every number M of masks: arr_0 the masked images, mask the pixels that are left, clean the
+images themselves. Masks are squares anywhere inside the image, and may overlap; masked pixels are grey (0 in
+[-1, 1]). Image k has the same masks whatever else is in the set. `table` also takes other methods' results:
 --row "Name=folder/name_{m}.npz" (arr_0, in the same order).
 """
 
@@ -68,9 +68,9 @@ class Table:
 def draw_masks(
     count: int, height: int, width: int, masks: int, size: int = MASK_SIZE, seed: int = 0
 ) -> np.ndarray:
-    """Which pixels are left, bool [count, height, width], under `masks` squares of `size` pixels per picture."""
+    """Which pixels are left, bool [count, height, width], under `masks` squares of `size` pixels per image."""
     if size < 1 or size > min(height, width) or masks < 0:
-        raise EvaluationError(f"{masks} masks of {size} pixels do not fit pictures of {width}x{height}")
+        raise EvaluationError(f"{masks} masks of {size} pixels do not fit images of {width}x{height}")
     left = np.ones((count, height, width), bool)
     for index in range(count):
         random = np.random.default_rng([seed, masks, index])
@@ -81,9 +81,9 @@ def draw_masks(
     return left
 
 
-def apply_masks(pictures: np.ndarray, left: np.ndarray) -> np.ndarray:
-    """Pictures uint8 [N, H, W, 3] with all but the pixels that are `left` [N, H, W] grey."""
-    return np.where(left[..., None], pictures, np.uint8(MASK_COLOR))
+def apply_masks(images: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """Images uint8 [N, H, W, 3] with all but the pixels that are `left` [N, H, W] grey."""
+    return np.where(left[..., None], images, np.uint8(MASK_COLOR))
 
 
 def write_holes(
@@ -99,7 +99,7 @@ def write_holes(
     selection = select(source, image_size)
     count = selection.images.shape[0]
     if num_images and num_images > count:
-        raise EvaluationError(f"{source} has {count} pictures, {num_images} were asked for")
+        raise EvaluationError(f"{source} has {count} images, {num_images} were asked for")
     chosen = np.sort(np.random.default_rng(seed).permutation(count)[:num_images])
     clean = pick(selection.images, chosen)
     extra = {} if selection.labels is None else {"labels": selection.labels[chosen]}
@@ -140,7 +140,7 @@ def find_result(pattern: str, masks: int) -> Path | None:
 
 
 def restoration_table(folder: str | Path, rows: dict[str, str], model: LPIPS) -> Table:
-    """LPIPS to the clean pictures of the masked ones in `folder`, and of every method in `rows` (name: pattern).
+    """LPIPS to the clean images of the masked ones in `folder`, and of every method in `rows` (name: pattern).
 
     Numbers of masks for which a method has no result are left out of its row.
     """
@@ -153,12 +153,12 @@ def restoration_table(folder: str | Path, rows: dict[str, str], model: LPIPS) ->
         for name, result in results.items():
             if result is None:
                 continue
-            pictures = load_array(result, "arr_0")
-            if pictures.shape != clean.shape:
+            images = load_array(result, "arr_0")
+            if images.shape != clean.shape:
                 raise EvaluationError(
-                    f"{result} has {list(pictures.shape)}, the clean pictures are {list(clean.shape)}: restore all of {path}"
+                    f"{result} has {list(images.shape)}, the clean images are {list(clean.shape)}: restore all of {path}"
                 )
-            distances = lpips_distances(model, clean, pictures)
+            distances = lpips_distances(model, clean, images)
             error = distances.std(ddof=1) / len(distances) ** 0.5 if len(distances) > 1 else 0.0
             cells.append(Cell(name, m, float(distances.mean()), float(error), len(distances)))
     if len(sizes) > 1:
@@ -188,8 +188,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    mask = commands.add_parser("mask", help="cut holes into clean pictures")
-    mask.add_argument("source", help="folder of pictures, or .npz with arr_0")
+    mask = commands.add_parser("mask", help="cut holes into clean images")
+    mask.add_argument("source", help="folder of images, or .npz with arr_0")
     mask.add_argument("folder", help="where to write holes_M.npz")
     mask.add_argument("--masks", type=int, nargs="+", default=list(MASKS), help="numbers of masks")
     mask.add_argument("--mask_size", type=positive, default=MASK_SIZE, help="pixels")
@@ -212,7 +212,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_device_option(edit)
 
     table = commands.add_parser("table", help="print Table 1")
-    table.add_argument("folder", help="with holes_M.npz and the restored pictures")
+    table.add_argument("folder", help="with holes_M.npz and the restored images")
     table.add_argument(
         "--row", action="append", default=[], metavar="NAME=PATTERN", help="a further method; {m}: masks"
     )
@@ -269,7 +269,7 @@ def run_sdedit(args: argparse.Namespace) -> None:
         masked = load_array(path, "arr_0")
         if masked.shape[1:3] != (args.flags["image_size"],) * 2:
             raise EvaluationError(
-                f"{path} has pictures of {masked.shape[2]}x{masked.shape[1]}, the model makes {args.flags['image_size']}"
+                f"{path} has images of {masked.shape[2]}x{masked.shape[1]}, the model makes {args.flags['image_size']}"
             )
         labels = None
         if args.flags["class_cond"]:
@@ -298,7 +298,7 @@ def run_table(args: argparse.Namespace) -> None:
         rows[name] = pattern
     model = load_lpips(args.net, args.lpips_weights, distributed.choose_device(args.device))
     table = restoration_table(args.folder, rows, model)
-    print(f"LPIPS ({table.net}, v0.1) to the clean pictures, mean ± standard error; lower is better")
+    print(f"LPIPS ({table.net}, v0.1) to the clean images, mean ± standard error; lower is better")
     for line in format_table(table):
         print(line)
     if args.json:

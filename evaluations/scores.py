@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPLIT = 5000  # pictures
+SPLIT = 5000  # images
 
 
 def inception_score(probabilities: Tensor | np.ndarray, split: int = SPLIT) -> float:

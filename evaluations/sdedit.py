@@ -1,7 +1,7 @@
 """Restoration by SDEdit (Meng et al. 2022) with a single-task model: the paper's baseline in Table 1.
 
-The masked picture is noised to an intermediate step and denoised again by the unconditional model. How far is the
-`strength`: at 1 nothing of the picture is left, at 0 it comes back as it was. This is the one module of the evaluation that
+The masked image is noised to an intermediate step and denoised again by the unconditional model. How far is the
+`strength`: at 1 nothing of the image is left, at 0 it comes back as it was. This is the one module of the evaluation that
 runs a diffusion model; it takes any with guided-diffusion's interface.
 """
 
@@ -23,13 +23,13 @@ STRENGTH = 0.5
 def sdedit(
     diffusion,
     model: torch.nn.Module,
-    pictures: Tensor,
+    images: Tensor,
     randn_like: Callable[[Tensor], Tensor],
     strength: float = STRENGTH,
     use_ddim: bool = False,
     model_kwargs: dict | None = None,
 ) -> Tensor:
-    """Noise `pictures` [B, C, H, W] in [-1, 1] to `strength` (0 to 1] of the diffusion's steps, and denoise them.
+    """Noise `images` [B, C, H, W] in [-1, 1] to `strength` (0 to 1] of the diffusion's steps, and denoise them.
 
     `randn_like(x)` makes all the noise. Raises EvaluationError for a strength that leaves no step.
     """
@@ -39,8 +39,8 @@ def sdedit(
             f"strength {strength} leaves no step of {diffusion.num_timesteps}: choose from (0, 1]"
         )
     step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
-    times = torch.arange(start, -1, -1, device=pictures.device)[:, None].expand(-1, len(pictures))
-    z = diffusion.q_sample(pictures, times[0], randn_like(pictures))
+    times = torch.arange(start, -1, -1, device=images.device)[:, None].expand(-1, len(images))
+    z = diffusion.q_sample(images, times[0], randn_like(images))
     for t in times:
         z = step(model, z, t, clip_denoised=True, model_kwargs=model_kwargs or {}, randn_like=randn_like)[
             "sample"
@@ -59,15 +59,15 @@ def restore(
     batch_size: int = 64,
     labels: np.ndarray | None = None,
 ) -> np.ndarray | None:
-    """SDEdit of `masked` pictures, uint8 [N, H, W, 3], `labels` [N] for a class-conditional model.
+    """SDEdit of `masked` images, uint8 [N, H, W, 3], `labels` [N] for a class-conditional model.
 
-    Picture k is the same whatever the batch size and the number of ranks. None on ranks other than 0.
+    Image k is the same whatever the batch size and the number of ranks. None on ranks other than 0.
     """
     from guided_diffusion.seeding import PerSample  # here: nothing else of the evaluation needs the models
 
     start, stop = distributed.share(len(masked))
     parts = [torch.empty(0, *masked.shape[1:], dtype=torch.uint8)]
-    with tqdm(total=stop - start, unit="picture", disable=distributed.rank() > 0) as bar:
+    with tqdm(total=stop - start, unit="image", disable=distributed.rank() > 0) as bar:
         for first in range(start, stop, batch_size):
             indices = range(first, min(first + batch_size, stop))
             x = torch.from_numpy(masked[indices.start : indices.stop]).to(device)

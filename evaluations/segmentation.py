@@ -3,7 +3,7 @@
     python evaluations/segmentation.py truth/ predictions/ --palette cityscapes
     python evaluations/segmentation.py truth.npz predictions.npz --palette my_palette.txt --json scores.json
 
-Each side is a folder of pictures, paired by file name, or an .npz (arr_0): colour maps [N, H, W, 3], every pixel of
+Each side is a folder of images, paired by file name, or an .npz (arr_0): colour maps [N, H, W, 3], every pixel of
 which counts as the nearest colour of the palette, or class indices [N, H, W]. Pixels whose truth is void do not
 count; a prediction of void counts as a miss, and against no other class (Cityscapes' own rule).
 
@@ -30,11 +30,11 @@ from PIL import Image
 
 from evaluations.arguments import add_json_option
 from evaluations.errors import EvaluationError, MissingFileError, exit_on_error
-from evaluations.images import list_pictures, load_array
+from evaluations.images import list_images, load_array
 
 PALETTES = Path(__file__).resolve().parent / "palettes"
 VOID_INDEX = 255  # in index maps, beside the palette's own
-# Cityscapes names the same picture differently in each of its folders.
+# Cityscapes names the same image differently in each of its folders.
 SUFFIXES = ("_leftImg8bit", "_gtFine_color", "_gtFine_labelTrainIds", "_gtFine_labelIds")
 
 
@@ -114,7 +114,7 @@ class SegmentationScores:
     class_iou: float  # mean over the classes that occur in truth or prediction
     accuracy_by_class: dict[str, float | None]  # None for a class that does not occur
     iou_by_class: dict[str, float | None]
-    n: int  # pictures
+    n: int  # images
     pixels: int  # counted
     palette: str
 
@@ -126,12 +126,12 @@ class Confusion:
     """Counts how often each true class was predicted as each class."""
 
     def __init__(self, palette: Palette):
-        self.palette, self.pictures = palette, 0
+        self.palette, self.images = palette, 0
         k = len(palette)
         self._counts = np.zeros((k, k + 1), np.int64)  # [truth, prediction]; the last column is void
 
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Count one picture or several: index maps [..., H, W] of one shape, where len(palette) is void."""
+        """Count one image or several: index maps [..., H, W] of one shape, where len(palette) is void."""
         if truth.shape != prediction.shape:
             raise EvaluationError(
                 f"truth is {list(truth.shape)}, prediction {list(prediction.shape)}: scale them alike"
@@ -140,7 +140,7 @@ class Confusion:
         counted = truth.ravel() < k
         pairs = truth.ravel()[counted].astype(np.int64) * (k + 1) + prediction.ravel()[counted]
         self._counts += np.bincount(pairs, minlength=k * (k + 1)).reshape(k, k + 1)
-        self.pictures += int(np.prod(truth.shape[:-2]))
+        self.images += int(np.prod(truth.shape[:-2]))
 
     def scores(self) -> SegmentationScores:
         """Raises EvaluationError where no pixel counts."""
@@ -157,7 +157,7 @@ class Confusion:
             class_iou=float(np.nanmean(iou)),
             accuracy_by_class=self._by_class(accuracy),
             iou_by_class=self._by_class(iou),
-            n=self.pictures,
+            n=self.images,
             pixels=pixels,
             palette=self.palette.name,
         )
@@ -174,27 +174,27 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 def segmentation_scores(
     truth: Iterable[np.ndarray], predictions: Iterable[np.ndarray], palette: Palette = CITYSCAPES
 ) -> SegmentationScores:
-    """Scores of `predictions` against `truth`: pictures one by one, colour maps [H, W, 3] or index maps [H, W]."""
+    """Scores of `predictions` against `truth`: images one by one, colour maps [H, W, 3] or index maps [H, W]."""
     confusion = Confusion(palette)
     for one, other in zip(truth, predictions, strict=True):
         confusion.add(to_indices(one, palette)[None], to_indices(other, palette)[None])
     return confusion.scores()
 
 
-def to_indices(picture: np.ndarray, palette: Palette) -> np.ndarray:
+def to_indices(image: np.ndarray, palette: Palette) -> np.ndarray:
     """Class indices, len(palette) for void, of a colour map [..., 3] uint8 or an index map.
 
     A colour counts as the nearest of the palette, void included. In an index map 255, -1 and the number after the last
     class are void. Raises EvaluationError for floats and for numbers that are no class.
     """
-    if picture.dtype == bool or not np.issubdtype(picture.dtype, np.integer):
+    if image.dtype == bool or not np.issubdtype(image.dtype, np.integer):
         raise EvaluationError(
-            f"a segmentation map must hold integers or uint8 colours, this one is {picture.dtype}"
+            f"a segmentation map must hold integers or uint8 colours, this one is {image.dtype}"
         )
-    if picture.ndim >= 3 and picture.shape[-1] == 3:
-        return _nearest(picture, palette)
+    if image.ndim >= 3 and image.shape[-1] == 3:
+        return _nearest(image, palette)
     k = len(palette)
-    indices = picture.astype(np.int64)
+    indices = image.astype(np.int64)
     indices = np.where((indices == VOID_INDEX) | (indices == -1), k, indices)
     if indices.min() < 0 or indices.max() > k:
         wrong = int(indices.max()) if indices.max() > k else int(indices.min())
@@ -204,10 +204,10 @@ def to_indices(picture: np.ndarray, palette: Palette) -> np.ndarray:
     return indices
 
 
-def _nearest(picture: np.ndarray, palette: Palette) -> np.ndarray:
+def _nearest(image: np.ndarray, palette: Palette) -> np.ndarray:
     colors = np.concatenate([palette.colors, palette.void_colors]).astype(np.int64)
     # A map has few distinct colours, or at most a few thousand around each where it was generated or compressed.
-    packed = picture.reshape(-1, 3).astype(np.int64) @ (1 << 16, 1 << 8, 1)
+    packed = image.reshape(-1, 3).astype(np.int64) @ (1 << 16, 1 << 8, 1)
     distinct, where = np.unique(packed, return_inverse=True)
     values = np.stack([distinct >> 16, distinct >> 8 & 255, distinct & 255], 1)
     nearest = np.concatenate(
@@ -218,22 +218,22 @@ def _nearest(picture: np.ndarray, palette: Palette) -> np.ndarray:
     )
     exactly_void = (values[:, None] == palette.exact_void_colors).all(2).any(1)
     nearest = np.where(exactly_void, len(palette), np.minimum(nearest, len(palette)))
-    return nearest[where.ravel()].reshape(picture.shape[:-1])
+    return nearest[where.ravel()].reshape(image.shape[:-1])
 
 
 def open_maps(path: str | Path) -> dict[str, np.ndarray | Path]:
     """The maps of a folder or .npz by name; files are not read yet."""
     path = Path(path)
     if path.is_dir():
-        files = list_pictures(path)
+        files = list_images(path)
         if not files:
-            raise EvaluationError(f"{path} holds no pictures")
+            raise EvaluationError(f"{path} holds no images")
         return {_pair_name(file.relative_to(path)): file for file in files}
-    return {str(number): picture for number, picture in enumerate(load_array(path, "arr_0"))}
+    return {str(number): image for number, image in enumerate(load_array(path, "arr_0"))}
 
 
 def paired_maps(truth: str | Path, predictions: str | Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Truth and prediction, picture by picture, in the order of their names. Raises EvaluationError if some do not pair."""
+    """Truth and prediction, image by image, in the order of their names. Raises EvaluationError if some do not pair."""
     first, second = open_maps(truth), open_maps(predictions)
     if lonely := sorted(first.keys() ^ second.keys()):
         raise EvaluationError(
@@ -254,13 +254,11 @@ def _read_map(given: np.ndarray | Path) -> np.ndarray:
     if isinstance(given, np.ndarray):
         return given
     try:
-        with Image.open(given) as picture:
-            # A palette picture ("P") or a grey one holds the class indices themselves.
-            pixels = np.asarray(
-                picture if picture.mode in ("P", "L", "I", "I;16") else picture.convert("RGB")
-            )
+        with Image.open(given) as image:
+            # A palette image ("P") or a grey one holds the class indices themselves.
+            pixels = np.asarray(image if image.mode in ("P", "L", "I", "I;16") else image.convert("RGB"))
     except (OSError, SyntaxError) as error:
-        raise EvaluationError(f"{given} cannot be read as a picture ({error})") from error
+        raise EvaluationError(f"{given} cannot be read as an image ({error})") from error
     if given.stem.endswith("_labelIds") and pixels.ndim == 2:
         table = np.full(256, VOID_INDEX)
         table[list(CITYSCAPES_IDS)] = range(len(CITYSCAPES_IDS))

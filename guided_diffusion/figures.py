@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets of samples and their modalities, and curves."""
+"""Images for people: contact sheets of samples and their modalities, and curves."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Row:
 
 
 def contact_sheet(rows: Sequence[Row], tile: int = 64) -> Image.Image:
-    """The rows below each other; pictures are enlarged without smoothing to about `tile` pixels, never
+    """The rows below each other; images are enlarged without smoothing to about `tile` pixels, never
     reduced.
 
     Grey, RGB and RGBA images are drawn (the last over white); of others, the first channel.
@@ -44,7 +44,7 @@ def contact_sheet(rows: Sequence[Row], tile: int = 64) -> Image.Image:
     font = ImageFont.load_default(size=_TEXT)
     blocks = [_block(row, tile, font) for row in rows if len(row.images)]
     if not blocks:
-        raise ValueError("a contact sheet needs at least one picture")
+        raise ValueError("a contact sheet needs at least one image")
     width = max(block.width for block in blocks)
     sheet = Image.new("RGB", (width + 2 * _MARGIN, sum(b.height + _MARGIN for b in blocks) + _MARGIN), _PAPER)
     top = _MARGIN
@@ -55,36 +55,34 @@ def contact_sheet(rows: Sequence[Row], tile: int = 64) -> Image.Image:
 
 
 def _block(row, tile, font):
-    pictures = [_picture(image, tile) for image in row.images]
-    side = pictures[0].size
+    images = [_image(image, tile) for image in row.images]
+    side = images[0].size
     caption_height = _TEXT + 4 if row.captions else 0
     title_width = int(font.getlength(row.title)) + 2
-    width = max(len(pictures) * (side[0] + _MARGIN) - _MARGIN, title_width)
+    width = max(len(images) * (side[0] + _MARGIN) - _MARGIN, title_width)
     block = Image.new("RGB", (width, _TEXT + 5 + side[1] + caption_height), _PAPER)
     draw = ImageDraw.Draw(block)
     draw.text((0, 0), row.title, fill=_INK, font=font)
-    for k, picture in enumerate(pictures):
+    for k, pil in enumerate(images):
         left = k * (side[0] + _MARGIN)
-        block.paste(picture, (left, _TEXT + 5))
+        block.paste(pil, (left, _TEXT + 5))
         if k < len(row.captions):
             middle = left + side[0] / 2
             draw.text((middle, _TEXT + 6 + side[1]), row.captions[k], fill=_INK, font=font, anchor="mt")
     return block
 
 
-def _picture(image, tile):
+def _image(image, tile):
     channels = image.shape[-1]
     if channels == 3:
-        picture = Image.fromarray(image, "RGB")
+        pil = Image.fromarray(image, "RGB")
     elif channels == 4:
         over = Image.fromarray(image, "RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over).convert(
-            "RGB"
-        )
+        pil = Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over).convert("RGB")
     else:
-        picture = Image.fromarray(np.ascontiguousarray(image[..., 0]), "L").convert("RGB")
-    factor = max(1, round(tile / picture.height))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        pil = Image.fromarray(np.ascontiguousarray(image[..., 0]), "L").convert("RGB")
+    factor = max(1, round(tile / pil.height))
+    return pil.resize((pil.width * factor, pil.height * factor), Image.Resampling.NEAREST)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axes:
-    """Where the curves of `line_plot` lie in the picture: data ranges, and their box in pixels."""
+    """Where the curves of `line_plot` lie in the image: data ranges, and their box in pixels."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
@@ -141,13 +139,13 @@ def line_plot(
         size[1] - 2 * line - len(legend) * line - 2 * _MARGIN,
     )
     axes = Axes((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), box)
-    picture = Image.new("RGB", size, _PAPER)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(image)
     _draw_axes(draw, axes, x_ticks, y_ticks, font)
     middle = (box[0] + box[2]) / 2
     draw.text((middle, _MARGIN), title, fill=_INK, font=font, anchor="mt")
     draw.text((middle, box[3] + line + 2), x_label, fill=_INK, font=font, anchor="mt")
-    _draw_upright(picture, y_label, (_MARGIN, (box[1] + box[3]) / 2), font)
+    _draw_upright(image, y_label, (_MARGIN, (box[1] + box[3]) / 2), font)
     for k, curve in enumerate(curves):
         _draw_curve(draw, axes, curve, _COLOURS[k % len(_COLOURS)])
     for row, entries in enumerate(legend):
@@ -158,7 +156,7 @@ def line_plot(
                 draw, [(left, middle_y), (left + 24, middle_y)], _COLOURS[k % len(_COLOURS)], curves[k].dashed
             )
             draw.text((left + 30, top), curves[k].name, fill=_INK, font=font)
-    return picture, axes
+    return image, axes
 
 
 def round_ticks(low: float, high: float, about: int = 6) -> list[float]:
@@ -218,11 +216,11 @@ def _draw_path(draw, points, colour, dashed):
             )
 
 
-def _draw_upright(picture, text, place, font):
+def _draw_upright(image, text, place, font):
     strip = Image.new("L", (int(font.getlength(text)) + 2, _TEXT + 4), 0)
     ImageDraw.Draw(strip).text((1, 0), text, fill=255, font=font)
     strip = strip.rotate(90, expand=True)
-    picture.paste(_INK, (int(place[0]), int(place[1] - strip.height / 2)), strip)
+    image.paste(_INK, (int(place[0]), int(place[1] - strip.height / 2)), strip)
 
 
 def _legend_lines(curves, width, font):

@@ -1,7 +1,7 @@
 """Gaussian diffusion: the forward process, its reversal, samplers and losses (upstream:
 guided_diffusion/gaussian_diffusion.py).
 
-Indices run 0..T-1, abar_t is `alphas_cumprod[t]`. Pictures are float tensors [B, C, ...] in [-1, 1], `t` is
+Indices run 0..T-1, abar_t is `alphas_cumprod[t]`. Images are float tensors [B, C, ...] in [-1, 1], `t` is
 int64 [B]. A model is a callable (x, timesteps, **model_kwargs) -> [B, C, ...], or [B, 2C, ...] where it
 learns the variance.
 """
@@ -14,8 +14,8 @@ import numpy as np
 import torch as th
 from tqdm.auto import tqdm
 
-from .aggregation import JointOutput
 from .losses import discretized_gaussian_log_likelihood, normal_kl
+from .mt.aggregation import JointOutput
 from .nn import mean_flat
 
 
@@ -70,7 +70,7 @@ def _final_sample(progressive):
         return sample
 
     loop.__name__ = progressive.__name__.removesuffix("_progressive")
-    loop.__doc__ = f"Sample from noise to picture: a tensor of `shape`. Arguments as {progressive.__name__}."
+    loop.__doc__ = f"Sample from noise to image: a tensor of `shape`. Arguments as {progressive.__name__}."
     return loop
 
 
@@ -79,7 +79,7 @@ class GaussianDiffusion:
 
     betas: float [T] in (0, 1], from t = 0 on; model_mean_type, model_var_type, loss_type: the enums above;
     rescale_timesteps: the model is called with t * 1000 / T; aggregation: an `Aggregation`, where modalities
-    are diffused with the picture. Tables are NumPy float64 attributes under upstream's names.
+    are diffused with the image. Tables are NumPy float64 attributes under upstream's names.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class GaussianDiffusion:
         return z_t - self.aggregation.shift(encodings, t) if encodings else z_t
 
     def from_frame(self, y_t, t, encodings):
-        """z_t of y_t, the inverse of `to_frame`; t = -1 is the picture itself."""
+        """z_t of y_t, the inverse of `to_frame`; t = -1 is the image itself."""
         return y_t + self.aggregation.shift(encodings, t) if encodings else y_t
 
     def q_posterior_mean_variance(self, x_start, x_t, t, encodings=None):
@@ -411,7 +411,7 @@ class GaussianDiffusion:
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None, encodings=None):
         """One term of the variational bound in bits per dimension: `output` [B] and `pred_xstart`.
 
-        At t = 0 the negative log likelihood of the 8-bit picture, else KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1}
+        At t = 0 the negative log likelihood of the 8-bit image, else KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1}
         | x_t)).
         """
         given = _given(encodings)
@@ -471,7 +471,7 @@ class GaussianDiffusion:
 
     @th.no_grad()
     def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None):
-        """The whole bound, term by term, on pictures x_start.
+        """The whole bound, term by term, on images x_start.
 
         Returns total_bpd [B] = prior_bpd [B] + the sum over the T columns of vb [B, T] (last timestep first),
         and the mean squared errors xstart_mse and mse (of the noise), [B, T].

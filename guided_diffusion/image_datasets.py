@@ -1,13 +1,13 @@
-"""Pictures and their labels for training (interface: openai/guided-diffusion, image_datasets.py).
+"""Images and their labels for training (interface: openai/guided-diffusion, image_datasets.py).
 
-The data is a folder of pictures (jpg, jpeg, png, gif; subfolders too), or an .npz file with uint8 pictures
+The data is a folder of images (jpg, jpeg, png, gif; subfolders too), or an .npz file with uint8 images
 [N, H, W, C] under arr_0 and, optionally, integer labels [N] under arr_1 or labels, where -1 means unlabelled.
 
 Where a folder's labels come from, the first rule that gives labels with a meaning:
 1. the file name up to the first "_" (upstream's rule: cat_001.png is a cat);
-2. the folder that the picture is in (.../cat/001.png);
+2. the folder that the image is in (.../cat/001.png);
 3. the topmost folder (cat/images/001.png).
-Labels have a meaning where there are at least two, and at least half of the pictures share theirs with
+Labels have a meaning where there are at least two, and at least half of the images share theirs with
 another. The labels are numbered in the alphabetical order of their names.
 """
 
@@ -39,10 +39,10 @@ from .errors import UserError, UserFileError, UserValueError
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode for a number of channels
 
-# Training stops when more pictures than this cannot be read.
+# Training stops when more images than this cannot be read.
 MAX_BAD = 10
 
-# What Pillow raises for a file that is truncated, corrupt or no picture at all.
+# What Pillow raises for a file that is truncated, corrupt or no image at all.
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -57,35 +57,35 @@ Batches = Iterator[tuple[th.Tensor, dict[str, th.Tensor]]]
 
 
 class LabelledImages(NamedTuple):
-    """The pictures of a folder. `labels` are indices into `class_names`, which are in alphabetical order."""
+    """The images of a folder. `labels` are indices into `class_names`, which are in alphabetical order."""
 
     paths: list[str]
     labels: list[int]
     class_names: list[str]
 
 
-class BadPictureError(UserError):
-    """A picture that cannot be read; the message names it and says why."""
+class BadImageError(UserError):
+    """An image that cannot be read; the message names it and says why."""
 
 
 def load_data(
     *,
     data_dir: str,  # folder or .npz
     batch_size: int,  # of this rank
-    image_size: int,  # pictures are scaled to it on the shorter side, then cropped to a square
+    image_size: int,  # images are scaled to it on the shorter side, then cropped to a square
     class_cond: bool = False,  # give labels
     deterministic: bool = False,  # in the order of the file names
     random_crop: bool = False,
     random_flip: bool = True,  # left-right, half of the time
     num_workers: int = 1,
     image_channels: int = 3,
-    max_bad: int = MAX_BAD,  # unreadable pictures before training stops
+    max_bad: int = MAX_BAD,  # unreadable images before training stops
     label_from: str = "auto",  # or "prefix" or "folder", where both have a meaning
     allow_unlabelled: bool = False,  # accept labels of -1
 ) -> Batches:
     """Endless batches (float32 [B, C, H, W] in [-1, 1], {"y": int64 [B]} or {}) of this rank's share.
 
-    Raises UserError where the data cannot be used: at once, or later at more than `max_bad` bad pictures.
+    Raises UserError where the data cannot be used: at once, or later at more than `max_bad` bad images.
     """
     dataset = open_dataset(
         data_dir,
@@ -101,12 +101,12 @@ def load_data(
     )
     if len(dataset) < batch_size:
         raise UserValueError(
-            f"{data_dir!r} has {len(dataset)} pictures for this rank, fewer than batch_size {batch_size}; "
-            "use a smaller batch, fewer ranks or more pictures"
+            f"{data_dir!r} has {len(dataset)} images for this rank, fewer than batch_size {batch_size}; "
+            "use a smaller batch, fewer ranks or more images"
         )
     if class_cond and not allow_unlabelled and min(dataset.local_classes) < 0:
         raise UserValueError(
-            f"{data_dir!r} has unlabelled pictures (-1), which a class-conditional model cannot use"
+            f"{data_dir!r} has unlabelled images (-1), which a class-conditional model cannot use"
         )
     loader = DataLoader(
         _Guarded(dataset),
@@ -123,7 +123,7 @@ def load_data(
 
 
 def load_stream(
-    dataset: "PictureDataset",  # all of the data, not a rank's share
+    dataset: "SquareImages",  # all of the data, not a rank's share
     batch_size: int,  # of this rank
     seed: int,
     start_step: int = 0,
@@ -134,7 +134,7 @@ def load_stream(
     """Endless shuffled batches that continue at any step exactly as if they had never stopped.
 
     Like `load_data`, with "position" (int64 [B]) beside "y": the number of the sample in the global stream.
-    Which picture stands there, and how it is cropped and flipped, depends on (seed, position) alone: not on
+    Which image stands there, and how it is cropped and flipped, depends on (seed, position) alone: not on
     the workers, and not on how the ranks share a global batch. Leaves the global random generators alone.
     """
     batches = ResumableBatches(
@@ -179,16 +179,16 @@ def open_dataset(
     num_shards: int = 1,
     max_bad: int = MAX_BAD,
     label_from: str = "auto",
-) -> "PictureDataset":
-    """The dataset behind `load_data`: every `num_shards`-th picture from `shard` on.
+) -> "SquareImages":
+    """The dataset behind `load_data`: every `num_shards`-th image from `shard` on.
 
     Its `class_names` tell the number of classes where `class_cond`. Raises UserError where the data is
     missing, empty or, with `class_cond`, without labels that have a meaning.
     """
     if not path:
-        raise UserValueError("unspecified data directory: give a folder of pictures or an .npz file")
+        raise UserValueError("unspecified data directory: give a folder of images or an .npz file")
     if image_channels not in MODES and not _is_npz(path):
-        raise UserValueError(f"pictures have 1, 3 or 4 channels, not {image_channels}")
+        raise UserValueError(f"images have 1, 3 or 4 channels, not {image_channels}")
     common = dict(
         shard=shard,
         num_shards=num_shards,
@@ -212,12 +212,12 @@ def open_dataset(
         )
         dataset = ImageDataset(image_size, found.paths, found.labels, class_names=found.class_names, **common)
     if len(dataset) == 0:
-        raise UserValueError(f"{path!r} has fewer pictures than there are ranks ({num_shards})")
+        raise UserValueError(f"{path!r} has fewer images than there are ranks ({num_shards})")
     return dataset
 
 
 def list_labelled_images(data_dir: str, label_from: str = "auto") -> LabelledImages:
-    """All pictures below a folder with their labels, by the rules at the head of this module.
+    """All images below a folder with their labels, by the rules at the head of this module.
 
     `label_from`: "prefix" or "folder" instead of "auto" leaves only that. Raises UserValueError where no rule
     gives labels with a meaning.
@@ -233,8 +233,8 @@ def list_labelled_images(data_dir: str, label_from: str = "auto") -> LabelledIma
     chosen = next((k for k in rules if label_from in ("auto", k) and names[k]), None)
     if chosen is None:
         raise UserValueError(
-            f"{data_dir!r} has no labels with a meaning: among its {len(paths)} pictures "
-            f"{_tried(label_from)} at least two classes of several pictures. Name the files "
+            f"{data_dir!r} has no labels with a meaning: among its {len(paths)} images "
+            f"{_tried(label_from)} at least two classes of several images. Name the files "
             "CLASS_anything.png, or put each class into a folder of its own, or train without class_cond"
         )
     class_names = sorted(set(names[chosen]))
@@ -258,8 +258,8 @@ def count_classes(path: str, label_from: str = "auto") -> int:
     return int(labels.max()) + 1
 
 
-class PictureDataset(Dataset):
-    """Square pictures, cropped and flipped, with labels where `local_classes` is not None. See `load`.
+class SquareImages(Dataset):
+    """Square images, cropped and flipped, with labels where `local_classes` is not None. See `load`.
 
     A subclass says in `pixels` where they come from. The next one stands in for one that cannot be read.
     """
@@ -289,21 +289,21 @@ class PictureDataset(Dataset):
     def __len__(self) -> int:
         return len(self.local_images)
 
-    def subset(self, indices: Sequence[int]) -> "PictureDataset":
-        """The dataset of only these pictures, in this order."""
+    def subset(self, indices: Sequence[int]) -> "SquareImages":
+        """The dataset of only these images, in this order."""
         part = copy.copy(self)
         part.local_images = _choose(self.local_images, indices)
         part.local_classes = None if self.local_classes is None else _choose(self.local_classes, indices)
         return part
 
     def pixels(self, idx: int, rng: random.Random) -> np.ndarray:
-        """Picture `idx`, cropped: uint8 [resolution, resolution, C]. Raises BadPictureError."""
+        """Image `idx`, cropped: uint8 [resolution, resolution, C]. Raises BadImageError."""
         raise NotImplementedError
 
     def load(self, idx: int, rng: random.Random = random) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Picture `idx`: (float32 [C, H, W] in [-1, 1], {"y": int64 []} or {}). Raises BadPictureError.
+        """Image `idx`: (float32 [C, H, W] in [-1, 1], {"y": int64 []} or {}). Raises BadImageError.
 
-        It is cropped and flipped with numbers from `rng`; none is drawn before the picture has been read.
+        It is cropped and flipped with numbers from `rng`; none is drawn before the image has been read.
         """
         arr = self.pixels(idx, rng)
         if self.random_flip and rng.random() < 0.5:
@@ -316,20 +316,20 @@ class PictureDataset(Dataset):
     def load_or_next(
         self, idx: int, rng: random.Random = random
     ) -> tuple[np.ndarray | None, dict[str, np.ndarray], list[str]]:
-        """`load`, or the next picture that can be read, and what is wrong with those before it.
+        """`load`, or the next image that can be read, and what is wrong with those before it.
 
-        The array is None where `max_bad` + 1 pictures, or all, are unreadable.
+        The array is None where `max_bad` + 1 images, or all, are unreadable.
         """
         bad: list[str] = []
         for offset in range(min(self.max_bad + 1, len(self))):
             try:
                 return *self.load((idx + offset) % len(self), rng), bad
-            except BadPictureError as error:
+            except BadImageError as error:
                 bad.append(str(error))
         return None, {}, bad
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """`load` with Python's global generator. Warns of bad pictures; UserError at more than `max_bad`."""
+        """`load` with Python's global generator. Warns of bad images; UserError at more than `max_bad`."""
         arr, out_dict, bad = self.load_or_next(idx)
         _report(bad, self._bad, self.max_bad, warnings.warn)
         if arr is None:
@@ -344,8 +344,8 @@ class PictureDataset(Dataset):
         return arr.reshape(self.resolution, self.resolution, self.image_channels)
 
 
-class ImageDataset(PictureDataset):
-    """Pictures in files: every `num_shards`-th of `image_paths` from `shard` on."""
+class ImageDataset(SquareImages):
+    """Images in files: every `num_shards`-th of `image_paths` from `shard` on."""
 
     def __init__(
         self,
@@ -380,16 +380,16 @@ class ImageDataset(PictureDataset):
                 image.load()
             image = _to_channels(image, self.image_channels)
         except Image.UnidentifiedImageError as error:
-            raise BadPictureError(f"{path}: not a picture") from error
+            raise BadImageError(f"{path}: not an image") from error
         except UNREADABLE as error:
-            raise BadPictureError(f"{path}: {error}") from error
+            raise BadImageError(f"{path}: {error}") from error
         return self._crop(image, rng)
 
 
-class ArrayDataset(PictureDataset):
-    """Pictures in memory: uint8 [N, H, W, C] or [N, H, W], with labels [N] (-1: unlabelled) or None.
+class ArrayDataset(SquareImages):
+    """Images in memory: uint8 [N, H, W, C] or [N, H, W], with labels [N] (-1: unlabelled) or None.
 
-    `resolution` and `image_channels` are the pictures' own where None. Raises UserValueError for other data.
+    `resolution` and `image_channels` are the images' own where None. Raises UserValueError for other data.
     """
 
     def __init__(
@@ -410,7 +410,7 @@ class ArrayDataset(PictureDataset):
             images = images[..., None]
         if images.ndim != 4 or images.dtype != np.uint8:
             raise UserValueError(
-                f"pictures must be uint8 [N, H, W, C] or [N, H, W], not {images.dtype} {list(images.shape)}"
+                f"images must be uint8 [N, H, W, C] or [N, H, W], not {images.dtype} {list(images.shape)}"
             )
         height, width, channels = images.shape[1:]
         resolution = min(height, width) if resolution is None else resolution
@@ -418,7 +418,7 @@ class ArrayDataset(PictureDataset):
         as_is = (height, width, channels) == (resolution, resolution, image_channels) and not random_crop
         if not as_is and not {channels, image_channels} <= MODES.keys():
             raise UserValueError(
-                f"pictures of {height}x{width} with {channels} channels cannot be turned into "
+                f"images of {height}x{width} with {channels} channels cannot be turned into "
                 f"{resolution}x{resolution} with {image_channels}: only 1, 3 and 4 channels can be converted"
             )
         if labels is not None:
@@ -429,7 +429,7 @@ class ArrayDataset(PictureDataset):
                 or labels.min(initial=0) < -1
             ):
                 raise UserValueError(
-                    f"labels must be {len(images)} integers from -1 (unlabelled) up, one for each picture, "
+                    f"labels must be {len(images)} integers from -1 (unlabelled) up, one for each image, "
                     f"not {labels.dtype} {list(labels.shape)}"
                 )
             if class_names is None:
@@ -455,9 +455,9 @@ class ArrayDataset(PictureDataset):
 
 
 def hold_out(
-    dataset: PictureDataset, count: int, seed: int
-) -> tuple[PictureDataset, tuple[th.Tensor, dict[str, th.Tensor]]]:
-    """Split off `count` random pictures: (the rest, (float32 [count, C, H, W], {"y": int64 [count]} or {})).
+    dataset: SquareImages, count: int, seed: int
+) -> tuple[SquareImages, tuple[th.Tensor, dict[str, th.Tensor]]]:
+    """Split off `count` random images: (the rest, (float32 [count, C, H, W], {"y": int64 [count]} or {})).
 
     Which ones depends on (the size of the dataset, seed). They are neither flipped nor cropped at random. One
     that cannot be read stays in the rest.
@@ -468,13 +468,13 @@ def hold_out(
     for idx in np.random.RandomState(seed % 2**32).permutation(len(dataset)).tolist():
         if len(chosen) == count:
             break
-        with contextlib.suppress(BadPictureError):
+        with contextlib.suppress(BadImageError):
             arr, out_dict = still.load(idx)
             chosen.append(idx)
             items.append((arr, out_dict, []))
     if len(chosen) < count:
         raise UserValueError(
-            f"{count} pictures cannot be held out of {len(dataset)}: only {len(chosen)} can be read"
+            f"{count} images cannot be held out of {len(dataset)}: only {len(chosen)} can be read"
         )
     rest = dataset.subset(sorted(set(range(len(dataset))) - set(chosen)))
     if not items:
@@ -506,7 +506,7 @@ class ResumableBatches(Sampler[list[tuple[int, int]]]):
     ):
         if min(size, batch_size, world_size) < 1 or not 0 <= rank < world_size or start_step < 0:
             raise UserValueError(
-                f"no batches of {batch_size} from {size} pictures at step {start_step} "
+                f"no batches of {batch_size} from {size} images at step {start_step} "
                 f"for rank {rank} of {world_size}"
             )
         self.size = size
@@ -539,7 +539,7 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
-    """The middle square of a picture, its shorter side scaled to `image_size`: uint8 [H, W] or [H, W, C]."""
+    """The middle square of an image, its shorter side scaled to `image_size`: uint8 [H, W] or [H, W, C]."""
     arr = np.array(_scale_shorter_side(pil_image, image_size))
     top, left = ((side - image_size) // 2 for side in arr.shape[:2])
     return arr[top : top + image_size, left : left + image_size]
@@ -555,7 +555,7 @@ def random_crop_arr(
 ) -> np.ndarray:
     """A random square: uint8 [H, W] or [H, W, C].
 
-    Its side is a random fraction, between the two given, of the picture's shorter side. Draws three numbers
+    Its side is a random fraction, between the two given, of the image's shorter side. Draws three numbers
     from `rng`: the scale, the top, the left.
     """
     shorter = rng.randrange(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac) + 1)
@@ -580,7 +580,7 @@ def _to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
-    """The paths of all pictures below a folder, depth first in alphabetical order."""
+    """The paths of all images below a folder, depth first in alphabetical order."""
     results = []
     for entry in sorted(bf.scandir(data_dir), key=lambda entry: entry.name):
         stem, _, extension = entry.name.rpartition(".")
@@ -599,10 +599,10 @@ def _list_images(data_dir: str) -> list[str]:
     if not bf.exists(data_dir):
         raise UserFileError(f"data not found: {data_dir!r} does not exist")
     if not bf.isdir(data_dir):
-        raise UserFileError(f"{data_dir!r} is neither a folder of pictures nor an .npz file")
+        raise UserFileError(f"{data_dir!r} is neither a folder of images nor an .npz file")
     paths = _list_image_files_recursively(data_dir)
     if not paths:
-        raise UserFileError(f"no pictures ({', '.join(EXTENSIONS)}) in {data_dir!r} or its subfolders")
+        raise UserFileError(f"no images ({', '.join(EXTENSIONS)}) in {data_dir!r} or its subfolders")
     return paths
 
 
@@ -661,9 +661,7 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with np.load(data) as arrays:
             if "arr_0" not in arrays:
-                raise UserValueError(
-                    f"{path!r} has no array arr_0 with the pictures, only {', '.join(arrays)}"
-                )
+                raise UserValueError(f"{path!r} has no array arr_0 with the images, only {', '.join(arrays)}")
             labels = next((arrays[key] for key in ("labels", "arr_1") if key in arrays), None)
             return arrays["arr_0"], labels
     except UserValueError:
@@ -673,9 +671,9 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 class _Guarded(Dataset):
-    """A dataset whose items tell which pictures could not be read: the main process counts them."""
+    """A dataset whose items tell which images could not be read: the main process counts them."""
 
-    def __init__(self, dataset: PictureDataset):
+    def __init__(self, dataset: SquareImages):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -688,7 +686,7 @@ class _Guarded(Dataset):
 class _Seeded(_Guarded):
     """The same for the keys of `ResumableBatches`: the augmentation is a function of (seed, position)."""
 
-    def __init__(self, dataset: PictureDataset, seed: int):
+    def __init__(self, dataset: SquareImages, seed: int):
         super().__init__(dataset)
         self.seed = seed
 
@@ -733,18 +731,18 @@ def _batches(loader: DataLoader, max_bad: int) -> Batches:
 
 
 def _report(bad: Sequence[str], seen: set[str], max_bad: int, warn: Callable[[str], Any]) -> None:
-    """Warn of every bad picture once. Raises UserError at more than `max_bad` of them."""
+    """Warn of every bad image once. Raises UserError at more than `max_bad` of them."""
     for message in bad:
         if message in seen:
             continue
         seen.add(message)
         if len(seen) > max_bad:
             raise UserError(
-                f"more than max_bad={max_bad} pictures cannot be read, the last of them {message}; "
+                f"more than max_bad={max_bad} images cannot be read, the last of them {message}; "
                 "repair or remove them (the others were named before)"
             )
-        warn(f"WARNING: skipped a picture that cannot be read ({len(seen)} of at most {max_bad}): {message}")
+        warn(f"WARNING: skipped an image that cannot be read ({len(seen)} of at most {max_bad}): {message}")
 
 
 def _none_readable(bad: Sequence[str]) -> UserError:
-    return UserError(f"none of the pictures can be read, for instance {bad[-1]}")
+    return UserError(f"none of the images can be read, for instance {bad[-1]}")

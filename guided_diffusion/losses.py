@@ -29,7 +29,7 @@ def approx_standard_normal_cdf(x):
 def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     """log of the mass that N(means, e^(2 log_scales)) gives to the 1/255-wide bin around x, elementwise.
 
-    x: 8-bit pictures scaled to [-1, 1]; the two outermost bins reach to infinity. All shapes equal
+    x: 8-bit images scaled to [-1, 1]; the two outermost bins reach to infinity. All shapes equal
     (ValueError).
     """
     if not x.shape == means.shape == log_scales.shape:

@@ -2,7 +2,7 @@
 
 The flags are parsed once, into `ModelConfig`, `ClassifierConfig` and `DiffusionConfig`; the `create_*` functions with
 upstream's names and argument order are thin faces on them. Upstream's constants are arguments here (number of classes,
-picture channels, channel multipliers at any size), last in every signature and with upstream's value as default.
+image channels, channel multipliers at any size), last in every signature and with upstream's value as default.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def diffusion_defaults():
 
 
 def _data_defaults():
-    """What upstream fixes: the number of classes and the channels of a picture."""
+    """What upstream fixes: the number of classes and the channels of an image."""
     return dict(num_classes=NUM_CLASSES, image_channels=3)
 
 
@@ -279,7 +279,7 @@ class DiffusionConfig:
     learn_sigma: bool = False
     sigma_small: bool = False  # the posterior's variance instead of beta, where it is not learned
     use_kl: bool = False
-    predict_xstart: bool = False  # the network predicts the picture, not the noise
+    predict_xstart: bool = False  # the network predicts the image, not the noise
     rescale_timesteps: bool = False
     rescale_learned_sigmas: bool = False
 
@@ -337,9 +337,9 @@ _MULT_BY_LEVELS = {
 
 
 def default_channel_mult(image_size: int, flag: str = "channel_mult") -> tuple[float, ...]:
-    """Channel multipliers for pictures of `image_size` pixels: ADM's at its four sizes, and the same rule elsewhere.
+    """Channel multipliers for images of `image_size` pixels: ADM's at its four sizes, and the same rule elsewhere.
 
-    From 64 pixels on the picture is halved while it stays even and 8 pixels or more; below, to 4 pixels or more, with
+    From 64 pixels on the image is halved while it stays even and 8 pixels or more; below, to 4 pixels or more, with
     constant width after the first level (improved-diffusion's choice at 32). Raises `UserValueError` where that gives no
     network: the message names `flag`.
     """
@@ -351,8 +351,8 @@ def default_channel_mult(image_size: int, flag: str = "channel_mult") -> tuple[f
         return (1,) + (2,) * (levels - 1)
     if levels not in _MULT_BY_LEVELS:
         raise UserValueError(
-            f"no default channel multipliers for pictures of {image_size} pixels: give --{flag}, for example "
-            f"--{flag} 1,2,3,4 (each comma halves the picture once; the size must be divisible by that)"
+            f"no default channel multipliers for images of {image_size} pixels: give --{flag}, for example "
+            f"--{flag} 1,2,3,4 (each comma halves the image once; the size must be divisible by that)"
         )
     return _MULT_BY_LEVELS[levels]
 
@@ -373,7 +373,7 @@ def _parse_channel_mult(value, image_size, default_mult, flag) -> tuple[float, .
 
 
 def _parse_attention(value, image_size, flag) -> tuple[int, ...]:
-    """Resolutions in pixels -> downsampling factors; a resolution above the picture's size has no level and is left out."""
+    """Resolutions in pixels -> downsampling factors; a resolution above the image's size has no level and is left out."""
     if isinstance(value, int):
         value = (value,)
     parts = [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -387,7 +387,7 @@ def _parse_attention(value, image_size, flag) -> tuple[int, ...]:
     for resolution in resolutions:
         if resolution <= image_size and resolution not in levels:
             raise UserValueError(
-                f"{flag}: pictures of {image_size} pixels are never {resolution} pixels large inside the network; "
+                f"{flag}: images of {image_size} pixels are never {resolution} pixels large inside the network; "
                 f"choose from {', '.join(map(str, levels))}"
             )
     return tuple(image_size // resolution for resolution in resolutions if resolution <= image_size)

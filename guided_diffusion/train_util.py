@@ -55,7 +55,7 @@ _STEP, _TIMESTEPS, _SAMPLE = range(3)
 class TrainLoop:
     """Trains `model` on the loss of `diffusion`.
 
-    Upstream's arguments: data: iterator of (pictures [b, C, H, W], dict of tensors [b, ...]) for this rank; batch_size: b;
+    Upstream's arguments: data: iterator of (images [b, C, H, W], dict of tensors [b, ...]) for this rank; batch_size: b;
     microbatch: samples per backward pass (-1: all of them; the gradient is the mean over the batch either way); ema_rate:
     one rate or several separated by commas; log_interval, save_interval: in steps; resume_checkpoint: a complete
     checkpoint (checkpoint*.pt), a run folder (its newest one), or ADM's model*.pt, beside which a complete checkpoint of the

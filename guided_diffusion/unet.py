@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .fp16_util import convert_module_to_f16, convert_module_to_f32
-from .heads import Features, Heads
+from .mt.heads import Features, Heads
 from .nn import avg_pool_nd, checkpoint, conv_nd, linear, normalization, timestep_embedding, zero_module
 
 
@@ -480,9 +480,9 @@ class UNetModel(_Encoder):
 
 
 class SuperResModel(UNetModel):
-    """A U-Net that also sees a low-resolution picture, enlarged bilinearly and concatenated on channels.
+    """A U-Net that also sees a low-resolution image, enlarged bilinearly and concatenated on channels.
 
-    in_channels counts one picture's channels; the network's own input has twice as many.
+    in_channels counts one image's channels; the network's own input has twice as many.
     """
 
     def __init__(self, image_size, in_channels, *args, **kwargs):

@@ -237,7 +237,7 @@ def _vae_blocks(names: Iterable[str]):
 
 def text_weights(tensors: Mapping[str, torch.Tensor], source: str | Path) -> Weights:
     """A CLIP text model's tensors without `text_model.` in front, which not all versions of transformers
-    write, and without what belongs to the comparison with pictures. UserError, naming `source`, if there are
+    write, and without what belongs to the comparison with images. UserError, naming `source`, if there are
     none."""
     weights = {name.removeprefix("text_model."): value for name, value in tensors.items()}
     if "embeddings.token_embedding.weight" not in weights:

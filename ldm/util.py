@@ -95,12 +95,12 @@ def count_params(model: torch.nn.Module, verbose: bool = False) -> int:
 
 
 def ismap(x) -> bool:
-    """Is it a batch of maps, [B, C, H, W] with more channels than a picture has?"""
+    """Is it a batch of maps, [B, C, H, W] with more channels than an image has?"""
     return isinstance(x, torch.Tensor) and x.ndim == 4 and x.shape[1] > 3
 
 
 def isimage(x) -> bool:
-    """Is it a batch of pictures, [B, 1 or 3, H, W]?"""
+    """Is it a batch of images, [B, 1 or 3, H, W]?"""
     return isinstance(x, torch.Tensor) and x.ndim == 4 and x.shape[1] in (1, 3)
 
 
@@ -112,11 +112,11 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> to
     width, _ = wh
     per_line = max(1, 40 * width // 256)
     font = ImageFont.load_default(size)
-    pictures = []
+    images = []
     for caption in xc:
-        picture = Image.new("RGB", wh, color="white")
+        image = Image.new("RGB", wh, color="white")
         lines = [caption[i : i + per_line] for i in range(0, len(caption), per_line)]
-        ImageDraw.Draw(picture).text((0, 0), "\n".join(lines), fill="black", font=font)
-        pictures.append(np.asarray(picture))
-    stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        ImageDraw.Draw(image).text((0, 0), "\n".join(lines), fill="black", font=font)
+        images.append(np.asarray(image))
+    stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return stack / 127.5 - 1

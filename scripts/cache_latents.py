@@ -1,30 +1,27 @@
-"""Encode all pictures of a latent diffusion's data once, so that training does not run the first stage.
+"""Encode all images of a latent diffusion's data once, so that training does not run the first stage.
 
     python scripts/cache_latents.py --config configs/translation/camvid-small.yaml --ckpt first_stage.ckpt \
-        --out runs/latents/train --flips data.params.train.params.pictures.params.root=camvid
+        --out runs/latents/train --flips data.params.train.params.images.params.root=camvid
 
 The configuration is that of the model to be trained: its first stage and the dataset `--split` of its `data`; where
-that is ldm.data.latents.CachedLatents already, the pictures under its `pictures`. They are cached without random
-crops or flips; --flips stores every picture flipped as well. --representations stores, beside the latents, what the
-encoders of the configuration's model.params.extractors (by name: target, params) make of every item's first picture.
+that is ldm.data.latents.CachedLatents already, the images under its `images`. They are cached without random
+crops or flips; --flips stores every image flipped as well. --representations stores, beside the latents, what the
+encoders of the configuration's model.params.extractors (by name: target, params) make of every item's first image.
 Stopped at any point, the same command continues and leaves the same files. Prints (and stores) the scale of the
 latents, for scale_factor. name=value sets any other entry of the configuration.
 """
 
 import argparse
 
-import _ldm  # (first: it makes the packages importable)
 import torch
 from tqdm import tqdm
 
-from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
+from guided_diffusion.errors import UserValueError, exit_on_user_error
+from ldm import inference
 from ldm.checkpoint import load_weights
-from ldm.data.base import Pictures
 from ldm.data.latent_cache import DTYPES, fill_cache
-from ldm.data.latents import first_stage_weights
+from ldm.data.latents import first_stage_weights, open_images
 from ldm.util import instantiate_from_config
-
-CACHED = "ldm.data.latents.CachedLatents"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,16 +43,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--out", required=True, help="the folder of the cache")
     add("--split", default="train", help="train, validation or test: which entry of the configuration's data")
-    add("--flips", action="store_true", help="store every picture flipped left-right as well")
+    add("--flips", action="store_true", help="store every image flipped left-right as well")
     add(
         "--representations",
         action="store_true",
-        help="store what the model's extractors make of the pictures",
+        help="store what the model's extractors make of the images",
     )
     add("--dtype", choices=list(DTYPES), default="float32")
-    add("--shard_size", type=int, default=1024, help="pictures in a file: what is lost at most when stopped")
+    add("--shard_size", type=int, default=1024, help="images in a file: what is lost at most when stopped")
     add("--batch_size", type=int, default=8)
-    add("--num_workers", type=int, default=0, help="processes that read pictures")
+    add("--num_workers", type=int, default=0, help="processes that read images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("changes", nargs="*", metavar="name=value", help="entries of the configuration")
     return flags
@@ -64,12 +61,12 @@ def parser() -> argparse.ArgumentParser:
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
-    config = _ldm.merged_config(args.config, args.changes)
+    config = inference.merged_config(args.config, args.changes)
     first_stage = open_first_stage(config, args.ckpt).to(args.device)
     extractors = open_extractors(config) if args.representations else {}
-    pictures = open_pictures(config, args.split)
+    images = open_images(config, args.split)
     index = fill_cache(
-        pictures,
+        images,
         first_stage,
         args.out,
         args.flips,
@@ -110,24 +107,6 @@ def open_extractors(config: dict) -> dict[str, torch.nn.Module]:
     return {
         name: instantiate_from_config(given).eval().requires_grad_(False) for name, given in found.items()
     }
-
-
-def open_pictures(config: dict, split: str) -> Pictures:
-    """The dataset to be cached, without random crops and flips."""
-    try:
-        data = config["data"]["params"][split]
-        data = data["params"]["pictures"] if data["target"] == CACHED else data
-    except (KeyError, TypeError):
-        raise UserValueError(
-            f"the configuration has no data.params.{split} with pictures (or CachedLatents with `pictures`)"
-        ) from None
-    pictures = instantiate_from_config(data)
-    if not isinstance(pictures, Pictures):
-        raise UserError(
-            f"{data['target']} cannot be cached: it must be one of the datasets of pictures in ldm.data"
-        )
-    pictures.random_crop = pictures.random_flip = False
-    return pictures
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 python scripts/classifier_sample.py --model_path MODEL --classifier_path CLASSIFIER --classifier_scale 1.0 (and flags)
 """
 
-import _common
 import torch as th
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.script_util import (
     classifier_defaults,
@@ -18,16 +17,14 @@ from guided_diffusion.script_util import (
 
 def main():
     args = create_argparser().parse_args()
-    _common.start(args)
+    cli.start(args)
     logger.log("creating model and diffusion...")
-    model, diffusion = create_model_and_diffusion(**_common.pick(args, model_and_diffusion_defaults()))
-    model = _common.load_model(model, args.model_path, "model_path", args.use_fp16)
+    model, diffusion = create_model_and_diffusion(**cli.pick(args, model_and_diffusion_defaults()))
+    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16)
     logger.log("loading classifier...")
-    classifier = create_classifier(**_common.pick(args, classifier_defaults()))
-    classifier = _common.load_model(
-        classifier, args.classifier_path, "classifier_path", args.classifier_use_fp16
-    )
-    sample = _common.sampler_of(diffusion, args.use_ddim)
+    classifier = create_classifier(**cli.pick(args, classifier_defaults()))
+    classifier = cli.load_model(classifier, args.classifier_path, "classifier_path", args.classifier_use_fp16)
+    sample = cli.sampler_of(diffusion, args.use_ddim)
     shape = (args.batch_size, args.image_channels, args.image_size, args.image_size)
 
     def guidance(x, t, y):
@@ -41,7 +38,7 @@ def main():
         return model(x, t, y) if args.class_cond else model(x, t)
 
     def draw():
-        labels = _common.random_labels(args.batch_size, args.num_classes)
+        labels = cli.random_labels(args.batch_size, args.num_classes)
         images = sample(
             network,
             shape,
@@ -50,16 +47,16 @@ def main():
             cond_fn=guidance,
             device=dist_util.dev(),
         )
-        return _common.to_uint8(images), labels
+        return cli.to_uint8(images), labels
 
     logger.log("sampling...")
-    _common.save_samples(*_common.collect(args.num_samples, draw))
+    cli.save_samples(*cli.collect(args.num_samples, draw))
 
 
 def create_argparser():
     own = dict(classifier_path="", classifier_scale=1.0)
-    return _common.make_parser(
-        __doc__, _common.sampling_defaults(), own, model_and_diffusion_defaults(), classifier_defaults()
+    return cli.make_parser(
+        __doc__, cli.sampling_defaults(), own, model_and_diffusion_defaults(), classifier_defaults()
     )
 
 

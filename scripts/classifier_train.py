@@ -3,11 +3,10 @@
 python scripts/classifier_train.py --data_dir FOLDER --val_data_dir FOLDER --image_size 64 --num_classes 10 --batch_size 32
 """
 
-import _common
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.script_util import classifier_and_diffusion_defaults, create_classifier_and_diffusion
@@ -15,7 +14,7 @@ from guided_diffusion.train_util import TrainLoop, log_loss_dict
 
 
 class ClassifierLoop(TrainLoop):
-    """Cross-entropy on x_t, or on the pictures themselves where not `noised`; evaluates on `val_data` if given."""
+    """Cross-entropy on x_t, or on the images themselves where not `noised`; evaluates on `val_data` if given."""
 
     initial_lg_loss_scale = 16.0  # of half precision, as upstream trains classifiers
 
@@ -80,9 +79,9 @@ def among_top(logits, labels, k):
 
 def main():
     args = create_argparser().parse_args()
-    _common.start(args)
+    cli.start(args)
     logger.log("creating model and diffusion...")
-    flags = _common.pick(args, classifier_and_diffusion_defaults())
+    flags = cli.pick(args, classifier_and_diffusion_defaults())
     model, diffusion = create_classifier_and_diffusion(**flags)
     val_data = None
     if args.val_data_dir:
@@ -93,7 +92,7 @@ def main():
             class_cond=True,
             image_channels=args.image_channels,
         )
-    _common.train(
+    cli.train(
         args,
         model.to(dist_util.dev()),
         diffusion,
@@ -127,8 +126,8 @@ def create_argparser():
         eval_interval=5,
         save_interval=10000,
     )
-    parser = _common.make_parser(__doc__, own, classifier_and_diffusion_defaults())
-    return _common.add_training_flags(parser, iterations=False)
+    parser = cli.make_parser(__doc__, own, classifier_and_diffusion_defaults())
+    return cli.add_training_flags(parser, iterations=False)
 
 
 if __name__ == "__main__":

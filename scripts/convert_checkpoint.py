@@ -14,11 +14,9 @@ carry the model's flags.
 
 import argparse
 
-import _common  # noqa: F401 (first: it makes the package importable)
-
-from guided_diffusion import exchange
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.mt_util import mt_defaults
+from guided_diffusion.mt import conversion
+from guided_diffusion.mt.model import mt_defaults
 from guided_diffusion.script_util import add_dict_to_argparser, model_and_diffusion_defaults, str2bool
 
 
@@ -31,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         "source", help="a run folder, a checkpoint*.pt, a model*.pt or ema_*.pt, a .safetensors"
     )
     flags.add_argument("target", help="a name that ends in .pt or .safetensors")
-    flags.add_argument("--to", choices=exchange.KINDS, required=True)
+    flags.add_argument("--to", choices=conversion.KINDS, required=True)
     flags.add_argument("--weights", default="ema", help="of a complete checkpoint: ema, a rate, or model")
     model = flags.add_argument_group("the model, where the source does not describe it")
     names = {
@@ -51,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 def main():
     args = vars(parser().parse_args())
     source, target, kind, weights = (args.pop(name) for name in ("source", "target", "to", "weights"))
-    package = exchange.read(source, weights)
+    package = conversion.read(source, weights)
     if package.kind is None and kind == "joint" and "modalities" not in args:
         raise UserValueError(
             f"{source} does not say which modalities to add: give --modalities, as masked:X,label:U"
@@ -60,18 +58,18 @@ def main():
         if args:
             raise UserValueError(f"{source} describes itself: leave out --{', --'.join(args)}")
     elif kind == "joint":
-        package, fresh = exchange.from_adm(package, args)
+        package, fresh = conversion.from_adm(package, args)
         print(f"fresh, to be trained: {', '.join(fresh) or 'nothing'}")
     else:
         given = set(args) - {"class_cond"}
         if package.kind is None or given:
             problem = f"--{', --'.join(given)} cannot change it" if given else "it describes no joint model"
             raise UserValueError(f"{source} cannot be written as ADM's: {problem}")
-        package = exchange.to_adm(package, args.get("class_cond"))
-        print(f"flags for ADM's scripts: {exchange.adm_words(package.flags)}")
-        for obstacle in exchange.obstacles(package.flags):
+        package = conversion.to_adm(package, args.get("class_cond"))
+        print(f"flags for ADM's scripts: {conversion.adm_words(package.flags)}")
+        for obstacle in conversion.obstacles(package.flags):
             print(f"before upstream itself can load it: {obstacle}")
-    print("written: " + ", ".join(exchange.write(package, target)))
+    print("written: " + ", ".join(conversion.write(package, target)))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ and stand in classifier.yaml beside the file. It guides as any classifier: --cla
 import argparse
 import os
 
-import _common  # noqa: F401 (first: it makes the package importable)
-
 from guided_diffusion.checkpoint_util import save_atomic
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.mt_util import JointModel, write_config
+from guided_diffusion.mt.model import JointModel, write_config
 
 
 def parser() -> argparse.ArgumentParser:

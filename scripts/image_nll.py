@@ -1,4 +1,4 @@
-"""The variational bound on the negative log likelihood of pictures, in bits per dimension.
+"""The variational bound on the negative log likelihood of images, in bits per dimension.
 
 Prints the mean bound and writes vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz: one mean per timestep, T-1 first.
 
@@ -7,12 +7,11 @@ python scripts/image_nll.py --data_dir FOLDER --model_path MODEL --num_samples 1
 
 import os
 
-import _common
 import numpy as np
 import torch as th
 import torch.distributed as dist
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -22,10 +21,10 @@ TERMS = ("vb", "mse", "xstart_mse")
 
 def main():
     args = create_argparser().parse_args()
-    _common.start(args)
+    cli.start(args)
     logger.log("creating model and diffusion...")
-    model, diffusion = create_model_and_diffusion(**_common.pick(args, model_and_diffusion_defaults()))
-    model = _common.load_model(model, args.model_path, "model_path", args.use_fp16)
+    model, diffusion = create_model_and_diffusion(**cli.pick(args, model_and_diffusion_defaults()))
+    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16)
     logger.log("creating data loader...")
     data = load_data(
         data_dir=args.data_dir,
@@ -41,7 +40,7 @@ def main():
 
 
 def run_bpd_evaluation(model, diffusion, data, num_samples, clip_denoised):
-    """Evaluate batches until `num_samples` pictures (of all ranks) are done; returns the mean bound in bits/dim."""
+    """Evaluate batches until `num_samples` images (of all ranks) are done; returns the mean bound in bits/dim."""
     bounds, terms, done = [], {name: [] for name in TERMS}, 0
     while done < num_samples:
         images, cond = next(data)
@@ -64,12 +63,12 @@ def run_bpd_evaluation(model, diffusion, data, num_samples, clip_denoised):
 
 
 def mean_over_ranks(tensor):
-    return th.stack(_common.gather(tensor)).mean(dim=0)
+    return th.stack(cli.gather(tensor)).mean(dim=0)
 
 
 def create_argparser():
     own = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="")
-    return _common.make_parser(__doc__, own, model_and_diffusion_defaults())
+    return cli.make_parser(__doc__, own, model_and_diffusion_defaults())
 
 
 if __name__ == "__main__":

@@ -3,37 +3,35 @@
 python scripts/image_sample.py --model_path ema_0.9999_250000.pt --num_samples 100 (and the model's flags of training)
 """
 
-import _common
-
-from guided_diffusion import dist_util, logger
+from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 
 def main():
     args = create_argparser().parse_args()
-    _common.start(args)
+    cli.start(args)
     logger.log("creating model and diffusion...")
-    model, diffusion = create_model_and_diffusion(**_common.pick(args, model_and_diffusion_defaults()))
-    model = _common.load_model(model, args.model_path, "model_path", args.use_fp16)
-    sample = _common.sampler_of(diffusion, args.use_ddim)
+    model, diffusion = create_model_and_diffusion(**cli.pick(args, model_and_diffusion_defaults()))
+    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16)
+    sample = cli.sampler_of(diffusion, args.use_ddim)
     shape = (args.batch_size, args.image_channels, args.image_size, args.image_size)
 
     def draw():
         kwargs = {}
         if args.class_cond:
-            kwargs["y"] = _common.random_labels(args.batch_size, args.num_classes)
+            kwargs["y"] = cli.random_labels(args.batch_size, args.num_classes)
         images = sample(
             model, shape, clip_denoised=args.clip_denoised, model_kwargs=kwargs, device=dist_util.dev()
         )
-        return _common.to_uint8(images), *kwargs.values()
+        return cli.to_uint8(images), *kwargs.values()
 
     logger.log("sampling...")
-    _common.save_samples(*_common.collect(args.num_samples, draw))
+    cli.save_samples(*cli.collect(args.num_samples, draw))
 
 
 def create_argparser():
-    return _common.make_parser(__doc__, _common.sampling_defaults(), model_and_diffusion_defaults())
+    return cli.make_parser(__doc__, cli.sampling_defaults(), model_and_diffusion_defaults())
 
 
 if __name__ == "__main__":

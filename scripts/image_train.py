@@ -6,19 +6,17 @@
 Resume with --resume_checkpoint RUN_FOLDER.
 """
 
-import _common
-
-from guided_diffusion import dist_util, logger
+from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 
 def main():
     args = create_argparser().parse_args()
-    _common.start(args)
+    cli.start(args)
     logger.log("creating model and diffusion...")
-    model, diffusion = create_model_and_diffusion(**_common.pick(args, model_and_diffusion_defaults()))
-    _common.train(
+    model, diffusion = create_model_and_diffusion(**cli.pick(args, model_and_diffusion_defaults()))
+    cli.train(
         args,
         model.to(dist_util.dev()),
         diffusion,
@@ -32,8 +30,8 @@ def main():
 
 
 def create_argparser():
-    defaults = _common.training_defaults(), model_and_diffusion_defaults()
-    return _common.add_training_flags(_common.make_parser(__doc__, *defaults))
+    defaults = cli.training_defaults(), model_and_diffusion_defaults()
+    return cli.add_training_flags(cli.make_parser(__doc__, *defaults))
 
 
 if __name__ == "__main__":

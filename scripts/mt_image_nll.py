@@ -1,16 +1,15 @@
 """The multi-task variational bound of a model of mt_image_train.py, in bits per dimension, term by term.
 
-    python scripts/mt_image_nll.py --model_path runs/mine --data_dir pictures/ --num_samples 64 --steps 250
+    python scripts/mt_image_nll.py --model_path runs/mine --data_dir images/ --num_samples 64 --steps 250
 
 L0: prior; L1: transitions of the latent; L2_NAME: each modality given the latent, mean over timesteps; L3:
 the image itself; total: an upper bound of -log p(image, modalities). With `--modalities ""` models these are
-image_nll.py's numbers. nll.npz in the log's folder holds every term of every picture, by timestep.
+image_nll.py's numbers. nll.npz in the log's folder holds every term of every image, by timestep.
 """
 
 import argparse
 import os
 
-import _common  # noqa: F401 (first: it makes the package importable)
 import numpy as np
 import torch as th
 import torch.distributed as dist
@@ -18,10 +17,10 @@ import torch.distributed as dist
 from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.mt_train import batch_of
-from guided_diffusion.mt_util import JointModel
-from guided_diffusion.bound import multitask_bound
-from guided_diffusion.multitask import derive_values
+from guided_diffusion.mt.bound import multitask_bound
+from guided_diffusion.mt.modality_set import derive_values
+from guided_diffusion.mt.model import JointModel
+from guided_diffusion.mt.training import batch_of
 from guided_diffusion.script_util import str2bool
 from guided_diffusion.seeding import PerSample
 
@@ -34,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--model_path", required=True, help="a run folder or a checkpoint*.pt")
     add("--weights", default="ema", help="ema (its first), a rate such as 0.9999, or model")
-    add("--data_dir", required=True, help="a folder of pictures or an .npz file")
-    add("--num_samples", type=int, default=1000, help="pictures to measure, the first of the data")
+    add("--data_dir", required=True, help="a folder of images or an .npz file")
+    add("--num_samples", type=int, default=1000, help="images to measure, the first of the data")
     add("--batch_size", type=int, default=16)
     add("--steps", default="", help="a bound over fewer steps (default: all)")
     add("--seed", type=int, default=0)
@@ -68,7 +67,7 @@ def main():
     for first in range(0, len(own), args.batch_size):
         indices = own[first : first + args.batch_size]
         parts.append(bound_of(dataset, indices, model, diffusion, args))
-        logger.log(f"{min(first + args.batch_size, len(own))} of {len(own)} pictures")
+        logger.log(f"{min(first + args.batch_size, len(own))} of {len(own)} images")
     every = [parts]
     if dist_util.get_world_size() > 1:
         every = [None] * dist_util.get_world_size()
@@ -80,13 +79,13 @@ def main():
         np.savez(path, **terms)
         for name, values in terms.items():
             # L1 is a sum over timesteps, L2 a mean.
-            by_picture = values.sum(axis=1) if name == "L1" else values
-            logger.log(f"{name}: {by_picture.mean():.5f} bits per dimension")
-        logger.log(f"{count} pictures, {diffusion.num_timesteps} steps, saved to {path}")
+            by_image = values.sum(axis=1) if name == "L1" else values
+            logger.log(f"{name}: {by_image.mean():.5f} bits per dimension")
+        logger.log(f"{count} images, {diffusion.num_timesteps} steps, saved to {path}")
 
 
 def bound_of(dataset, indices, model: JointModel, diffusion, args) -> dict[str, np.ndarray]:
-    """Every term [b] or [b, T] for the pictures with these indices."""
+    """Every term [b] or [b, T] for the images with these indices."""
     items = [dataset[index] for index in indices]
     images = th.stack([th.from_numpy(image) for image, _ in items]).to(dist_util.dev())
     cond = {

@@ -1,16 +1,16 @@
 """Sample a model of mt_image_train.py in any direction: these modalities are given, those are wanted.
 
     python scripts/mt_image_sample.py --model_path runs/mine
-        images with all their modalities; with --given label=3 pictures of class 3, with --given
+        images with all their modalities; with --given label=3 images of class 3, with --given
         masked=holes.png what alpha 0 marks is restored, with --given image=holes.png by replacing known
         pixels at every step
     python scripts/mt_image_sample.py --model_path runs/mine --classifier_path model010000.pt
-        pictures guided towards classes, drawn or those of --given label=3, by ADM's classifier (its flags
+        images guided towards classes, drawn or those of --given label=3, by ADM's classifier (its flags
         classifier_* as in training); --classifier_path own: by the model's own head
     python scripts/mt_image_sample.py --model_path runs/mine --given image=photos/ --want label
-        the labels of pictures
+        the labels of images
 
-The model's configuration is in the checkpoint. The same seed gives the same pictures for any batch size and
+The model's configuration is in the checkpoint. The same seed gives the same images for any batch size and
 number of ranks. In the log's folder: samples_NxHxWxC.npz (arr_0 = uint8 images as ADM writes them, every
 modality under its name, arr_1 = classes that were drawn or guided to) and samples.png.
 """
@@ -18,24 +18,23 @@ modality under its name, arr_1 = classes that were drawn or guided to) and sampl
 import argparse
 import os
 
-import _common
 import numpy as np
 import torch as th
 import torch.distributed as dist
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
-from guided_diffusion.modalities import Modality
-from guided_diffusion.mt_data import GivenImages, read_images, read_labels, read_vectors
-from guided_diffusion.mt_guidance import ClassGuidance, classifier_flags, classifier_guide
-from guided_diffusion.mt_util import JointModel
-from guided_diffusion.denoiser import predict_modalities
-from guided_diffusion.samplers import SAMPLERS, Known, joint_sample, random_labels
+from guided_diffusion.mt.denoiser import predict_modalities
+from guided_diffusion.mt.files import GivenImages, read_images, read_labels, read_vectors
+from guided_diffusion.mt.guidance import ClassGuidance, classifier_flags, classifier_guide
+from guided_diffusion.mt.modalities import Modality
+from guided_diffusion.mt.model import JointModel
+from guided_diffusion.mt.sampling import SAMPLERS, Known, joint_sample, random_labels
 from guided_diffusion.script_util import add_dict_to_argparser, str2bool
 from guided_diffusion.seeding import PerSample
 
-SHEET = 16  # samples in the picture
+SHEET = 16  # samples in the image
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--times",
-        type=_common.integers,
+        type=cli.integers,
         default="0,10,20",
         help="diffusion indices at which a given image is read, averaged",
     )
@@ -321,7 +320,7 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
 
 
 def captions(arrays: dict, model: JointModel) -> list[str]:
-    """The most probable labels of the samples in the picture."""
+    """The most probable labels of the samples in the image."""
     labels = [
         arrays[m.name][:SHEET].argmax(axis=1) for m in model.tasks if m.kind == "label" and m.name in arrays
     ]

@@ -1,8 +1,8 @@
 """Train one U-Net on images and other modalities of them.
 
-    python scripts/mt_image_train.py --data_dir pictures/ --modalities masked:X,label:U --log_dir runs/mine
-    mpiexec -n 8 python scripts/mt_image_train.py --config mine.yaml --data_dir pictures/
-    torchrun --nproc_per_node 8 scripts/mt_image_train.py --config mine.yaml --data_dir pictures/
+    python scripts/mt_image_train.py --data_dir images/ --modalities masked:X,label:U --log_dir runs/mine
+    mpiexec -n 8 python scripts/mt_image_train.py --config mine.yaml --data_dir images/
+    torchrun --nproc_per_node 8 scripts/mt_image_train.py --config mine.yaml --data_dir images/
 
 Flags: ADM's, `--modalities` (names with their variant: masked, label; "" for single-task training),
 `--aggregation` (bump, paper-normalized, constant, paper), and those below. `--config FILE.yaml` sets any of
@@ -15,17 +15,15 @@ progress.csv, tb/ (TensorBoard) and samples*.png.
 
 import os
 
-import _common  # noqa: F401 (first: it makes the package importable)
 import numpy as np
 import torch as th
 
-from guided_diffusion import checkpoint_util, dist_util, logger
+from guided_diffusion import checkpoint_util, cli, dist_util, logger
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
 from guided_diffusion.image_datasets import count_classes, hold_out, load_stream, open_dataset
-from guided_diffusion.modalities import wants_labels
-from guided_diffusion.mt_train import MultiTaskTrainLoop
-from guided_diffusion.mt_util import (
+from guided_diffusion.mt.modalities import wants_labels
+from guided_diffusion.mt.model import (
     CONFIG_NAME,
     JointModel,
     initialise,
@@ -33,7 +31,8 @@ from guided_diffusion.mt_util import (
     parse_flags,
     write_config,
 )
-from guided_diffusion.samplers import joint_sample, random_labels
+from guided_diffusion.mt.sampling import joint_sample, random_labels
+from guided_diffusion.mt.training import MultiTaskTrainLoop
 from guided_diffusion.seeding import PerSample
 
 GRID = 12  # samples drawn at every save
@@ -41,7 +40,7 @@ GRID = 12  # samples drawn at every save
 
 def defaults() -> dict:
     """All flags with their defaults: the model's, ADM's for training, and those that ADM does not have."""
-    adm = _common.training_defaults()
+    adm = cli.training_defaults()
     del adm["use_fp16"]  # the model's; --precision fp16 sets it
     return (
         mt_defaults()
@@ -55,16 +54,16 @@ def defaults() -> dict:
             seed=0,
             precision="auto",  # bf16 where the GPU has it, else fp32; or fp32, bf16, fp16
             compile="auto",  # on a GPU; or true, false
-            held_out=128,  # pictures that measure the heads and are not trained on; at most a tenth of the data
+            held_out=128,  # images that measure the heads and are not trained on; at most a tenth of the data
             random_crop=False,
             random_flip=True,
             label_from="auto",  # or prefix, folder
             num_workers=2,
-            max_bad=10,  # unreadable pictures before training stops
+            max_bad=10,  # unreadable images before training stops
             max_nonfinite=20,  # steps skipped for NaN or infinity before training stops
             keep_checkpoints=2,
             progress=True,
-            sample_steps=25,  # DPM-Solver++ steps of the picture at every save; 0: none
+            sample_steps=25,  # DPM-Solver++ steps of the image at every save; 0: none
         )
     )
 
@@ -94,7 +93,7 @@ def main():
     for m in model.tasks:
         if m.kind != "label" and m.derive is None:
             raise UserValueError(
-                f"modality {m.name}: the data bring pictures and labels only, no {m.kind} beside them"
+                f"modality {m.name}: the data bring images and labels only, no {m.kind} beside them"
             )
     describe(model, len(dataset), len(held_out[0]))
     if dist_util.get_rank() == 0:
@@ -114,7 +113,7 @@ def main():
             dataset, flags["batch_size"], flags["seed"], start_step=step, num_workers=flags["num_workers"]
         ),
         resume_checkpoint=resume,
-        schedule_sampler=_common.schedule_sampler(flags["schedule_sampler"], model.diffusion),
+        schedule_sampler=cli.schedule_sampler(flags["schedule_sampler"], model.diffusion),
         compile=flags["compile"] == "true",
         config=flags,
         on_save=lambda loop: draw_samples(loop, model, flags),
@@ -153,7 +152,7 @@ def complete(flags: dict) -> dict:
     """The flags with everything decided that was left to the data or the machine."""
     flags = dict(flags)
     if not flags["data_dir"]:
-        raise UserValueError("give --data_dir: a folder of pictures or an .npz file")
+        raise UserValueError("give --data_dir: a folder of images or an .npz file")
     if not wants_labels(flags["modalities"]):
         flags["num_classes"] = 0
     elif not flags["num_classes"]:
@@ -212,10 +211,10 @@ def prepare(model: JointModel, flags: dict, begun: bool) -> None:
             parameter.requires_grad_(name.startswith("heads."))
 
 
-def describe(model: JointModel, pictures: int, held_out: int) -> None:
+def describe(model: JointModel, images: int, held_out: int) -> None:
     """Log the sizes, and for every modality how far its shift may carry an error of its prediction."""
     weights = sum(p.numel() for p in model.network.parameters())
-    logger.log(f"{weights / 1e6:.2f} M parameters, {pictures} pictures, {held_out} held out")
+    logger.log(f"{weights / 1e6:.2f} M parameters, {images} images, {held_out} held out")
     if model.diffusion.aggregation is not None:
         logger.log(model.diffusion.aggregation.report(model.diffusion.alphas_cumprod))
 

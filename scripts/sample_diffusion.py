@@ -2,14 +2,14 @@
 scripts/sample_diffusion.py).
 
     python scripts/sample_diffusion.py -r logs/RUN -n 16
-        pictures, with all their modalities where the model has any
+        images, with all their modalities where the model has any
     python scripts/sample_diffusion.py -r logs/RUN --given label_map=maps/ --want image
         photographs for given label maps (a joint model, or one that is conditioned on label_map)
     python scripts/sample_diffusion.py -r logs/RUN --given image=photos/ --want label_map
         label maps of photographs (a joint model)
 
 Writes LOGDIR/samples/STEP/TIME/: img/000000.png, ... (other modalities in folders of their names, labels and
-vectors as NAME.npy), numpy/NxHxWxC-samples.npz and samples.png. The same seed gives the same pictures for any
+vectors as NAME.npy), numpy/NxHxWxC-samples.npz and samples.png. The same seed gives the same images for any
 batch size and number of ranks. Further arguments key.key=value override the configuration.
 """
 
@@ -17,20 +17,20 @@ import argparse
 import time
 from pathlib import Path
 
-import _ldm
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
+from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
 from guided_diffusion.seeding import PerSample
+from ldm import inference
 from ldm.checkpoint import trained_steps
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
 
-SHEET = 16  # samples in the picture
+SHEET = 16  # samples in the image
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=10)
     add("--given", action="append", default=[], metavar="NAME=FILE_OR_FOLDER", help="what is known")
     add("--want", default="", help="names separated by commas (default: everything that is not given)")
-    add("--sampler", choices=[*_ldm.SAMPLERS, "ddpm"], default="ddim")
+    add("--sampler", choices=[*inference.SAMPLERS, "ddpm"], default="ddim")
     add("--scale", type=float, default=1.0, help="of classifier-free guidance; 1 for none")
     add("--strength", type=float, default=1.0, help="of conditioning on a given U modality; 1 is exact")
     add("--null_label", type=int, help="the class that says nothing, for --scale")
@@ -61,53 +61,33 @@ def parser() -> argparse.ArgumentParser:
 @exit_on_user_error()
 def main():
     args, overrides = parser().parse_known_args()
-    run, checkpoint = locate(args.resume)
+    run, checkpoint = inference.locate(args.resume)
     dist_util.setup_dist()
-    model = _ldm.load_model(_ldm.merged_config(configurations(run), overrides), checkpoint)
+    model = inference.load_model(
+        inference.merged_config(inference.configurations(run), overrides), checkpoint
+    )
     out = results_folder(Path(args.logdir or run) / "samples" / f"{trained_steps(checkpoint):08}")
     logger.configure(dir=str(out), format_strs=["stdout"])
     given = read_given(args.given, model)
-    wanted = _ldm.names_wanted(args.want, given, model)
+    wanted = inference.names_wanted(args.want, given, model)
     count = args.n_samples or (len(next(iter(given.values()))) if given else 50000)
     if count < 1:
         raise UserValueError(f"--n_samples must be at least 1, not {count}")
     logger.log(f"sampling {count}, given {', '.join(given) or 'nothing'}, wanted {', '.join(wanted)}")
     arrays = {}
     with model.ema_scope():
-        for numbers in _ldm.batches(_ldm.own_share(count), args.batch_size):
+        for numbers in inference.batches(inference.own_share(count), args.batch_size):
             # What is given is repeated in turn until there is enough.
-            part = {name: _ldm.take(value, numbers) for name, value in given.items()}
+            part = {name: inference.take(value, numbers) for name, value in given.items()}
             for name, value in sample(args, model, part, wanted, numbers).items():
                 if value.ndim == 4:
-                    _ldm.save_pictures(value, out / folder_of(name, model), numbers)
+                    inference.save_images(value, out / folder_of(name, model), numbers)
                 else:
                     arrays.setdefault(name, {}).update(zip(numbers, value.cpu().numpy(), strict=True))
-    finish(out, count, given, wanted, _ldm.gathered(arrays), model)
+    finish(out, count, given, wanted, inference.gathered(arrays), model)
 
 
 # ------------------------------------------------------------------------------------------------------ what to sample
-
-
-def locate(resume: str) -> tuple[Path, Path]:
-    """(the run's folder, the checkpoint) of -r: a folder with checkpoints/last.ckpt or model.ckpt, or a
-    checkpoint in one."""
-    path = Path(resume)
-    if path.is_dir():
-        for name in ("checkpoints/last.ckpt", "model.ckpt"):
-            if (path / name).is_file():
-                return path, path / name
-        raise UserFileError(f"--resume: {path} has no checkpoints/last.ckpt")
-    if not path.is_file():
-        raise UserFileError(f"--resume: there is no folder or checkpoint {path}")
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent, path
-
-
-def configurations(run: Path) -> list[Path]:
-    """The run's model configuration: the newest configs/*-project.yaml, or config.yaml."""
-    found = sorted((run / "configs").glob("*-project.yaml"))[-1:] or sorted(run.glob("config.yaml"))
-    if not found:
-        raise UserFileError(f"--resume: {run} has neither configs/*-project.yaml nor config.yaml")
-    return found
 
 
 def results_folder(parent: Path) -> Path:
@@ -119,18 +99,18 @@ def results_folder(parent: Path) -> Path:
 
 
 def read_given(specs: list[str], model) -> dict:
-    """What --given NAME=SOURCE says: pictures [N, C, H, W], labels [N] or [N, classes], vectors [N, D],
+    """What --given NAME=SOURCE says: images [N, C, H, W], labels [N] or [N, classes], vectors [N, D],
     captions."""
     condition = model.cond_stage_key if model.model.conditioning_key is not None else None
     readers = {} if condition is None else {condition: read_condition}
-    values = _ldm.read_given(specs, model, readers)
+    values = inference.read_given(specs, model, readers)
     if condition is not None and condition not in values:
         raise UserValueError(f"this model is conditioned on {condition}: give --given {condition}=...")
     return values
 
 
 def read_condition(source: str, model):
-    """Captions (text, or a file with one on each line), class numbers, or pictures, as the model's
+    """Captions (text, or a file with one on each line), class numbers, or images, as the model's
     conditioner takes them."""
     if isinstance(model.cond_stage_model, TextEncoder):
         return Path(source).read_text().splitlines() if Path(source).is_file() else [source]
@@ -141,7 +121,7 @@ def read_condition(source: str, model):
             raise UserValueError(
                 f"{model.cond_stage_key}={source}: give class numbers (3 or 0,1,2)"
             ) from None
-    return _ldm.read_model_pictures(source, model)
+    return inference.read_model_images(source, model)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -149,7 +129,7 @@ def read_condition(source: str, model):
 
 @torch.no_grad()
 def sample(args, model, given: dict, wanted: list[str], numbers: list[int]) -> dict[str, torch.Tensor]:
-    """What is wanted, by name, for the samples with these numbers; pictures [b, C, H, W] in [-1, 1]."""
+    """What is wanted, by name, for the samples with these numbers; images [b, C, H, W] in [-1, 1]."""
     n, given = len(numbers), dict(given)
     conditioning = None
     if model.model.conditioning_key is not None:
@@ -182,7 +162,7 @@ def sample(args, model, given: dict, wanted: list[str], numbers: list[int]) -> d
         latents = model.sample(conditioning, n, **options)
     else:
         eta = (1.0 if args.eta is None else args.eta) if name == "ddim" else 0.0
-        sampler = _ldm.SAMPLERS[name](model)
+        sampler = inference.SAMPLERS[name](model)
         latents, _ = sampler.sample(
             args.custom_steps, n, model.latent_shape, conditioning, eta=eta, **options
         )
@@ -206,7 +186,7 @@ def folder_of(name: str, model) -> str:
 
 
 def finish(out: Path, count: int, given: dict, wanted: list[str], arrays: dict, model) -> None:
-    """The arrays and the sheet, by rank 0, once all pictures are there."""
+    """The arrays and the sheet, by rank 0, once all images are there."""
     if dist_util.get_world_size() > 1:
         dist.barrier()
     if dist_util.get_rank():
@@ -215,18 +195,18 @@ def finish(out: Path, count: int, given: dict, wanted: list[str], arrays: dict, 
         np.save(out / f"{name}.npy", array)
     captions = [str(int(row.argmax())) for row in next(iter(arrays.values()), ())][:SHEET]
     rows = [
-        Row(f"{name} (given)", to_uint8(_ldm.take(value, list(range(min(SHEET, count))))))
+        Row(f"{name} (given)", to_uint8(inference.take(value, list(range(min(SHEET, count))))))
         for name, value in given.items()
         if isinstance(value, torch.Tensor) and value.ndim == 4
     ]
     for name in wanted:
         if name in arrays:
             continue
-        pictures = _ldm.read_pictures(out / folder_of(name, model), range(count))
-        rows.append(Row(name, pictures[:SHEET], captions))
+        images = inference.read_images(out / folder_of(name, model), range(count))
+        rows.append(Row(name, images[:SHEET], captions))
         if name == model.first_stage_key:
             (out / "numpy").mkdir(exist_ok=True)
-            np.savez(out / "numpy" / f"{'x'.join(map(str, pictures.shape))}-samples.npz", pictures)
+            np.savez(out / "numpy" / f"{'x'.join(map(str, images.shape))}-samples.npz", images)
     if rows:
         contact_sheet(rows).save(out / "samples.png")
     logger.log(f"saved {count} samples in {out}")

@@ -5,25 +5,24 @@ python scripts/super_res_sample.py --model_path MODEL --base_samples samples_100
 
 import itertools
 
-import _common
 import blobfile as bf
 import numpy as np
 import torch as th
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
 from guided_diffusion.script_util import sr_create_model_and_diffusion, sr_model_and_diffusion_defaults
 
 
 def main():
     args = create_argparser().parse_args()
-    _common.start(args)
+    cli.start(args)
     logger.log("loading data...")
     base = base_batches(args)
     logger.log("creating model...")
-    model, diffusion = sr_create_model_and_diffusion(**_common.pick(args, sr_model_and_diffusion_defaults()))
-    model = _common.load_model(model, args.model_path, "model_path", args.use_fp16)
-    sample = _common.sampler_of(diffusion, args.use_ddim)
+    model, diffusion = sr_create_model_and_diffusion(**cli.pick(args, sr_model_and_diffusion_defaults()))
+    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16)
+    sample = cli.sampler_of(diffusion, args.use_ddim)
     shape = (args.batch_size, args.image_channels, args.large_size, args.large_size)
 
     def draw():
@@ -31,19 +30,19 @@ def main():
         images = sample(
             model, shape, clip_denoised=args.clip_denoised, model_kwargs=kwargs, device=dist_util.dev()
         )
-        return (_common.to_uint8(images),)
+        return (cli.to_uint8(images),)
 
     logger.log("creating samples...")
-    _common.save_samples(*_common.collect(args.num_samples, draw))
+    cli.save_samples(*cli.collect(args.num_samples, draw))
 
 
 def base_batches(args):
-    """This rank's low-resolution pictures, again and again: {"low_res": [b, C, s, s] in [-1, 1], "y": int64 [b]}."""
+    """This rank's low-resolution images, again and again: {"low_res": [b, C, s, s] in [-1, 1], "y": int64 [b]}."""
     images, labels = read_samples(args.base_samples, args.small_size, args.image_channels, args.class_cond)
     rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
     if len(images) < ranks:
         raise UserValueError(
-            f"{args.base_samples} has {len(images)} pictures for {ranks} ranks: start fewer ranks"
+            f"{args.base_samples} has {len(images)} images for {ranks} ranks: start fewer ranks"
         )
     places = itertools.cycle(range(rank, len(images), ranks))
 
@@ -59,7 +58,7 @@ def base_batches(args):
 def read_samples(path, size, channels, with_labels):
     """(uint8 [N, s, s, C], int64 [N] or None) of a file that image_sample.py wrote; UserError if it is another."""
     if not path:
-        raise UserValueError("give --base_samples, the .npz file of pictures to enlarge")
+        raise UserValueError("give --base_samples, the .npz file of images to enlarge")
     if not bf.exists(path):
         raise UserFileError(f"base_samples not found: {path}")
     with bf.BlobFile(path, "rb") as file:
@@ -79,7 +78,7 @@ def read_samples(path, size, channels, with_labels):
 
 def create_argparser():
     own = dict(base_samples="")
-    return _common.make_parser(__doc__, _common.sampling_defaults(), own, sr_model_and_diffusion_defaults())
+    return cli.make_parser(__doc__, cli.sampling_defaults(), own, sr_model_and_diffusion_defaults())
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""Train a super-resolution model: pictures of large_size pixels given the same in small_size.
+"""Train a super-resolution model: images of large_size pixels given the same in small_size.
 
 python scripts/super_res_train.py --data_dir FOLDER --large_size 256 --small_size 64 --batch_size 8
 """
 
-import _common
 import torch.nn.functional as F
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.script_util import sr_create_model_and_diffusion, sr_model_and_diffusion_defaults
 
 
 def main():
     args = create_argparser().parse_args()
-    _common.start(args)
+    cli.start(args)
     logger.log("creating model...")
-    model, diffusion = sr_create_model_and_diffusion(**_common.pick(args, sr_model_and_diffusion_defaults()))
+    model, diffusion = sr_create_model_and_diffusion(**cli.pick(args, sr_model_and_diffusion_defaults()))
 
     def with_low_res(batches):
         for images, cond in batches:
@@ -23,7 +22,7 @@ def main():
             cond["low_res"] = F.interpolate(images, args.small_size, mode="area")
             yield images, cond
 
-    _common.train(
+    cli.train(
         args,
         model.to(dist_util.dev()),
         diffusion,
@@ -38,8 +37,8 @@ def main():
 
 
 def create_argparser():
-    defaults = _common.training_defaults(), sr_model_and_diffusion_defaults()
-    return _common.add_training_flags(_common.make_parser(__doc__, *defaults))
+    defaults = cli.training_defaults(), sr_model_and_diffusion_defaults()
+    return cli.add_training_flags(cli.make_parser(__doc__, *defaults))
 
 
 if __name__ == "__main__":

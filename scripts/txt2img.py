@@ -1,19 +1,19 @@
-"""Pictures for a prompt, from a latent diffusion model with a text encoder (interface: latent-diffusion and
+"""Images for a prompt, from a latent diffusion model with a text encoder (interface: latent-diffusion and
 Stable Diffusion, scripts/txt2img.py), and with a joint model in any direction.
 
     python scripts/txt2img.py --prompt "a painting of a fox" --config CONFIG.yaml --ckpt MODEL.ckpt
     python scripts/txt2img.py --prompt "a fox" ... --want image,representation      # both
-    python scripts/txt2img.py --prompt "" ... --given representation=photo.jpg      # variations of a picture
+    python scripts/txt2img.py --prompt "" ... --given representation=photo.jpg      # variations of an image
     python scripts/txt2img.py --prompt "a fox" ... --given representation=photo.jpg # ... that the text describes
     python scripts/txt2img.py --prompt "" ... --given image=photos/ --want representation
     python scripts/txt2img.py --prompt "a fox" ... --baseline same                  # beside the plain sampler
 
-A vector is given as .npy or .npz, or as pictures that the model's own extractor reads; of several values the next one is
+A vector is given as .npy or .npz, or as images that the model's own extractor reads; of several values the next one is
 taken for every sample. --baseline draws the same prompts with the same seeds and nothing given: `same`, by this
 checkpoint with its modalities left out, or by another checkpoint, of --baseline_config.
 
 Writes OUTDIR/samples/00000.png, ..., OUTDIR/baseline/00000.png, ..., vectors as OUTDIR/NAME.npy, and one sheet
-OUTDIR/grid-0000.png with a row for each prompt. The same seed gives the same pictures for any n_samples per batch and
+OUTDIR/grid-0000.png with a row for each prompt. The same seed gives the same images for any n_samples per batch and
 number of ranks (mpiexec, torchrun).
 """
 
@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import _ldm
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,6 +30,7 @@ from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
 from guided_diffusion.seeding import PerSample
+from ldm import inference
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion
 
@@ -45,9 +45,9 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--prompt", default="a painting of a virus monster playing guitar", help="the text to draw")
     add("--from-file", dest="from_file", help="a file with a prompt on each line, in place of --prompt")
-    add("--outdir", default="outputs/txt2img-samples", help="where the pictures go")
-    add("--skip_grid", action="store_true", help="write no sheet, only pictures")
-    add("--skip_save", action="store_true", help="write no pictures, only the sheet")
+    add("--outdir", default="outputs/txt2img-samples", help="where the images go")
+    add("--skip_grid", action="store_true", help="write no sheet, only images")
+    add("--skip_save", action="store_true", help="write no images, only the sheet")
     add("--ddim_steps", "--steps", type=int, default=50, help="sampling steps")
     samplers = flags.add_mutually_exclusive_group()
     samplers.add_argument("--plms", action="store_true", help="sample by PLMS in place of DDIM")
@@ -59,12 +59,12 @@ def parser() -> argparse.ArgumentParser:
     add("--W", type=int, default=512, help="width in pixels")
     add("--C", type=int, default=4, help="channels of the latent")
     add("--f", type=int, default=8, help="pixels for each position of the latent, along an edge")
-    add("--n_samples", type=int, default=3, help="pictures in a batch")
-    add("--n_rows", type=int, default=0, help="pictures in a row of the sheet (0: all of a prompt)")
+    add("--n_samples", type=int, default=3, help="images in a batch")
+    add("--n_rows", type=int, default=0, help="images in a row of the sheet (0: all of a prompt)")
     add("--scale", type=float, default=7.5, help="of classifier-free guidance; 1 for none")
     add("--config", default="configs/stable-diffusion/v1-inference.yaml", help="describes the model")
     add("--ckpt", default="models/ldm/stable-diffusion-v1/model.ckpt", help="its weights")
-    add("--seed", type=int, default=42, help="the same seed gives the same pictures")
+    add("--seed", type=int, default=42, help="the same seed gives the same images")
     add("--given", action="append", default=[], metavar="NAME=FILE_OR_FOLDER", help="what is known")
     add("--want", default="", help="names separated by commas (default: everything that is not given)")
     add("--strength", type=float, default=1.0, help="of conditioning on a given U modality; 1 is exact")
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--baseline", default="", metavar="same|CKPT", help="what to draw beside it, see above")
     add("--baseline_config", default="", help="describes the baseline's model (default: --config)")
-    add("--precision", choices=_ldm.PRECISIONS, default="autocast", help="autocast: float16 on CUDA")
+    add("--precision", choices=inference.PRECISIONS, default="autocast", help="autocast: float16 on CUDA")
     return flags
 
 
@@ -106,7 +106,7 @@ def main():
             save_arrays(args, arrays)
         return
     for_each = args.n_iter * args.n_samples
-    logger.log(f"{for_each} pictures for each of {len(prompts)} prompts")
+    logger.log(f"{for_each} images for each of {len(prompts)} prompts")
     arrays = draw_all(args, drawing, prompts)
     if baseline is not None:
         draw_all(args, baseline, prompts)
@@ -119,17 +119,17 @@ def main():
 
 def plan(args) -> tuple[Drawing, Drawing | None]:
     """What to draw, and the baseline beside it. UserValueError for what the models cannot do."""
-    model = _ldm.load_model(_ldm.merged_config([args.config]), args.ckpt)
+    model = inference.load_model(inference.merged_config([args.config]), args.ckpt)
     if args.C != model.channels:
         raise UserValueError(f"--C {args.C}: this model's latents have {model.channels} channels")
     image = model.first_stage_key
-    given = _ldm.read_given(args.given, model, size=(args.H, args.W))
+    given = inference.read_given(args.given, model, size=(args.H, args.W))
     without = [name.strip() for name in args.without.split(",") if name.strip()]
-    modalities = [name for name in _ldm.names_of(model) if name != image]
+    modalities = [name for name in inference.names_of(model) if name != image]
     for name in without:
         if name not in modalities:
             raise UserValueError(f"--without {name}: the modalities are {', '.join(modalities) or 'none'}")
-    wanted = _ldm.names_wanted(args.want, {**given, **dict.fromkeys(without)}, model)
+    wanted = inference.names_wanted(args.want, {**given, **dict.fromkeys(without)}, model)
     if image not in (*wanted, *given):
         raise UserValueError(f"--want {args.want}: without a given {image} it is drawn, and has to be wanted")
     drawing = Drawing(model, Path(args.outdir) / "samples", wanted, given, without)
@@ -139,7 +139,9 @@ def plan(args) -> tuple[Drawing, Drawing | None]:
         if not modalities:
             raise UserValueError("--baseline same: this model has no modalities to leave out")
         return drawing, Drawing(model, Path(args.outdir) / "baseline", [image], without=modalities)
-    other = _ldm.load_model(_ldm.merged_config([args.baseline_config or args.config]), args.baseline)
+    other = inference.load_model(
+        inference.merged_config([args.baseline_config or args.config]), args.baseline
+    )
     if other.channels != model.channels:
         raise UserValueError(f"--baseline: its latents have {other.channels} channels, not {model.channels}")
     return drawing, Drawing(other, Path(args.outdir) / "baseline", [other.first_stage_key])
@@ -159,52 +161,52 @@ def read_prompts(args) -> list[str]:
 
 @torch.no_grad()
 def read_off(args, drawing: Drawing, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """What is wanted of the given pictures, under the prompts in turn; by name, [N, D] or [N, classes]."""
+    """What is wanted of the given images, under the prompts in turn; by name, [N, D] or [N, classes]."""
     model, given = drawing.model, dict(drawing.given)
-    pictures = given.pop(model.first_stage_key)
+    arrays = given.pop(model.first_stage_key)
     if args.baseline:
-        raise UserValueError("--baseline draws pictures: leave it out where they are given")
+        raise UserValueError("--baseline draws images: leave it out where they are given")
     if images := [name for name in drawing.wanted if model.tasks[name].kind == "image"]:
-        raise UserValueError(f"--want {images[0]}: scripts/sample_diffusion.py draws pictures of pictures")
+        raise UserValueError(f"--want {images[0]}: scripts/sample_diffusion.py draws images of images")
     found: dict[str, list[torch.Tensor]] = {name: [] for name in drawing.wanted}
-    for numbers in _ldm.batches(range(len(pictures)), args.n_samples):
+    for numbers in inference.batches(range(len(arrays)), args.n_samples):
         cond = model.get_learned_conditioning([prompts[n % len(prompts)] for n in numbers])
-        values = {name: _ldm.take(value, numbers) for name, value in given.items()}
-        read = model.predict(pictures[numbers], values, conditioning=cond, seed=args.seed, indices=numbers)
+        values = {name: inference.take(value, numbers) for name, value in given.items()}
+        read = model.predict(arrays[numbers], values, conditioning=cond, seed=args.seed, indices=numbers)
         for name, rows in found.items():
             rows.append(read[name])
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 def draw_all(args, drawing: Drawing, prompts: list[str]) -> dict[str, np.ndarray]:
-    """This rank's pictures, as files in the drawing's folder; the vectors and labels of all ranks, by name."""
+    """This rank's images, as files in the drawing's folder; the vectors and labels of all ranks, by name."""
     for_each = args.n_iter * args.n_samples
     arrays: dict[str, dict[int, np.ndarray]] = {}
     with drawing.model.ema_scope():
-        for numbers in _ldm.batches(_ldm.own_share(len(prompts) * for_each), args.n_samples):
+        for numbers in inference.batches(inference.own_share(len(prompts) * for_each), args.n_samples):
             drawn = draw(args, drawing, [prompts[n // for_each] for n in numbers], numbers)
-            _ldm.save_pictures(drawn.pop(drawing.model.first_stage_key), drawing.folder, numbers, DIGITS)
+            inference.save_images(drawn.pop(drawing.model.first_stage_key), drawing.folder, numbers, DIGITS)
             for name, value in drawn.items():
                 if value.ndim == 4:
-                    _ldm.save_pictures(value, drawing.folder.with_name(name), numbers, DIGITS)
+                    inference.save_images(value, drawing.folder.with_name(name), numbers, DIGITS)
                 else:
                     arrays.setdefault(name, {}).update(zip(numbers, value.numpy(), strict=True))
-    return _ldm.gathered(arrays)
+    return inference.gathered(arrays)
 
 
 @torch.no_grad()
 def draw(args, drawing: Drawing, prompts: list[str], numbers: list[int]) -> dict[str, torch.Tensor]:
-    """What is wanted of the samples with these numbers, by name; pictures [b, 3, H, W] in [-1, 1]."""
+    """What is wanted of the samples with these numbers, by name; images [b, 3, H, W] in [-1, 1]."""
     model = drawing.model
     name = "plms" if args.plms else "dpm++" if args.dpm_solver else "ddim"
     # With a fixed code the samples of all batches have the noise of the first.
     seeds = [n % args.n_samples for n in numbers] if args.fixed_code else numbers
     shape = (args.C, args.H // args.f, args.W // args.f)
-    with _ldm.precision(args.precision):
+    with inference.precision(args.precision):
         free = model.get_unconditional_conditioning(len(prompts)) if args.scale != 1 else None
         directions = {}
         if isinstance(model, JointLatentDiffusion):
-            given = {name: _ldm.take(value, numbers) for name, value in drawing.given.items()}
+            given = {name: inference.take(value, numbers) for name, value in drawing.given.items()}
             directions = {
                 "given": model.given_values(given, len(numbers), shape),
                 "strength": args.strength,
@@ -212,7 +214,7 @@ def draw(args, drawing: Drawing, prompts: list[str], numbers: list[int]) -> dict
             }
         cond = model.as_conditioning(model.get_learned_conditioning(prompts))
         guided = model.guided_model(cond, free, args.scale, **directions)
-        latents, _ = _ldm.SAMPLERS[name](model).sample(
+        latents, _ = inference.SAMPLERS[name](model).sample(
             args.ddim_steps,
             len(prompts),
             shape,
@@ -249,24 +251,24 @@ def finish(args, drawing: Drawing, baseline: Drawing | None, prompts: list[str])
             for number in numbers:
                 (made.folder / f"{number:0{DIGITS}}.png").unlink()
         else:
-            logger.log(f"saved {len(numbers)} pictures in {made.folder}")
+            logger.log(f"saved {len(numbers)} images in {made.folder}")
 
 
 def sheet_rows(args, drawings: Sequence[Drawing], prompts: list[str], numbers: range) -> list[Row]:
-    """Rows of the sheet: what is given, then each prompt's pictures, above the baseline's."""
+    """Rows of the sheet: what is given, then each prompt's images, above the baseline's."""
     for_each = args.n_iter * args.n_samples
     columns = args.n_rows or for_each
     rows = [
-        Row(f"{name} (given)", to_uint8(_ldm.take(value, range(min(columns, len(numbers))))))
+        Row(f"{name} (given)", to_uint8(inference.take(value, range(min(columns, len(numbers))))))
         for name, value in drawings[0].given.items()
         if value.ndim == 4
     ]
-    pictures = [_ldm.read_pictures(drawing.folder, numbers, DIGITS) for drawing in drawings]
+    images = [inference.read_images(drawing.folder, numbers, DIGITS) for drawing in drawings]
     for k, prompt in enumerate(prompts):
         for first in range(0, for_each, columns):
             part = slice(k * for_each + first, k * for_each + min(first + columns, for_each))
             titles = [prompt if first == 0 else "", "... by the baseline"]
-            rows += [Row(title, own[part]) for title, own in zip(titles, pictures, strict=False)]
+            rows += [Row(title, own[part]) for title, own in zip(titles, images, strict=False)]
     return rows
 
 

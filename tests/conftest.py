@@ -1,4 +1,4 @@
-"""What several test modules share: pictures to train on, development data, and jobs of several processes."""
+"""What several test modules share: images to train on, development data, and jobs of several processes."""
 
 import os
 import runpy
@@ -26,6 +26,11 @@ def dev_data(name):
     if not (folder / name).exists():
         pytest.skip(f"no development data {name} in {folder}")
     return folder / name
+
+
+def script_path(name):
+    """scripts/NAME.py or experiments/NAME.py."""
+    return next(p for p in (ROOT / d / f"{name}.py" for d in ("scripts", "experiments")) if p.exists())
 
 
 @pytest.fixture(scope="session")
@@ -84,17 +89,17 @@ def launch():
 
 @pytest.fixture
 def run_script(monkeypatch, capfd):
-    """run_script("reproduce", "--flag", ...): the finished job of scripts/reproduce.py, run in this process, which has
+    """run_script("reproduce", "--flag", ...): the finished job of experiments/reproduce.py, run in this process, which has
     its slow imports already."""
-    scripts = Path(__file__).resolve().parents[1] / "scripts"
-    monkeypatch.syspath_prepend(str(scripts))
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capfd.readouterr()
         code = 0
         try:
-            runpy.run_path(str(scripts / f"{name}.py"), run_name="__main__")
+            path = script_path(name)
+            monkeypatch.syspath_prepend(str(path.parent))
+            runpy.run_path(str(path), run_name="__main__")
         except SystemExit as ended:
             code = ended.code
         out, err = capfd.readouterr()
@@ -117,8 +122,8 @@ def _working_mpi():
     return _beside_python("mpiexec") is not None
 
 
-def picture(value=0, size=(10, 8), mode="RGB"):
-    """A picture of (width, height) whose content tells its number: a gradient to the right, plus `value`."""
+def sample_image(value=0, size=(10, 8), mode="RGB"):
+    """An image of (width, height) whose content tells its number: a gradient to the right, plus `value`."""
     width, height = size
     ramp = np.tile(np.linspace(0, 100, width), (height, 1)) + value
     rgb = np.stack([ramp, ramp / 2, 255 - ramp], axis=-1).clip(0, 255).astype(np.uint8)
@@ -127,20 +132,20 @@ def picture(value=0, size=(10, 8), mode="RGB"):
 
 @pytest.fixture
 def prefix_folder(tmp_path):
-    """Twelve pictures named as upstream wants them: cat_0.png, ..., dog_0.png, ..., owl_0.png, ..."""
+    """Twelve images named as upstream wants them: cat_0.png, ..., dog_0.png, ..., owl_0.png, ..."""
     folder = tmp_path / "prefix"
     folder.mkdir()
     for i in range(12):
-        picture(10 * i).save(folder / f"{('cat', 'dog', 'owl')[i % 3]}_{i // 3}.png")
+        sample_image(10 * i).save(folder / f"{('cat', 'dog', 'owl')[i % 3]}_{i // 3}.png")
     return folder
 
 
 @pytest.fixture
 def class_folder(tmp_path):
-    """Twelve pictures in folders of their class: cat/0.png, ..., dog/0.png, ..., owl/0.png, ..."""
+    """Twelve images in folders of their class: cat/0.png, ..., dog/0.png, ..., owl/0.png, ..."""
     folder = tmp_path / "classes"
     for i in range(12):
         path = folder / ("cat", "dog", "owl")[i % 3] / f"{i // 3}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(10 * i).save(path)
+        sample_image(10 * i).save(path)
     return folder

@@ -45,7 +45,7 @@ CONTEXT = unet_config(use_spatial_transformer=True, context_dim=6)
 
 
 def small(cls=LatentDiffusion, shake=True, **changes):
-    """A model of 2 x 8 x 8 latents (the pictures themselves, unless first_stage_config is changed) in 40
+    """A model of 2 x 8 x 8 latents (the images themselves, unless first_stage_config is changed) in 40
     steps; unless `shake` is off, every weight of its network is away from its initial zeros."""
     th.manual_seed(0)
     options = dict(
@@ -78,6 +78,6 @@ def shaken(model, scale=0.05):
 
 
 def maps(count=4, channels=2, size=8, seed=0):
-    """Pictures [B, H, W, C] in [-1, 1], as a batch has them."""
+    """Images [B, H, W, C] in [-1, 1], as a batch has them."""
     generator = th.Generator().manual_seed(seed)
     return th.rand(count, size, size, channels, generator=generator) * 2 - 1

@@ -10,7 +10,7 @@ import torch
 
 
 class Ramps(torch.utils.data.Dataset):
-    """`size` pictures [8, 8, 3] that differ, each with a random shift drawn when it is read.
+    """`size` images [8, 8, 3] that differ, each with a random shift drawn when it is read.
 
     root: a folder that has to exist, as a dataset of files needs one.
     """
@@ -27,11 +27,9 @@ class Ramps(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         ramp = np.linspace(-1, 1, 8, dtype=np.float32) * (index + 1) / self.size
-        picture = np.stack(
-            [ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], -ramp[:, None] * ramp], axis=-1
-        )
+        image = np.stack([ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], -ramp[:, None] * ramp], axis=-1)
         noise = self.shift * (random.random() + np.random.rand() + float(torch.rand(())))
-        return {"image": (picture + np.float32(noise)).astype(np.float32), "index": index}
+        return {"image": (image + np.float32(noise)).astype(np.float32), "index": index}
 
 
 class SignalAt(pl.Callback):

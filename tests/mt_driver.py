@@ -12,9 +12,9 @@ import numpy as np
 import torch.distributed as dist
 
 from guided_diffusion import logger
+from tests.conftest import script_path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ROOT / "scripts"
 MODEL = (
     "--image_size 8 --image_channels 1 --num_channels 32 --num_res_blocks 1 --channel_mult 1,2 "
     "--attention_resolutions 4 --num_head_channels 32 --diffusion_steps 40 --noise_schedule cosine"
@@ -34,7 +34,6 @@ print(f"pid {os.getpid()}\\n", end="", flush=True)
 script, slow = sys.argv[1], float(sys.argv[2])
 sys.argv = [script, *sys.argv[3:]]
 sys.path.insert(0, os.path.dirname(script))
-import _common
 from guided_diffusion import checkpoint_util
 whole = checkpoint_util.write
 def write(value, file):
@@ -68,12 +67,13 @@ def in_process(name, *flags):
     """Run scripts/NAME.py in this process. SystemExit where the script ends so."""
     argv, path = sys.argv, list(sys.path)
     sys.argv = [name, *map(str, flags)]
-    sys.path.insert(0, str(SCRIPTS))
+    script = script_path(name)
+    sys.path.insert(0, str(script.parent))
     formats = os.environ.get("OPENAI_LOG_FORMAT")
     os.environ["OPENAI_LOG_FORMAT"] = ENVIRONMENT["OPENAI_LOG_FORMAT"]
     try:
-        code = compile((SCRIPTS / f"{name}.py").read_text(), name, "exec")
-        exec(code, {"__name__": "__main__", "__file__": str(SCRIPTS / f"{name}.py")})
+        code = compile(script.read_text(), name, "exec")
+        exec(code, {"__name__": "__main__", "__file__": str(script)})
     finally:
         sys.argv, sys.path[:] = argv, path
         os.environ.pop("OPENAI_LOG_FORMAT")
@@ -102,7 +102,7 @@ def refusal(capsys, name, *flags):
 
 
 def train(data, folder, *flags):
-    """mt_image_train in this process; without pictures of samples, which take time, unless `flags` ask for
+    """mt_image_train in this process; without images of samples, which take time, unless `flags` ask for
     them."""
     in_process(
         "mt_image_train", *MODEL, *TRAIN, "--data_dir", data, "--log_dir", folder, "--sample_steps", 0, *flags
@@ -114,7 +114,7 @@ def command(ranks, name, *flags, slow=0.0):
     numbers."""
     beside = Path(sys.executable).parent / "mpiexec"
     start = [str(beside if beside.exists() else "mpiexec"), "-n", str(ranks)] if ranks > 1 else []
-    script = str(SCRIPTS / f"{name}.py")
+    script = str(script_path(name))
     return [*start, sys.executable, "-c", _WATCHED, script, str(slow), *map(str, flags)]
 
 

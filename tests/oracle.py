@@ -7,15 +7,15 @@ import numpy as np
 import torch as th
 import torch.nn as nn
 
-from guided_diffusion.aggregation import Aggregation
 from guided_diffusion.gaussian_diffusion import (
     LossType,
     ModelMeanType,
     ModelVarType,
     get_named_beta_schedule,
 )
-from guided_diffusion.modalities import Modality
-from guided_diffusion.multitask import MultiTask
+from guided_diffusion.mt.aggregation import Aggregation
+from guided_diffusion.mt.modalities import Modality
+from guided_diffusion.mt.modality_set import MultiTask
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
 T = 1000

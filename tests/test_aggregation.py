@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch as th
 
-from guided_diffusion.aggregation import SCHEDULES, Aggregation
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
+from guided_diffusion.mt.aggregation import SCHEDULES, Aggregation
 from guided_diffusion.respace import space_timesteps
 from tests.oracle import process
 

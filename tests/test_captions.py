@@ -1,4 +1,4 @@
-"""Captioned pictures: every caption stays with its picture, and mistakes are named."""
+"""Captioned images: every caption stays with its image, and mistakes are named."""
 
 import json
 import random
@@ -9,27 +9,27 @@ import pytest
 from torch.utils.data import DataLoader
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
-from ldm.data.base import FirstStagePictures
+from ldm.data.base import FirstStageImages
 from ldm.data.captions import CaptionFolder, read_captions
 from ldm.data.folders import ImageFolder
-from tests.conftest import picture
+from tests.conftest import sample_image
 
 COUNT = 7
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Seven pictures in two folders, p0 to p6, without captions."""
+    """Seven images in two folders, p0 to p6, without captions."""
     for i in range(COUNT):
         path = tmp_path / "set" / ("x", "y/z")[i % 2] / f"p{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(10 * i).save(path)
+        sample_image(10 * i).save(path)
     return tmp_path / "set"
 
 
-def write_table(root, kind, per_picture=2):
-    """Captions `p3, a` and `p3, b` of the picture p3, as one of the three forms."""
-    rows = [(f"p{i}.png", f"p{i}, {'ab'[k]}") for k in range(per_picture) for i in range(COUNT)]
+def write_table(root, kind, per_image=2):
+    """Captions `p3, a` and `p3, b` of the image p3, as one of the three forms."""
+    rows = [(f"p{i}.png", f"p{i}, {'ab'[k]}") for k in range(per_image) for i in range(COUNT)]
     if kind == "beside":
         for path in root.rglob("*.png"):
             path.with_suffix(".txt").write_text(
@@ -44,7 +44,7 @@ def write_table(root, kind, per_picture=2):
 
 
 @pytest.mark.parametrize("kind", ["image,caption", "file_name,text", "metadata.jsonl", "beside"])
-def test_every_caption_stays_with_its_picture(root, kind):
+def test_every_caption_stays_with_its_image(root, kind):
     write_table(root, kind)
     data, plain = CaptionFolder(root, 8), ImageFolder(root, 8)
     pixels = {item["file_path_"]: item["image"] for item in (plain[i] for i in range(COUNT))}
@@ -74,7 +74,7 @@ def test_captions_are_drawn_by_the_seed(root):
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_pictures_are_held_out_with_all_their_captions(root):
+def test_images_are_held_out_with_all_their_captions(root):
     write_table(root, "image,caption")
     captions = {}
     for part in ("all", "train", "held_out"):
@@ -86,9 +86,9 @@ def test_pictures_are_held_out_with_all_their_captions(root):
 
 
 def test_names_below_the_root(root):
-    picture(99).save(root / "x/p1.png")  # the second p1
-    write_table(root, "image,caption", per_picture=1)
-    with pytest.raises(UserFileError, match=r"captions\.csv line 3 .*'p1\.png', but several pictures have"):
+    sample_image(99).save(root / "x/p1.png")  # the second p1
+    write_table(root, "image,caption", per_image=1)
+    with pytest.raises(UserFileError, match=r"captions\.csv line 3 .*'p1\.png', but several images have"):
         CaptionFolder(root, 8)
     table = root / "captions.csv"
     table.write_text(table.read_text().replace("p1.png", "y/z/p1.png") + "\nx/p1.png,the other\n")
@@ -101,15 +101,15 @@ def test_names_below_the_root(root):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("image,caption\nnone.png,a\n", r"captions\.csv line 2 .*'none\.png', but there is no such picture"),
-        ("image,caption\np0.png,a\n", r"p2\.png has no caption \(6 of 7 pictures"),
+        ("image,caption\nnone.png,a\n", r"captions\.csv line 2 .*'none\.png', but there is no such image"),
+        ("image,caption\np0.png,a\n", r"p2\.png has no caption \(6 of 7 images"),
         (
-            "picture,caption\np0.png,a\n",
-            r"no columns image,caption or file_name,text, only 'picture,caption'",
+            "file,caption\np0.png,a\n",
+            r"no columns image,caption or file_name,text, only 'file,caption'",
         ),
         ("", "no columns"),
-        ("image,caption\np0.png\n", "line 2 does not name a picture and its caption"),
-        ("image,caption\np0.png, \n", "line 2 does not name a picture and its caption"),
+        ("image,caption\np0.png\n", "line 2 does not name an image and its caption"),
+        ("image,caption\np0.png, \n", "line 2 does not name an image and its caption"),
         ('image,caption\np0.png,"open', r"captions\.csv cannot be read after line 1"),
         (b"image,caption\np0.png,\xff\xfe\n", "is not text in UTF-8"),
     ],
@@ -128,7 +128,7 @@ def test_wrong_lines_of_json_are_named(root):
         CaptionFolder(root, 8)
     for row in ('["p0.png", "a"]', '{"file_name": "p0.png"}', '{"file_name": "p0.png", "text": 3}'):
         table.write_text(row)
-        with pytest.raises(UserError, match="line 1 does not name a picture and its caption"):
+        with pytest.raises(UserError, match="line 1 does not name an image and its caption"):
             CaptionFolder(root, 8)
     (root / "captions.csv").write_text("image,caption\n")
     with pytest.raises(UserError, match="both captions.csv and metadata.jsonl"):
@@ -153,7 +153,7 @@ def test_workers_and_first_stages_read_them(root):
     data = CaptionFolder(root, 8)
     batch = next(iter(DataLoader(data, batch_size=COUNT, num_workers=1)))
     assert batch["jpg"].shape == (COUNT, 8, 8, 3) and len(batch["txt"]) == COUNT
-    assert FirstStagePictures(data)[2]["image"].shape == (8, 8, 3)
+    assert FirstStageImages(data)[2]["image"].shape == (8, 8, 3)
 
 
 def test_photos_with_captions_of_people(unpacked_dev_data):

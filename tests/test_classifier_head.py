@@ -3,14 +3,14 @@
 import pytest
 import torch as th
 
-from guided_diffusion.classifier_head import predicted_image
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelMeanType
-from guided_diffusion.modalities import one_hot, parse_modalities
-from guided_diffusion.mt_util import JointModel, mt_defaults
-from guided_diffusion.denoiser import JointDenoiser, predict_modalities
-from guided_diffusion.multitask import Batch, multitask_losses
-from guided_diffusion.samplers import joint_sample
+from guided_diffusion.mt.classifier_head import predicted_image
+from guided_diffusion.mt.denoiser import JointDenoiser, predict_modalities
+from guided_diffusion.mt.modalities import one_hot, parse_modalities
+from guided_diffusion.mt.modality_set import Batch, multitask_losses
+from guided_diffusion.mt.model import JointModel, mt_defaults
+from guided_diffusion.mt.sampling import joint_sample
 from guided_diffusion.script_util import create_classifier
 from guided_diffusion.seeding import PerSample
 from tests.mt_driver import in_process

@@ -2,8 +2,6 @@
 same files (tests/parity/diffusers)."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,9 @@ from safetensors.torch import save_file
 
 from guided_diffusion.errors import UserError, UserFileError
 from ldm.checkpoint import load_state_dict, trained_steps
+from ldm.inference import load_model
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
-from tests.conftest import ROOT
 from tests.parity.weights import named_weight
 from tests.test_parity_adm import agree
 
@@ -225,9 +223,7 @@ def test_parts_alone(made, case, model):
     assert trained_steps(made[0]) == 0
 
 
-def test_the_scripts_load_folders(made, model, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
-    load_model = runpy.run_path(str(ROOT / "scripts/_ldm.py"))["load_model"]
+def test_the_scripts_load_folders(made, model):
     target = "ldm.models.diffusion.ddpm.LatentDiffusion"
     loaded = load_model({"model": {"target": target, "params": made[1]}}, made[0])
     assert same(loaded.state_dict(), model.state_dict())

@@ -139,9 +139,9 @@ def test_a_bug_is_not_taken_for_a_mistake():
 
 
 def test_the_message_of_a_data_worker_is_found_in_its_traceback():
-    trace = "Original Traceback:\n  File x\npkg.UserError: bad picture: y\n"
+    trace = "Original Traceback:\n  File x\npkg.UserError: bad image: y\n"
     text = f"Caught UserError in DataLoader worker process 0.\n{trace}"
-    assert one_line(UserError(text)) == "bad picture: y"
+    assert one_line(UserError(text)) == "bad image: y"
 
 
 def test_a_checkpoint_is_read_where_it_was_asked_for(tmp_path):
@@ -184,7 +184,7 @@ def test_an_unusable_checkpoint_is_named(tmp_path):
         "truncated.pt": whole.read_bytes()[:2000],
         "empty.pt": b"",
         "text.pt": b"<html>404 not found</html>",
-        "picture.pt": b"\x89PNG\r\n\x1a\n" + bytes(100),
+        "image.pt": b"\x89PNG\r\n\x1a\n" + bytes(100),
     }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=f"{name}.*is not a checkpoint"):

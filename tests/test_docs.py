@@ -19,14 +19,13 @@ import torch as th
 import yaml
 from PIL import Image
 
-from tests.conftest import ROOT, picture
+from tests.conftest import ROOT, sample_image
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "patches/README.md"]
-WRITTEN = [page for page in PAGES if page.name != "api.md"]
 FENCE = re.compile(r"(?:<!-- run(?:: (?P<needs>\w+))? -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)```", re.DOTALL)
 COMMAND = re.compile(
     r"(?:python|torchrun)(?! -m pytest)\s[^|#;]*?\b(?<!tests/)"
-    r"((?:scripts|patches|evaluations)/\w+\.py|main\.py)\b([^|#;&\n]*)"
+    r"((?:scripts|experiments|patches|evaluations)/\w+\.py|main\.py)\b([^|#;&\n]*)"
 )
 
 
@@ -35,7 +34,7 @@ def blocks(*kinds, run=None):
     so.
     """
     found = []
-    for page in WRITTEN:
+    for page in PAGES:
         for match in FENCE.finditer(page.read_text()):
             marked = match[0].startswith("<!-- run")
             if match["kind"] in kinds and (run is None or run == marked):
@@ -47,7 +46,7 @@ def blocks(*kinds, run=None):
 def commands():
     """Every command that a page shows, in fenced blocks, indented ones and in the text: (script, words)."""
     found = {}
-    for page in WRITTEN:
+    for page in PAGES:
         for script, words in COMMAND.findall(page.read_text().replace("\\\n", " ").replace("`", "\n")):
             found.setdefault((script, words.strip()), f"{page.name}: {script} {words.strip()[:40]}")
     return [pytest.param(*key, id=name) for key, name in found.items()]
@@ -109,7 +108,7 @@ def test_marked_commands_run(workplace, text, needs):
         for i in range(8):
             folder = workplace / "photos" / ("cat", "dog")[i % 2]
             folder.mkdir(parents=True, exist_ok=True)
-            picture(10 * i).save(folder / f"{i}.png")
+            sample_image(10 * i).save(folder / f"{i}.png")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "OPENAI_LOGDIR": str(workplace / "log")}
     job = subprocess.run(
@@ -158,7 +157,7 @@ def parameters(function):
     return inspect.signature(function).parameters if inspect.isfunction(function) else ()
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Also [`Class.method`](../file.py): the file defines it."""
     text = page.read_text()
@@ -189,28 +188,9 @@ def defined(path):
     return found
 
 
-def test_the_reference_is_up_to_date():
-    """If this fails: python scripts/build_api_docs.py."""
-    build = runpy.run_path(str(ROOT / "scripts/build_api_docs.py"))["build"]
-    assert (ROOT / "docs/api.md").read_text() == build()
-
-
-def test_the_reference_says_what_docstrings_say(tmp_path):
-    (tmp_path / "ldm").mkdir()
-    (tmp_path / "ldm/part.py").write_text(
-        '"""About <it>, `a<b`."""\n\nclass A(B):\n    """Is one."""\n\n    def __init__(self, x, y=1):\n        pass\n\n'
-        '    def go(self, *, fast: bool = True) -> int:\n        """Goes."""\n\n    def bare(self):\n        pass\n\n'
-        'def _own():\n    """Hidden."""\n'
-    )
-    page = runpy.run_path(str(ROOT / "scripts/build_api_docs.py"))["build"](tmp_path)
-    assert "About &lt;it>, `a<b`." in page
-    assert "class A(B)\nA(x, y=1)\n" in page and "A.go(*, fast: bool=True) -> int" in page
-    assert "bare" not in page and "_own" not in page
-
-
 def test_the_plot_of_the_schedules(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    script = runpy.run_path(str(ROOT / "scripts/draw_aggregation.py"))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    script = runpy.run_path(str(ROOT / "experiments/draw_aggregation.py"))
     curves = {curve.name: np.asarray(curve.y) for curve in script["curves"]("linear")}
     assert {"bump", "paper-normalized", "constant", "paper (up to 4547)"} < set(curves)
     for name in ("bump", "paper-normalized", "constant"):

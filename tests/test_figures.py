@@ -18,7 +18,7 @@ def test_uint8_covers_the_range_and_moves_channels_last():
     assert pixels[0, 0, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_uint8_gives_back_what_pictures_were_read_from():
+def test_uint8_gives_back_what_images_were_read_from():
     values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     assert (
         to_uint8(th.from_numpy(values.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1) == values
@@ -26,7 +26,7 @@ def test_uint8_gives_back_what_pictures_were_read_from():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_pictures_stand_in_a_row_enlarged_without_smoothing(channels):
+def test_images_stand_in_a_row_enlarged_without_smoothing(channels):
     images = plain(0, channels=channels)
     images[:, ::2, ::2, : min(channels, 3)] = 200
     if channels == 4:
@@ -43,7 +43,7 @@ def test_pictures_stand_in_a_row_enlarged_without_smoothing(channels):
         assert (sheet[top : top + 64, left + 70 * k + 64 : left + 70 * k + 70] == 255).all()
 
 
-def test_transparent_pixels_are_white_and_large_pictures_keep_their_size():
+def test_transparent_pixels_are_white_and_large_images_keep_their_size():
     images = plain(10, channels=4, size=100)
     images[:, :50, :, 3] = 0
     images[:, 50:, :, 3] = 255
@@ -66,7 +66,7 @@ def test_rows_stand_below_each_other_with_titles_and_captions():
 
 def test_a_long_title_is_not_cut():
     sheet = np.asarray(
-        contact_sheet([Row("a title much longer than one picture is wide", plain(255, count=1))])
+        contact_sheet([Row("a title much longer than one image is wide", plain(255, count=1))])
     )
     dark = (sheet < 128).any(axis=(0, 2)).nonzero()[0]
     assert dark.max() > 200 and dark.max() < sheet.shape[1] - 6
@@ -75,5 +75,5 @@ def test_a_long_title_is_not_cut():
 def test_empty_rows_are_left_out_and_a_sheet_of_nothing_refused():
     one = contact_sheet([Row("", plain(0))])
     assert contact_sheet([Row("", plain(0)), Row("none", plain(0, count=0))]).size == one.size
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         contact_sheet([Row("none", plain(0, count=0))])

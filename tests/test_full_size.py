@@ -8,7 +8,7 @@ import torch as th
 import yaml
 from torch import nn
 
-from guided_diffusion.modalities import Modality
+from guided_diffusion.mt.modalities import Modality
 from guided_diffusion.nn import checkpoint
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel

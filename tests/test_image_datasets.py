@@ -1,4 +1,4 @@
-"""Pictures of every kind come out right, labels mean something, bad files are named, streams are resumed."""
+"""Images of every kind come out right, labels mean something, bad files are named, streams are resumed."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ from guided_diffusion.image_datasets import (
     load_stream,
     open_dataset,
 )
-from tests.conftest import picture
+from tests.conftest import sample_image
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +38,13 @@ def own_logger(tmp_path):
 
 @pytest.fixture
 def digits():
-    """Forty pictures whose every pixel is the picture's number, and labels of which some are missing."""
+    """Forty images whose every pixel is the image's number, and labels of which some are missing."""
     images = np.repeat(np.arange(40, dtype=np.uint8), 8 * 8).reshape(40, 8, 8, 1)
     return ArrayDataset(images, np.arange(40) % 5 - 1)
 
 
 def number(batch):
-    """The numbers of the pictures of `digits` in a batch."""
+    """The numbers of the images of `digits` in a batch."""
     return ((batch[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 
 
@@ -79,8 +79,8 @@ def test_center_crop_averages_by_twos_and_takes_the_middle():
 
 
 @pytest.mark.parametrize("size", [(5, 5), (7, 30), (300, 9), (64, 64), (101, 67)])
-def test_pictures_of_any_size_become_squares(size):
-    image = picture(size=size)
+def test_images_of_any_size_become_squares(size):
+    image = sample_image(size=size)
     assert image_datasets.center_crop_arr(image, 16).shape == (16, 16, 3)
     for seed in range(5):
         arr = image_datasets.random_crop_arr(image, 16, rng=random.Random(seed))
@@ -91,7 +91,7 @@ def test_random_crop_reaches_every_place_and_scale_and_follows_its_seed():
     ramp = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (100, 1)))
     crops = [image_datasets.random_crop_arr(ramp, 50, rng=random.Random(seed)) for seed in range(60)]
     widths = [int(crop[25, -1]) - int(crop[25, 0]) for crop in crops]
-    assert min(widths) < 82 and max(widths) > 95  # 80 % to 100 % of the picture
+    assert min(widths) < 82 and max(widths) > 95  # 80 % to 100 % of the image
     starts = [int(crop[25, 0]) for crop in crops]
     assert min(starts) <= 1 and max(starts) >= 15
     random.seed(7)
@@ -101,8 +101,8 @@ def test_random_crop_reaches_every_place_and_scale_and_follows_its_seed():
     )
 
 
-def test_half_of_the_pictures_are_flipped_where_asked(tmp_path):
-    picture().save(tmp_path / "a.png")
+def test_half_of_the_images_are_flipped_where_asked(tmp_path):
+    sample_image().save(tmp_path / "a.png")
     path = [str(tmp_path / "a.png")]
     plain = ImageDataset(8, path, random_flip=False)[0][0]
     flipping = ImageDataset(8, path)
@@ -128,7 +128,7 @@ def test_half_of_the_pictures_are_flipped_where_asked(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_mode_becomes_the_channels_asked_for(tmp_path, mode, suffix, channels):
     path = tmp_path / f"a.{suffix}"
-    image = picture(mode=mode)
+    image = sample_image(mode=mode)
     image.save(path)
     (arr, _) = ImageDataset(8, [str(path)], random_flip=False, image_channels=channels)[0]
     assert arr.shape == (channels, 8, 8)
@@ -192,7 +192,7 @@ def test_prefixes_win_over_folders_and_the_other_choice_is_named(class_folder, t
 @pytest.mark.parametrize(
     "names",
     [
-        ["a.png", "b.png", "c.png", "d.png"],  # every picture a class of its own
+        ["a.png", "b.png", "c.png", "d.png"],  # every image a class of its own
         ["a_1.png", "b_1.png", "c_1.png", "d_1.png"],
         ["cat_1.png", "cat_2.png", "cat_3.png"],  # one class
         ["one/1.png", "one/2.png", "one/3.png"],
@@ -204,13 +204,13 @@ def test_labels_without_a_meaning_are_refused(tmp_path, names):
     folder = tmp_path / "data"
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        picture().save(folder / name)
+        sample_image().save(folder / name)
     with pytest.raises(UserValueError, match="no labels with a meaning.*CLASS_anything.png.*class_cond"):
         load_data(data_dir=str(folder), batch_size=1, image_size=8, class_cond=True)
     assert next(load_data(data_dir=str(folder), batch_size=2, image_size=8, num_workers=0))[1] == {}
 
 
-def test_only_pictures_are_listed_in_order(tmp_path):
+def test_only_images_are_listed_in_order(tmp_path):
     for name in ("b.PNG", "a.jpeg", "z/c.gif", "m/d.jpg", "notes.txt", "png", ".hidden"):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name).touch()
@@ -224,7 +224,7 @@ def test_missing_data_is_named(tmp_path):
     for path, error, match in (
         ("", ValueError, "unspecified data directory"),
         (str(tmp_path / "nowhere"), FileNotFoundError, "nowhere.*does not exist"),
-        (str(tmp_path / "empty"), FileNotFoundError, "no pictures.*empty"),
+        (str(tmp_path / "empty"), FileNotFoundError, "no images.*empty"),
         (str(tmp_path / "file.txt"), FileNotFoundError, "neither a folder"),
         (str(tmp_path / "nowhere.npz"), FileNotFoundError, "nowhere.npz.*does not exist"),
     ):
@@ -234,7 +234,7 @@ def test_missing_data_is_named(tmp_path):
 
 
 def test_too_large_a_batch_is_refused_at_once(prefix_folder):
-    with pytest.raises(UserValueError, match="12 pictures.*fewer than batch_size 13"):
+    with pytest.raises(UserValueError, match="12 images.*fewer than batch_size 13"):
         load_data(data_dir=str(prefix_folder), batch_size=13, image_size=8)
 
 
@@ -253,7 +253,7 @@ def test_an_npz_file_stands_for_a_folder(tmp_path):
     assert open_dataset(str(tmp_path / "a.npz"), 4, image_channels=1)[0][0].shape == (1, 4, 4)
 
 
-def test_unlabelled_pictures_are_for_those_who_allow_them(tmp_path):
+def test_unlabelled_images_are_for_those_who_allow_them(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((4, 8, 8), dtype=np.uint8), labels=[0, 1, -1, 1])
     options = dict(
         data_dir=str(tmp_path / "a.npz"), batch_size=4, image_size=8, deterministic=True, num_workers=0
@@ -295,7 +295,7 @@ def test_a_broken_npz_file_is_named(tmp_path):
         open_dataset(str(tmp_path / "b.npz"), 8)
 
 
-# ----------------------------------------------------------------------------------------------- bad pictures
+# ----------------------------------------------------------------------------------------------- bad images
 
 
 def spoil(path, how):
@@ -307,7 +307,7 @@ def spoil(path, how):
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "html"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_bad_picture_is_named_once_and_the_next_takes_its_place(prefix_folder, tmp_path, how, num_workers):
+def test_a_bad_image_is_named_once_and_the_next_takes_its_place(prefix_folder, tmp_path, how, num_workers):
     spoil(prefix_folder / "dog_1.png", how)
     stream = load_data(
         data_dir=str(prefix_folder),
@@ -326,7 +326,7 @@ def test_a_bad_picture_is_named_once_and_the_next_takes_its_place(prefix_folder,
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_too_many_bad_pictures_stop_the_training_with_a_name(prefix_folder, num_workers):
+def test_too_many_bad_images_stop_the_training_with_a_name(prefix_folder, num_workers):
     for name in ("cat_0.png", "dog_1.png", "dog_2.png"):
         spoil(prefix_folder / name, "truncated")
     options = dict(data_dir=str(prefix_folder), batch_size=6, image_size=8, deterministic=True)
@@ -339,10 +339,10 @@ def test_too_many_bad_pictures_stop_the_training_with_a_name(prefix_folder, num_
         take(load_stream(dataset, 6, seed=0, num_workers=num_workers), 4)
 
 
-def test_nothing_but_bad_pictures_ends(prefix_folder):
+def test_nothing_but_bad_images_ends(prefix_folder):
     for path in prefix_folder.iterdir():
         spoil(path, "html")
-    with pytest.raises(UserError, match="none of the pictures can be read"):
+    with pytest.raises(UserError, match="none of the images can be read"):
         next(load_data(data_dir=str(prefix_folder), batch_size=2, image_size=8, max_bad=100, num_workers=0))
 
 
@@ -359,7 +359,7 @@ def test_a_fork_that_indexes_the_dataset_itself_is_warned(prefix_folder):
 # ----------------------------------------------------------------------------------------------------- stream
 
 
-def test_every_epoch_shows_every_picture_once_in_another_order(digits):
+def test_every_epoch_shows_every_image_once_in_another_order(digits):
     batches = take(load_stream(digits, 8, seed=3, num_workers=0), 15)
     seen = [n for batch, _ in batches for n in number(batch)]
     epochs = [seen[start : start + 40] for start in (0, 40, 80)]
@@ -459,7 +459,7 @@ def test_impossible_batches_are_refused(options):
         ResumableBatches(**{"size": 5, "batch_size": 2, "seed": 0, **options})
 
 
-def test_held_out_pictures_are_random_whole_and_not_trained_on(digits):
+def test_held_out_images_are_random_whole_and_not_trained_on(digits):
     digits.random_flip = digits.random_crop = True
     rest, (images, cond) = hold_out(digits, 10, seed=5)
     held = number(images)
@@ -473,7 +473,7 @@ def test_held_out_pictures_are_random_whole_and_not_trained_on(digits):
     assert len(nothing_left_out) == 40 and none.shape == (0, 1, 8, 8) and cond["y"].shape == (0,)
 
 
-def test_held_out_pictures_are_readable_ones(prefix_folder):
+def test_held_out_images_are_readable_ones(prefix_folder):
     dataset = open_dataset(str(prefix_folder), 8, class_cond=True)
     for name in ("cat_0.png", "cat_1.png", "dog_0.png", "owl_3.png"):
         spoil(prefix_folder / name, "truncated")
@@ -485,7 +485,7 @@ def test_held_out_pictures_are_readable_ones(prefix_folder):
         "dog_0.png",
         "owl_3.png",
     ]
-    with pytest.raises(UserValueError, match="9 pictures.*only 8"):
+    with pytest.raises(UserValueError, match="9 images.*only 8"):
         hold_out(dataset, 9, seed=0)
 
 
@@ -523,7 +523,7 @@ def test_real_ranks_share_the_data(launch, prefix_folder, tmp_path, launcher):
 # -------------------------------------------------------------------------------------------------- real data
 
 
-def test_real_pictures_with_prefix_labels(unpacked_dev_data, tmp_path):
+def test_real_images_with_prefix_labels(unpacked_dev_data, tmp_path):
     source = unpacked_dev_data("tiny_imagenet20.tar") / "tiny_imagenet20"
     folder = tmp_path / "some"
     for wnid in sorted(path for path in source.iterdir() if path.is_dir())[:3]:

@@ -1,4 +1,4 @@
-"""The image encoder gives what transformers' CLIP gives for the same pictures, and says what it cannot read."""
+"""The image encoder gives what transformers' CLIP gives for the same images, and says what it cannot read."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def vision_part(clip):
     return model
 
 
-def pictures(height, width, count=3):
+def sample_images(height, width, count=3):
     """uint8 [B, H, W, 3]: edges, so that a resampling overshoots, and noise."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 2, (count, -(-height // 6), -(-width // 6), 3)) * 255
@@ -80,7 +80,7 @@ def test_representations_are_those_of_transformers(clip, whole, tmp_path, size, 
     if normalisation:
         (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
     encoder = FrozenOpenCLIPImageEmbedder(version=str(folder))
-    images = pictures(*size)
+    images = sample_images(*size)
     given = encoder.encode(as_input(images))
     wanted = expected(clip, images, **normalisation)
     assert given.shape == (3, D) and encoder.width == D
@@ -91,7 +91,7 @@ def test_representations_are_those_of_transformers(clip, whole, tmp_path, size, 
 
 
 def test_folders_of_every_form(clip, tmp_path):
-    images = pictures(SIZE, SIZE)
+    images = sample_images(SIZE, SIZE)
     wanted = expected(clip, images)
     vision = vision_part(clip)
     vision.save_pretrained(tmp_path / "vision")

@@ -35,7 +35,7 @@ def autoencoder(seed=0):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Seven pairs of pictures, 16x20."""
+    """Seven pairs of images, 16x20."""
     root = tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(0)
     for i in range(COUNT):
@@ -125,14 +125,14 @@ def test_a_cache_of_something_else_is_refused(pairs, folders, tmp_path):
         fill(smaller, tmp_path / "c")
     torch.save({"state_dict": autoencoder().state_dict()}, tmp_path / "same.ckpt")
     torch.save({"state_dict": autoencoder(1).state_dict()}, tmp_path / "other.ckpt")
-    CachedLatents(tmp_path / "c", pictures=pairs, first_stage=tmp_path / "same.ckpt")
+    CachedLatents(tmp_path / "c", images=pairs, first_stage=tmp_path / "same.ckpt")
     with pytest.raises(UserError, match=r"another first stage than .*other\.ckpt"):
         CachedLatents(tmp_path / "c", first_stage=tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="another size"):
-        CachedLatents(tmp_path / "c", pictures=smaller)
-    with pytest.raises(UserError, match="other pictures"):
-        CachedLatents(tmp_path / "c", pictures=ParallelFolders(folders / "b", folders / "a", [16, 20]))
-    with pytest.raises(UserValueError, match="no flipped pictures"):
+        CachedLatents(tmp_path / "c", images=smaller)
+    with pytest.raises(UserError, match="other images"):
+        CachedLatents(tmp_path / "c", images=ParallelFolders(folders / "b", folders / "a", [16, 20]))
+    with pytest.raises(UserValueError, match="no flipped images"):
         CachedLatents(tmp_path / "c", random_flip=True)
     pairs.random_flip = True
     with pytest.raises(UserValueError, match="flipped at random"):
@@ -153,11 +153,11 @@ def test_only_some_keys_half_precision_and_data_workers(pairs, tmp_path):
 
 
 def test_a_first_stage_without_a_posterior(folders, tmp_path):
-    pictures = ImageFolder(folders / "a", 8)
-    fill(pictures, tmp_path / "c", IdentityFirstStage())
-    item = CachedLatents(tmp_path / "c", pictures=pictures)[COUNT - 1]
+    images = ImageFolder(folders / "a", 8)
+    fill(images, tmp_path / "c", IdentityFirstStage())
+    item = CachedLatents(tmp_path / "c", images=images)[COUNT - 1]
     assert set(item) == {"image_latent", "file_path_"}
-    assert np.array_equal(item["image_latent"].permute(1, 2, 0).numpy(), pictures[COUNT - 1]["image"])
+    assert np.array_equal(item["image_latent"].permute(1, 2, 0).numpy(), images[COUNT - 1]["image"])
 
 
 def test_a_damaged_shard_is_named(pairs, tmp_path):
@@ -182,7 +182,7 @@ def test_the_command(folders, tmp_path, run_script):
         "random_flip": True,
     }
     train = {"target": "ldm.data.paired.ParallelFolders", "params": data}
-    cached = {"root": str(tmp_path / "c"), "pictures": train, "first_stage": str(tmp_path / "ae.ckpt")}
+    cached = {"root": str(tmp_path / "c"), "images": train, "first_stage": str(tmp_path / "ae.ckpt")}
     config = {
         "model": {"target": "any", "base_learning_rate": 1, "params": {"first_stage_config": CONFIG}},
         "data": {
@@ -218,7 +218,7 @@ class Colours(torch.nn.Module):
 
 @pytest.fixture
 def captioned(folders):
-    """The pictures of the first folder, with two captions each."""
+    """The images of the first folder, with two captions each."""
     for path in (folders / "a").glob("*.png"):
         path.with_suffix(".txt").write_text(f"{path.stem} one\n{path.stem} two\n")
     return CaptionFolder(folders / "a", [16, 20])
@@ -227,7 +227,7 @@ def captioned(folders):
 def test_representations_and_captions_beside_the_latents(captioned, tmp_path):
     fill(captioned, tmp_path / "c", flips=True, extractors={"colours": Colours()})
     cached = CachedLatents(
-        tmp_path / "c", pictures=captioned, random_flip=True, extractors={"colours": Colours()}
+        tmp_path / "c", images=captioned, random_flip=True, extractors={"colours": Colours()}
     )
     model, captions, flips = autoencoder(), set(), 0
     random.seed(0)
@@ -252,7 +252,7 @@ def test_representations_and_captions_beside_the_latents(captioned, tmp_path):
 def test_representations_of_another_encoder_are_refused(captioned, pairs, tmp_path):
     fill(captioned, tmp_path / "c", extractors={"colours": Colours()})
     shifted = Colours()
-    shifted.shift += 1  # a buffer: how it looks at pictures
+    shifted.shift += 1  # a buffer: how it looks at images
     for other in (Colours(3.0), shifted):
         for attempt in (
             lambda: fill(captioned, tmp_path / "c", extractors={"colours": other}),  # noqa: B023
@@ -265,7 +265,7 @@ def test_representations_of_another_encoder_are_refused(captioned, pairs, tmp_pa
     fill(captioned, tmp_path / "plain")
     with pytest.raises(UserError, match="other representations .none instead of colours"):
         CachedLatents(tmp_path / "plain", extractors={"colours": Colours()})
-    with pytest.raises(UserValueError, match="'image' is a picture of the data"):
+    with pytest.raises(UserValueError, match="'image' is an image of the data"):
         fill(pairs, tmp_path / "d", extractors={"image": Colours()})
     with pytest.raises(UserError, match="colours has values that are not finite"):
         fill(captioned, tmp_path / "d", extractors={"colours": Colours(float("nan"))})
@@ -297,5 +297,5 @@ def test_the_command_stores_representations(captioned, folders, tmp_path, run_sc
     config["model"]["params"]["extractors"] = extractors
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert "7 items with colours in" in run_script(*words).stdout
-    cached = CachedLatents(tmp_path / "c", pictures=captioned, extractors=extractors)
+    cached = CachedLatents(tmp_path / "c", images=captioned, extractors=extractors)
     assert np.allclose(cached[4]["colours"], 3 * captioned[4]["jpg"][:, :10].mean((0, 1)), atol=1e-5)

@@ -45,7 +45,7 @@ def vq():
 
 
 @pytest.fixture
-def pictures():
+def images():
     th.manual_seed(1)
     return th.rand(2, 3, 16, 16) * 2 - 1
 
@@ -54,13 +54,13 @@ def pictures():
 # interfaces
 
 
-def test_kl_gives_a_posterior_and_a_reconstruction(pictures):
+def test_kl_gives_a_posterior_and_a_reconstruction(images):
     model = kl()
-    reconstruction, posterior = model(pictures, sample_posterior=False)
-    assert posterior.mean.shape == (2, 2, 8, 8) and reconstruction.shape == pictures.shape
+    reconstruction, posterior = model(images, sample_posterior=False)
+    assert posterior.mean.shape == (2, 2, 8, 8) and reconstruction.shape == images.shape
     assert th.equal(reconstruction, model.decode(posterior.mode()))
     th.manual_seed(2)
-    drawn = model(pictures)[0]
+    drawn = model(images)[0]
     th.manual_seed(2)
     assert th.equal(drawn, model.decode(posterior.sample()))
     assert not th.equal(drawn, reconstruction)
@@ -70,25 +70,25 @@ def test_any_size_that_the_factor_divides():
     assert kl().encode(th.zeros(1, 3, 24, 10)).mean.shape == (1, 2, 12, 5)
 
 
-def test_vq_rounds_to_its_codebook(vq, pictures):
+def test_vq_rounds_to_its_codebook(vq, images):
     model = vq()
-    quant, loss, (_, _, indices) = model.encode(pictures)
-    before = model.encode_to_prequant(pictures)
+    quant, loss, (_, _, indices) = model.encode(images)
+    before = model.encode_to_prequant(images)
     codebook = model.quantize.embedding.weight
     nearest = th.cdist(before.permute(0, 2, 3, 1).reshape(-1, 2), codebook).argmin(dim=1)
     assert th.equal(indices, nearest) and loss.ndim == 0
     assert th.allclose(quant.permute(0, 2, 3, 1).reshape(-1, 2), codebook[nearest], atol=1e-6)
-    out, same_loss, same_indices = model(pictures, return_pred_indices=True)
-    assert th.equal(same_indices, indices) and same_loss == loss and len(model(pictures)) == 2
+    out, same_loss, same_indices = model(images, return_pred_indices=True)
+    assert th.equal(same_indices, indices) and same_loss == loss and len(model(images)) == 2
     assert th.allclose(model.decode_code(indices.reshape(2, 8, 8)), out, atol=1e-5)
-    assert vq(sane_index_shape=True).encode(pictures)[2][2].shape == (2, 8, 8)
+    assert vq(sane_index_shape=True).encode(images)[2][2].shape == (2, 8, 8)
 
 
-def test_vq_interface_rounds_when_it_decodes(vq, pictures):
+def test_vq_interface_rounds_when_it_decodes(vq, images):
     plain, first_stage = vq(), vq(VQModelInterface)
-    latent = first_stage.encode(pictures)
-    assert th.equal(latent, plain.encode_to_prequant(pictures))
-    assert th.equal(first_stage.decode(latent), plain(pictures)[0])
+    latent = first_stage.encode(images)
+    assert th.equal(latent, plain.encode_to_prequant(images))
+    assert th.equal(first_stage.decode(latent), plain(images)[0])
     assert th.equal(first_stage.decode(latent, force_not_quantize=True), plain.decode(latent))
     assert list(first_stage.state_dict()) == list(plain.state_dict())
 
@@ -106,7 +106,7 @@ def test_vq_keeps_a_moving_average(vq):
     assert th.allclose(weight, before + 1)
 
 
-def test_vq_training_pictures_vary_in_size(vq, monkeypatch):
+def test_vq_training_images_vary_in_size(vq, monkeypatch):
     model = vq(batch_resize_range=(16, 48))
     batch = {"image": th.zeros(1, 16, 16, 3)}
     assert model.get_input(batch, "image").shape == (1, 3, 48, 48)  # the largest first
@@ -122,7 +122,7 @@ def test_identity_first_stage():
     assert vq_like.quantize(x)[0] is x and len(vq_like.quantize(x)[2]) == 3
 
 
-def test_pictures_of_a_batch():
+def test_images_of_a_batch():
     model = kl()
     x = model.get_input({"image": th.arange(12, dtype=th.uint8).reshape(1, 2, 2, 3)}, "image")
     assert x.shape == (1, 3, 2, 2) and x.dtype == th.float32
@@ -140,9 +140,9 @@ def test_maps_are_shown_in_colours():
     assert (shown.min(), shown.max()) == (-1, 1)
 
 
-def test_the_last_layer_moves_the_picture(pictures):
+def test_the_last_layer_moves_the_image(images):
     model = kl()
-    model(pictures)[0].sum().backward()
+    model(images)[0].sum().backward()
     assert model.get_last_layer() is model.decoder.conv_out.weight
     assert model.get_last_layer().grad.abs().sum() > 0
 
@@ -199,7 +199,7 @@ def test_what_the_decoder_ends_with():
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
-def test_weights_come_back(tmp_path, suffix, pictures, caplog):
+def test_weights_come_back(tmp_path, suffix, images, caplog):
     """As the released files have them: Lightning's other content, and the loss's weights, do no harm."""
     trained, path = kl(), tmp_path / f"model.{suffix}"
     with th.no_grad():
@@ -213,7 +213,7 @@ def test_weights_come_back(tmp_path, suffix, pictures, caplog):
     with caplog.at_level(logging.WARNING):
         loaded = kl(ckpt_path=path)
     assert "1 tensors are not used (first: loss.discriminator.main.0.weight)" in caplog.text
-    assert th.equal(loaded(pictures, sample_posterior=False)[0], trained(pictures, sample_posterior=False)[0])
+    assert th.equal(loaded(images, sample_posterior=False)[0], trained(images, sample_posterior=False)[0])
 
 
 def test_ignored_keys_keep_their_values(tmp_path):

@@ -125,7 +125,7 @@ def test_class_labels_into_the_timestep_embedding():
 
 
 @th.no_grad()
-def test_pictures_through_the_first_stage():
+def test_images_through_the_first_stage():
     """Concatenated, unscaled as upstream has them; cached ones are the same."""
     model = small(
         first_stage_config=KL, scale_factor=0.3, cond_stage_config="__is_first_stage__", cond_stage_key="label_map",
@@ -141,7 +141,7 @@ def test_pictures_through_the_first_stage():
 
 @th.no_grad()
 def test_hybrid_conditioning_has_maps_beside_the_context():
-    """A mask is resized, a picture encoded; in the order of concat_keys (inpainting)."""
+    """A mask is resized, an image encoded; in the order of concat_keys (inpainting)."""
     model = small(
         first_stage_config=KL,
         scale_factor=0.3,

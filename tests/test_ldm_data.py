@@ -14,13 +14,13 @@ from evaluations.segmentation import load_palette as evaluation_palette
 from evaluations.segmentation import to_indices
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.image_datasets import center_crop_arr, random_crop_arr
-from ldm.data.base import Concatenated, FirstStagePictures
+from ldm.data.base import Concatenated, FirstStageImages
 from ldm.data.cityscapes import Cityscapes
-from ldm.data.folders import ImageFolder, read_pictures
+from ldm.data.folders import ImageFolder, read_images
 from ldm.data.paired import CamVid, Night2Day, ParallelFolders, SideBySide
 from ldm.data.palettes import load_palette
 from ldm.training.data import SeededDataset
-from tests.conftest import picture
+from tests.conftest import sample_image
 
 CAMVID = load_palette("camvid")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -114,7 +114,7 @@ def test_both_readers_of_a_palette_file_agree():
 
 @pytest.mark.parametrize("size", [(40, 31), (31, 40), (9, 8), (100, 35)])
 def test_squares_are_cut_as_adm_cuts_them(tmp_path, size):
-    image = picture(3, size)
+    image = sample_image(3, size)
     image.save(tmp_path / "a.png")
     item = ImageFolder(tmp_path, 8)[0]
     assert np.array_equal(to_pixels(item["image"]), center_crop_arr(image, 8))
@@ -149,7 +149,7 @@ def test_pairs_of_different_sizes_are_named(camvid):
         CamVid(camvid, "train", 8)
 
 
-def test_a_truncated_picture_is_named(camvid):
+def test_a_truncated_image_is_named(camvid):
     path = camvid / "train/f2.png"
     path.write_bytes(path.read_bytes()[:60])  # the head is whole
     data = CamVid(camvid, "train", 8)
@@ -205,17 +205,17 @@ def test_cityscapes_in_its_distributed_layout(tmp_path, annotation):
 def test_an_autoencoder_sees_photos_and_label_maps(camvid):
     config = {"target": "ldm.data.paired.CamVid", "params": {"root": str(camvid), "split": "val", "size": 8}}
     pairs = CamVid(camvid, "val", 8)
-    shown = FirstStagePictures(config)
+    shown = FirstStageImages(config)
     assert len(shown) == 4
     for i in range(4):
         assert np.array_equal(shown[i]["image"], pairs[i // 2][("image", "label_map")[i % 2]])
-    maps = FirstStagePictures(config, keys=["label_map"])
-    both = Concatenated([config, {"target": "ldm.data.base.FirstStagePictures", "params": {"data": config}}])
+    maps = FirstStageImages(config, keys=["label_map"])
+    both = Concatenated([config, {"target": "ldm.data.base.FirstStageImages", "params": {"data": config}}])
     assert len(both) == 6 and np.array_equal(both[3]["image"], maps[0]["image"])
     with pytest.raises(IndexError):
         both[6]
     with pytest.raises(UserValueError, match="no 'depth': their keys are image, label_map"):
-        FirstStagePictures(config, keys=["depth"])
+        FirstStageImages(config, keys=["depth"])
 
 
 def test_real_pairs(unpacked_dev_data):
@@ -235,23 +235,23 @@ def test_the_small_models_take_the_first_stage_that_the_small_autoencoder_trains
     own, other = trained["model"]["params"], used["model"]["params"]["first_stage_config"]["params"]
     assert own["ddconfig"] == other["ddconfig"] and own["embed_dim"] == other["embed_dim"]
     factor = 2 ** (len(own["ddconfig"]["ch_mult"]) - 1)
-    size = used["data"]["params"]["train"]["params"]["pictures"]["params"]["size"]
+    size = used["data"]["params"]["train"]["params"]["images"]["params"]["size"]
     assert [factor * side for side in used["model"]["params"]["image_size"]] == size
 
 
-def test_exported_pictures_are_the_held_out_ones_and_a_sheet_shows_them(camvid, tmp_path, run_script):
-    pictures = {
+def test_exported_images_are_the_held_out_ones_and_a_sheet_shows_them(camvid, tmp_path, run_script):
+    images = {
         "target": "ldm.data.paired.CamVid",
         "params": {"root": "nowhere", "split": "val", "size": [12, 16]},
     }
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"params": {"validation": pictures}}}))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"params": {"validation": images}}}))
     root = f"data.params.validation.params.root={camvid}"
-    job = run_script("export_pictures", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out", root)
+    job = run_script("export_images", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out", root)
     assert job.returncode == 0, job.stderr
     data = CamVid(camvid, "val", [12, 16])
     for key in ("image", "label_map"):
         assert sorted(p.name for p in (tmp_path / "out" / key).iterdir()) == ["000000.png", "000001.png"]
-        again = read_pictures(tmp_path / "out" / key, (12, 16))
+        again = read_images(tmp_path / "out" / key, (12, 16))
         assert torch.equal(again[1], torch.from_numpy(data[1][key]).permute(2, 0, 1))
     rows = [f"{key}={tmp_path / 'out' / key}" for key in ("image", "label_map")]
     job = run_script("sheet", *rows, "--out", tmp_path / "sheet.png")
@@ -259,4 +259,4 @@ def test_exported_pictures_are_the_held_out_ones_and_a_sheet_shows_them(camvid, 
     shown = {tuple(c) for c in np.asarray(Image.open(tmp_path / "sheet.png")).reshape(-1, 3)}
     assert {tuple(c) for c in to_pixels(data[0]["label_map"]).reshape(-1, 3)} <= shown
     job = run_script("sheet", f"nothing={tmp_path / 'out'}", "--out", tmp_path / "sheet.png")
-    assert job.returncode == 2 and "no pictures in" in job.stderr
+    assert job.returncode == 2 and "no images in" in job.stderr

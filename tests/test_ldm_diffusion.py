@@ -140,7 +140,7 @@ def test_a_learned_log_variance_finds_the_error():
     assert any(p is model.logvar for p in model.trained_parameters())
 
 
-def test_ddpm_is_the_same_on_pictures():
+def test_ddpm_is_the_same_on_images():
     latent = small()
     th.manual_seed(0)
     pixel = shaken(DDPM(unet_config(), image_size=8, channels=2, timesteps=40)).eval()
@@ -166,8 +166,8 @@ def test_randomness_belongs_to_the_step_and_the_place():
 def test_latents_are_scaled_draws_of_the_first_stage():
     model = small(first_stage_config=KL, scale_factor=0.2)
     batch = {"image": maps(2, 3, 16)}
-    pictures = batch["image"].permute(0, 3, 1, 2)
-    posterior = model.encode_first_stage(pictures)
+    images = batch["image"].permute(0, 3, 1, 2)
+    posterior = model.encode_first_stage(images)
     assert th.allclose(model.latents(batch, "image"), 0.2 * posterior.mean, atol=1e-5)
     drawn = model.latents(batch, "image", model.batch_random(batch, 0))
     noise = model.batch_random(batch, 0).randn_like(posterior.mean)
@@ -337,14 +337,14 @@ def test_validation_reports_weights_and_average(monkeypatch):
     assert not th.equal(seen["val/loss"], seen["val/loss_ema"])
 
 
-def test_pictures_for_the_log():
+def test_images_for_the_log():
     model = small(first_stage_config=KL, scale_factor=0.5)
-    pictures = model.log_images({"image": maps(3, 3, 16), "name": ["a", "b", "c"]}, N=2, ddim_steps=2)
-    assert {name: tuple(p.shape) for name, p in pictures.items()} == dict.fromkeys(
+    images = model.log_images({"image": maps(3, 3, 16), "name": ["a", "b", "c"]}, N=2, ddim_steps=2)
+    assert {name: tuple(p.shape) for name, p in images.items()} == dict.fromkeys(
         ("inputs", "reconstruction", "samples"), (2, 3, 16, 16)
     )
-    assert th.allclose(pictures["inputs"], maps(3, 3, 16)[:2].permute(0, 3, 1, 2))
-    assert all(p.abs().max() <= 1 for p in pictures.values())
+    assert th.allclose(images["inputs"], maps(3, 3, 16)[:2].permute(0, 3, 1, 2))
+    assert all(p.abs().max() <= 1 for p in images.values())
 
 
 @pytest.mark.parametrize(
@@ -367,8 +367,8 @@ def test_wrong_options_are_named(options, said):
 
 
 def test_wrong_batches_are_named():
-    with pytest.raises(UserValueError, match="no 'image'.*'picture'"):
-        small().training_step({"picture": maps()}, 0)
+    with pytest.raises(UserValueError, match="no 'image'.*'photo'"):
+        small().training_step({"photo": maps()}, 0)
     with pytest.raises(UserValueError, match=r"\[2, 16, 16\].*\[2, 8, 8\]"):
         small().training_step({"image": maps(2, 2, 16)}, 0)
     with pytest.raises(UserValueError, match="learning_rate"):

@@ -4,7 +4,7 @@ import pytest
 import torch as th
 
 from guided_diffusion.errors import UserValueError
-from guided_diffusion.heads import OutputHead
+from guided_diffusion.mt.heads import OutputHead
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -104,7 +104,7 @@ def test_a_missing_modality_adds_neither_loss_nor_shift(models, batch):
 
 
 @th.no_grad()
-def test_labels_beside_pictures():
+def test_labels_beside_images():
     spec = {"label_map": {"preset": "image"}, "class_label": {"preset": "label"}}
     model = joint(modalities=spec, unet_config=unet_config(num_classes=4))
     batch = {"image": maps(), "label_map": maps(seed=1), "class_label": th.tensor([0, 3, -1, 2])}
@@ -268,33 +268,31 @@ def test_a_sample_does_not_depend_on_its_batch(models):
     assert th.allclose(whole["image"][[1, 3]], part["image"], atol=1e-4)
 
 
-def test_latents_can_be_given_in_place_of_pictures():
+def test_latents_can_be_given_in_place_of_images():
     model = joint("X", first_stage_config=KL, scale_factor=0.5)
-    pictures = maps(2, 3, 16).permute(0, 3, 1, 2).contiguous()
-    latents = model.encode_first_stage(pictures).mean
+    images = maps(2, 3, 16).permute(0, 3, 1, 2).contiguous()
+    latents = model.encode_first_stage(images).mean
     a, b = (
         model.sample_joint(2, {name: value}, steps=3, sampler="ddim")["image"]
-        for name, value in (("label_map", pictures), ("label_map_latent", latents))
+        for name, value in (("label_map", images), ("label_map_latent", latents))
     )
     assert th.allclose(a, b, atol=1e-5)
 
 
 def test_modalities_of_a_given_image(models):
     """Predicted at early times, where the noise is small; the same through sample_joint."""
-    model, pictures = models["U"], maps(2).permute(0, 3, 1, 2)
-    predicted = model.predict(pictures, times=[0])
+    model, images = models["U"], maps(2).permute(0, 3, 1, 2)
+    predicted = model.predict(images, times=[0])
     noise = PerSample.derived(0, range(2)).randn(SHAPE)
     abar = model.alphas_cumprod[0]
     with th.no_grad():
         _, heads = model.model.diffusion_model(
-            abar.sqrt() * pictures + (1 - abar).sqrt() * noise, th.tensor([0, 0])
+            abar.sqrt() * images + (1 - abar).sqrt() * noise, th.tensor([0, 0])
         )
     assert list(predicted) == ["label_map"] and th.allclose(
         predicted["label_map"], heads["label_map"], atol=1e-5
     )
-    assert th.equal(
-        model.sample_joint(2, {"image": pictures})["label_map"], model.predict(pictures)["label_map"]
-    )
+    assert th.equal(model.sample_joint(2, {"image": images})["label_map"], model.predict(images)["label_map"])
 
 
 def test_the_sampler_faces_estimate_the_modalities(models):
@@ -317,11 +315,11 @@ def test_guidance_by_conditioning(batch):
     assert th.allclose(plain, same, atol=1e-4) and not th.allclose(plain, guided, atol=1e-3)
 
 
-def test_pictures_for_the_log(batch):
-    pictures = joint().log_images({name: th.cat([v, v[..., :1]], dim=-1)[..., :2] for name, v in batch.items()},
+def test_images_for_the_log(batch):
+    images = joint().log_images({name: th.cat([v, v[..., :1]], dim=-1)[..., :2] for name, v in batch.items()},
                                   N=2, ddim_steps=2)  # fmt: skip
-    assert {"samples", "samples_label_map", "image_from_label_map", "label_map_from_image"} < set(pictures)
-    assert all(p.shape == (2, *SHAPE) and p.abs().max() <= 1 for p in pictures.values())
+    assert {"samples", "samples_label_map", "image_from_label_map", "label_map_from_image"} < set(images)
+    assert all(p.shape == (2, *SHAPE) and p.abs().max() <= 1 for p in images.values())
 
 
 def test_mistakes_are_named(models, batch):
@@ -334,7 +332,7 @@ def test_mistakes_are_named(models, batch):
         model.sample_joint(2, {"label_map": th.zeros(2, *SHAPE)}, ["label_map"])
     with pytest.raises(UserValueError, match="nothing is left"):
         model.sample_joint(2, {"label_map": th.zeros(2, *SHAPE), "image": th.zeros(2, *SHAPE)})
-    with pytest.raises(UserValueError, match="size of the pictures"):
+    with pytest.raises(UserValueError, match="size of the images"):
         model.sample_joint(2, {"label_map": th.zeros(2, 2, 9, 9)})
     with pytest.raises(UserValueError, match="steps 'fast'"):
         model.sample_joint(2, steps="fast")

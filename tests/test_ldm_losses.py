@@ -17,7 +17,7 @@ pytest.importorskip("taming.modules.discriminator.model", reason="needs taming-t
 
 
 class Distance(nn.Module):
-    """A perceptual network of the test: mean squared difference per picture, [B]."""
+    """A perceptual network of the test: mean squared difference per image, [B]."""
 
     def forward(self, a, b):
         return (a - b).square().mean(dim=(1, 2, 3))
@@ -39,7 +39,7 @@ def vq_loss(**params):
 
 @pytest.fixture
 def case():
-    """Pictures, their reconstructions by a last layer, the posterior of the latents."""
+    """Images, their reconstructions by a last layer, the posterior of the latents."""
     th.manual_seed(1)
     inputs, features = th.rand(2, 3, 16, 16) * 2 - 1, th.rand(2, 4, 16, 16)
     last = nn.Conv2d(4, 3, 1)
@@ -57,7 +57,7 @@ def test_discriminator_losses():
 
 
 def test_the_kl_loss_is_its_formula(case):
-    """Sum over a picture of |x - y| / s + log s with perceptual distance, KL in nats; before the
+    """Sum over an image of |x - y| / s + log s with perceptual distance, KL in nats; before the
     discriminator."""
     inputs, output, posterior, last = case
     loss = kl_loss(kl_weight=0.1, logvar_init=0.5, perceptual_weight=0.3, perceptual_config=PERCEPTUAL)
@@ -159,12 +159,12 @@ def test_lpips_with_given_weights(case):
     )
     assert "perceptual_loss.net.slice1.0.weight" in names and "perceptual_loss.lin0.model.1.weight" in names
     assert not any(p.requires_grad for p in loss.perceptual_loss.parameters())
-    pictures = th.rand(2, 3, 32, 32)
-    blurred = nn.functional.avg_pool2d(pictures, 3, 1, 1).requires_grad_()
+    images = th.rand(2, 3, 32, 32)
+    blurred = nn.functional.avg_pool2d(images, 3, 1, 1).requires_grad_()
     posterior = DiagonalGaussianDistribution(th.zeros(2, 4, 2, 2))
-    total, log = loss(pictures, blurred, posterior, 0, 0)
-    distance = loss.perceptual_loss(pictures, blurred)
-    mean = (pictures - blurred).abs().mean() + 0.5 * distance.mean()
+    total, log = loss(images, blurred, posterior, 0, 0)
+    distance = loss.perceptual_loss(images, blurred)
+    mean = (images - blurred).abs().mean() + 0.5 * distance.mean()
     assert distance.min() > 0 and log["train/rec_loss"] == pytest.approx(mean.item(), rel=1e-5)
     total.backward()
     assert blurred.grad.abs().sum() > 0

@@ -75,7 +75,7 @@ def test_the_forward_process_and_its_inversions(model, batch):
     th.testing.assert_close(model.predict_start_from_noise(x_t, t, noise), x, rtol=1e-3, atol=1e-3)
     mean, variance, _ = model.q_mean_variance(x, t)
     th.testing.assert_close(x_t, mean + variance.sqrt() * noise)
-    # At t = 0 the posterior is the picture itself.
+    # At t = 0 the posterior is the image itself.
     th.testing.assert_close(model.q_posterior(x, x_t, t)[0][0], x[0], rtol=1e-4, atol=1e-4)
 
 
@@ -107,7 +107,7 @@ def test_a_run_may_start_late_and_keep_known_latents(model, batch):
     assert known < 0.5 * free
 
 
-def test_a_model_of_pictures_samples_them():
+def test_a_model_of_images_samples_them():
     model = shaken(DDPM(unet_config(), timesteps=12, image_size=8, channels=2, log_every_t=4).eval())
     out, kept = model.p_sample_loop((2, 2, 8, 8), return_intermediates=True)
     assert len(kept) == 5 and out.abs().max() <= 1  # clipped: noise, 11, 8, 4, 0

@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from guided_diffusion.errors import UserError, UserValueError
-from guided_diffusion.multitask import MultiTask
-from guided_diffusion.modalities import Modality
+from guided_diffusion.mt.modalities import Modality
+from guided_diffusion.mt.modality_set import MultiTask
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -17,8 +17,14 @@ from ldm.models.diffusion.vectors import Standard
 from tests.ldm_models import CLASSES, CONTEXT, IDENTITY, maps, small, unet_config
 from tests.test_ldm_conditioning import WIDTH as TEXT_WIDTH
 from tests.test_ldm_conditioning import clip  # noqa: F401 (a fixture)
-from tests.test_main import TRAINER, assert_same_training, final, resume, run_folder
-from tests.test_main import train  # noqa: F401 (a fixture)
+from tests.test_main import (
+    TRAINER,
+    assert_same_training,
+    final,
+    resume,
+    run_folder,
+    train,  # noqa: F401 (a fixture)
+)
 from tests.test_tar_shards import shards  # noqa: F401 (a fixture)
 
 WIDTH = 9  # more than the context's 6: two tokens, the second filled up
@@ -34,12 +40,12 @@ LABELS = th.tensor([0, 1, 2, 3])
 
 
 class Extractor(th.nn.Module):
-    """Reads WIDTH numbers off pictures [B, 2, 8, 8]: means over bands."""
+    """Reads WIDTH numbers off images [B, 2, 8, 8]: means over bands."""
 
     width = WIDTH
 
-    def forward(self, pictures):
-        bands = pictures.flatten(1).unfold(1, 14, 14).mean(dim=2)[:, :WIDTH]
+    def forward(self, images):
+        bands = images.flatten(1).unfold(1, 14, 14).mean(dim=2)[:, :WIDTH]
         return 5 + 2 * bands * th.arange(1, WIDTH + 1)
 
 
@@ -206,14 +212,14 @@ def test_vectors_of_the_data_go_before_the_extractor(model, batch):
 
 
 @th.no_grad()
-def test_a_picture_may_be_given_for_its_vector(model):
-    pictures = maps(2, seed=5).permute(0, 3, 1, 2)
+def test_a_image_may_be_given_for_its_vector(model):
+    images = maps(2, seed=5).permute(0, 3, 1, 2)
     cond = model.get_learned_conditioning({"class_label": LABELS[:2]})
     options = dict(steps=3, sampler="ddim", conditioning=cond)
-    by_picture = model.sample_joint(2, {"representation": pictures}, **options)["image"]
-    by_vector = model.sample_joint(2, {"representation": Extractor()(pictures)}, **options)["image"]
-    assert th.allclose(by_picture, by_vector, atol=1e-5)
-    other = model.sample_joint(2, {"representation": Extractor()(pictures.flip(0))}, **options)["image"]
+    by_image = model.sample_joint(2, {"representation": images}, **options)["image"]
+    by_vector = model.sample_joint(2, {"representation": Extractor()(images)}, **options)["image"]
+    assert th.allclose(by_image, by_vector, atol=1e-5)
+    other = model.sample_joint(2, {"representation": Extractor()(images.flip(0))}, **options)["image"]
     assert (by_vector - other).abs().max() > 1e-3
 
 
@@ -317,7 +323,7 @@ def test_mistakes_are_named(model):
         representation(modalities=wrong)
     with pytest.raises(UserValueError, match="no cross-attention"):
         small(JointLatentDiffusion, modalities={"representation": {"preset": "representation"}})
-    with pytest.raises(UserValueError, match="no extractors.representation to read it off pictures"):
+    with pytest.raises(UserValueError, match="no extractors.representation to read it off images"):
         representation(extractors={}).sample_joint(1, {"representation": th.zeros(1, 2, 8, 8)})
     with pytest.raises(UserValueError, match=r"expected values of shape \[B, 9\]"):
         model.sample_joint(1, {"representation": th.zeros(1, 3)})
@@ -330,7 +336,7 @@ def test_mistakes_are_named(model):
 
 @pytest.fixture
 def recipe(tmp_path, clip):  # noqa: F811
-    """recipe(**trainer): a configuration of main.py: captioned pictures, a tiny CLIP's text encoder, colours as the
+    """recipe(**trainer): a configuration of main.py: captioned images, a tiny CLIP's text encoder, colours as the
     representation."""
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -402,9 +408,9 @@ def test_training_with_accumulation_and_bf16(recipe, train):  # noqa: F811
     weights = state["state_dict"]
     assert (
         state["global_step"] == 2 * 3
-    )  # 10 pictures, batches of 2, of which two make an update, the last alone
+    )  # 10 images, batches of 2, of which two make an update, the last alone
     assert weights["standards.representation.known"]
-    # The mean colour of the ten training pictures: numbers 0 and 6 are held out.
+    # The mean colour of the ten training images: numbers 0 and 6 are held out.
     kept = [n for n in range(12) if n % 6]
     red = sum((n * 20) % 256 for n in kept) / len(kept) / 127.5 - 1
     assert weights["standards.representation.mean"][0] == pytest.approx(red, abs=0.02)

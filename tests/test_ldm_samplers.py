@@ -192,7 +192,7 @@ def test_masked_latents_are_kept(models, sampler):
 
 @th.no_grad()
 def test_callbacks_corrector_and_quantisation(models, monkeypatch):
-    model, calls, pictures = models["eps"], [], []
+    model, calls, images = models["eps"], [], []
 
     class Corrector:
         def modify_score(self, model, e_t, x, t, c, shift):
@@ -202,9 +202,9 @@ def test_callbacks_corrector_and_quantisation(models, monkeypatch):
     kwargs = dict(x_T=start(), verbose=False)
     plain, _ = sampler.sample(4, 2, SHAPE, **kwargs)
     sampler.sample(
-        4, 2, SHAPE, callback=calls.append, img_callback=lambda p, i: pictures.append((i, p.shape)), **kwargs
+        4, 2, SHAPE, callback=calls.append, img_callback=lambda p, i: images.append((i, p.shape)), **kwargs
     )
-    assert calls == [0, 1, 2, 3] and pictures == [(i, (2, *SHAPE)) for i in range(4)]
+    assert calls == [0, 1, 2, 3] and images == [(i, (2, *SHAPE)) for i in range(4)]
     options = dict(score_corrector=Corrector(), **kwargs)
     assert th.equal(sampler.sample(4, 2, SHAPE, corrector_kwargs={"shift": 0.0}, **options)[0], plain)
     assert not th.allclose(sampler.sample(4, 2, SHAPE, corrector_kwargs={"shift": 0.1}, **options)[0], plain)

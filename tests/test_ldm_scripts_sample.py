@@ -11,7 +11,7 @@ from PIL import Image
 
 from guided_diffusion import dist_util
 from ldm.models.diffusion.joint import JointLatentDiffusion
-from tests.conftest import ROOT, picture
+from tests.conftest import ROOT, sample_image
 from tests.ldm_models import CLASSES, KL, small, unet_config
 from tests.test_ldm_conditioning import WIDTH, clip  # noqa: F401 (a fixture)
 
@@ -117,16 +117,16 @@ def test_joint_samples_and_both_directions(run, joint_run, tmp_path):
     given = tmp_path / "given"
     given.mkdir()
     for i in range(3):
-        picture(40 * i, (16, 16)).save(given / f"{i}.png")
+        sample_image(40 * i, (16, 16)).save(given / f"{i}.png")
 
     def sample(*options):
         code, _, err = run("sample_diffusion", "-r", folder, "-l", tmp_path / "out", "-c", 4, *options)
         assert code == 0, err
         out = newest(tmp_path / "out")
         found = {p.parent.name: 0 for p in out.glob("*/*.png")}
-        pictures = {name: np.stack([pixels(p) for p in sorted((out / name).glob("*.png"))]) for name in found}
+        images = {name: np.stack([pixels(p) for p in sorted((out / name).glob("*.png"))]) for name in found}
         out.rename(tmp_path / f"done{len(list(tmp_path.glob('done*')))}")
-        return pictures
+        return images
 
     free = sample("-n", 2)
     assert {name: p.shape for name, p in free.items()} == dict.fromkeys(("img", "label_map"), (2, 16, 16, 3))
@@ -138,14 +138,14 @@ def test_joint_samples_and_both_directions(run, joint_run, tmp_path):
     assert list(label_maps) == ["label_map"] and len(label_maps["label_map"]) == 3
 
 
-def test_a_model_conditioned_on_pictures(run, tmp_path):
-    """The single-task baseline: pictures under cond_stage_key steer the samples."""
+def test_a_model_conditioned_on_images(run, tmp_path):
+    """The single-task baseline: images under cond_stage_key steer the samples."""
     options = dict(cond_stage_config="__is_first_stage__", cond_stage_key="label_map")
     folder, _ = write_run(tmp_path / "run", **options, unet_config=unet_config(in_channels=4))
     given = tmp_path / "given"
     given.mkdir()
     for i in range(2):
-        picture(90 * i, (16, 16)).save(given / f"{i}.png")
+        sample_image(90 * i, (16, 16)).save(given / f"{i}.png")
     code, _, err = run("sample_diffusion", "-r", folder, "-c", 4, "-e", 0, "--given", f"label_map={given}")
     assert code == 0, err
     assert len(list((newest(folder) / "img").iterdir())) == 2
@@ -198,7 +198,7 @@ def test_the_number_of_ranks_changes_nothing(run, joint_run, tmp_path, monkeypat
     import sample_diffusion
 
     monkeypatch.setattr(sample_diffusion, "dist", Ranks)
-    monkeypatch.setattr(sample_diffusion._ldm, "dist", Ranks)
+    monkeypatch.setattr(sample_diffusion.inference, "dist", Ranks)
     monkeypatch.setattr(dist_util, "get_world_size", lambda: 2)
     for rank, made in ((1, 1), (0, 3)):  # rank 0 ends with the sheet
         monkeypatch.setattr(dist_util, "get_rank", lambda rank=rank: rank)
@@ -246,7 +246,7 @@ def with_text(clip):  # noqa: F811
 
 
 def write_colour_run(folder, clip, **changes):  # noqa: F811
-    """A run of a model of text to picture, and the colour of the picture beside it."""
+    """A run of a model of text to image, and the colour of the image beside it."""
     colour = {
         "modalities": {"colour": {"preset": "representation", "shape": [3]}},
         "extractors": {"colour": READER},
@@ -266,7 +266,7 @@ def text_model(tmp_path_factory, clip):  # noqa: F811
     return flags_of(folder, "--W", 24, "--ddim_steps", 3)
 
 
-def test_prompts_become_pictures(run, text_model, tmp_path):
+def test_prompts_become_images(run, text_model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\ndog\n")
 
@@ -301,12 +301,12 @@ READER = {"target": "tests.test_ldm_scripts_sample.Reader"}
 
 
 class Reader(th.nn.Module):
-    """Reads the mean colour off pictures [B, 3, H, W]."""
+    """Reads the mean colour off images [B, 3, H, W]."""
 
     width = 3
 
-    def forward(self, pictures):
-        return pictures.mean(dim=(2, 3))
+    def forward(self, images):
+        return images.mean(dim=(2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -334,18 +334,18 @@ def test_txt2img_in_every_direction(run, colour_model, tmp_path):
     alone = draw("alone", "--prompt", "a cat", "--n_samples", 2, "--want", "image")
     assert all((a == b).all() for a, b in zip(both, alone, strict=True))
     assert not (tmp_path / "alone" / "colour.npy").exists()
-    # A picture stands for its vector, and conditions.
+    # An image stands for its vector, and conditions.
     one = ("--prompt", "a cat", "--n_samples", 1)
-    by_picture = draw("picture", *one, "--given", f"colour={photos / 'a.png'}")
+    by_image = draw("image", *one, "--given", f"colour={photos / 'a.png'}")
     by_vector = draw("vector", *one, "--given", f"colour={tmp_path / 'red.npy'}")
-    assert np.abs(by_picture[0] - by_vector[0]).max() <= 1
-    assert np.abs(by_picture[0] - both[0]).max() > 1
+    assert np.abs(by_image[0] - by_vector[0]).max() <= 1
+    assert np.abs(by_image[0] - both[0]).max() > 1
     text_too = draw("text", "--prompt", "dog", "--n_samples", 1, "--given", f"colour={photos / 'a.png'}")
-    assert np.abs(by_picture[0] - text_too[0]).max() > 1
+    assert np.abs(by_image[0] - text_too[0]).max() > 1
     # Of several given values, one after the other.
     turns = draw("turns", "--prompt", "a cat", "--n_samples", 3, "--given", f"colour={photos}")
-    assert np.abs(turns[0] - by_picture[0]).max() <= 1
-    # Read off pictures, in the order of their names.
+    assert np.abs(turns[0] - by_image[0]).max() <= 1
+    # Read off images, in the order of their names.
     assert draw("read", "--prompt", "", "--given", f"image={photos}", "--want", "colour") == []
     assert np.load(tmp_path / "read" / "colour.npy").shape == (2, 3)
 
@@ -394,12 +394,12 @@ def test_txt2img_beside_a_baseline(run, colour_model, text_model, tmp_path):
         (["--without", "depth"], "the modalities are colour"),
         (["--given", "colour=missing.png"], "no such file or folder: missing.png"),
         (["--baseline", "missing.ckpt"], "no checkpoint missing.ckpt"),
-        (["--given", "image={picture}", "--baseline", "same"], "leave it out where they are given"),
+        (["--given", "image={image}", "--baseline", "same"], "leave it out where they are given"),
     ],
 )
 def test_mistakes_about_directions_are_one_line(run, colour_model, tmp_path, arguments, said):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    arguments = [argument.replace("{picture}", str(tmp_path / "a.png")) for argument in arguments]
+    arguments = [argument.replace("{image}", str(tmp_path / "a.png")) for argument in arguments]
     code, _, err = run("txt2img", *colour_model, "--outdir", tmp_path, "--prompt", "", *arguments)
     assert code == 2 and said in err and err.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""Training of the autoencoders, the data's order, grids of pictures."""
+"""Training of the autoencoders, the data's order, grids of images."""
 
 import pytest
 import pytorch_lightning as pl
@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from guided_diffusion import dist_util
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.training.data import DataModuleFromConfig, EpochSampler
-from ldm.training.image_logger import ImageLogger, picture_grid
+from ldm.training.image_logger import ImageLogger, image_grid
 from tests.ldm_training_driver import Ramps
 
 pytest.importorskip("taming.modules.vqvae.quantize", reason="needs taming-transformers-rom1504")
@@ -83,7 +83,7 @@ def test_the_discriminator_learns_from_its_start_on(tmp_path, kind):
     assert ("train/perplexity" in record.metrics) == (kind == "vq")
 
 
-def test_training_brings_the_pictures_back(tmp_path):
+def test_training_brings_the_images_back(tmp_path):
     model = autoencoder("kl")
     x = th.stack([th.from_numpy(Ramps(6, 0)[k]["image"]) for k in range(6)]).permute(0, 3, 1, 2)
 
@@ -160,7 +160,7 @@ def test_the_average_is_validated_too(tmp_path):
 
 
 @pytest.mark.parametrize("kind, extra", [("kl", "samples"), ("vq", "reconstructions_ema")])
-def test_pictures_to_look_at(kind, extra):
+def test_images_to_look_at(kind, extra):
     model = autoencoder(kind, **({"use_ema": True} if kind == "vq" else {})).eval()
     batch = {"image": th.rand(2, 8, 8, 3)}
     log = model.log_images(batch, plot_ema=True)
@@ -229,14 +229,14 @@ def test_what_is_drawn_for_a_sample_does_not_depend_on_workers(workers):
 
 
 def test_a_grid_has_rows_of_four():
-    pictures = th.arange(1.0, 6.0).view(5, 1, 1, 1).expand(5, 3, 4, 6)
-    grid = picture_grid(pictures)
+    images = th.arange(1.0, 6.0).view(5, 1, 1, 1).expand(5, 3, 4, 6)
+    grid = image_grid(images)
     assert grid.shape == (3, 2 * 6 + 2, 4 * 8 + 2)
     assert grid[0, 2:6, 26:32].eq(4).all() and grid[0, 8:12, 2:8].eq(5).all() and grid[:, :2].eq(0).all()
-    assert grid.sum() == pictures.sum()
+    assert grid.sum() == images.sum()
 
 
-def test_when_pictures_are_due():
+def test_when_images_are_due():
     def due(**options):
         logger = ImageLogger(10, 4, **options)
         return [step for step in range(31) if logger.check_frequency(step)]

@@ -60,7 +60,9 @@ def test_context_and_label_both_steer(inputs):
 
 
 def test_modalities_have_heads_beside_the_context(inputs):
-    from guided_diffusion.modalities import parse_modalities  # here: the single-task code has no such module
+    from guided_diffusion.mt.modalities import (
+        parse_modalities,
+    )  # here: the single-task code has no such module
 
     modalities = parse_modalities("masked,label", (4, 8, 8), 3)
     joint, single = unet(**TEXT, modalities=modalities), unet(**TEXT)

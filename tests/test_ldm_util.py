@@ -84,16 +84,16 @@ def test_small_helpers():
     assert exists(0) and not exists(None)
     assert (default(0, 1), default(None, 1), default(None, lambda: 2)) == (0, 1, 2)
     assert count_params(th.nn.Linear(3, 2)) == 8
-    assert isimage(th.zeros(1, 3, 2, 2)) and not isimage(th.zeros(1, 4, 2, 2)) and not isimage("picture")
+    assert isimage(th.zeros(1, 3, 2, 2)) and not isimage(th.zeros(1, 4, 2, 2)) and not isimage("image")
     assert ismap(th.zeros(1, 4, 2, 2)) and not ismap(th.zeros(1, 3, 2, 2))
 
 
 def test_captions_are_drawn():
-    pictures = log_txt_as_img((64, 32), ["", "a long caption that has to be broken into lines"])
-    assert pictures.shape == (2, 3, 32, 64)
-    assert (pictures[0] == 1).all()
-    assert pictures.min() < -0.5 and pictures.max() == 1
-    assert (pictures[1, :, 16:] < 0).any()  # it goes on below the first line
+    images = log_txt_as_img((64, 32), ["", "a long caption that has to be broken into lines"])
+    assert images.shape == (2, 3, 32, 64)
+    assert (images[0] == 1).all()
+    assert images.min() < -0.5 and images.max() == 1
+    assert (images[1, :, 16:] < 0).any()  # it goes on below the first line
 
 
 def test_beta_schedules():

@@ -128,7 +128,7 @@ def run_folder(tmp_path, name):
 # what a run leaves
 
 
-def test_a_run_leaves_configs_checkpoints_and_pictures(config, train):
+def test_a_run_leaves_configs_checkpoints_and_images(config, train):
     folder = train(config(name="mine"), "-f", "_x", "model.base_learning_rate=2.0e-3", "--scale_lr", "false")
     assert folder.name.endswith("_mine_x")
     project, lightning = (
@@ -145,7 +145,7 @@ def test_a_run_leaves_configs_checkpoints_and_pictures(config, train):
 
 
 def test_grids_show_the_batch(config, train):
-    """The grid of the first step holds the two pictures of the first batch, side by side in frames of 2
+    """The grid of the first step holds the two images of the first batch, side by side in frames of 2
     pixels."""
     shown = {"image_logger": {"target": "main.ImageLogger", "params": {"max_images": 1}}}
     unshifted = data(validation={"target": RAMPS, "params": {"size": 2, "shift": 0}})
@@ -309,7 +309,7 @@ def test_mistakes_in_the_configuration_are_named(config, tmp_path):
     refused("precision.*'64-true'", *good, "lightning.trainer.precision=64-true")
     frozen = "model.params.lossconfig={target: torch.nn.Identity}"
     refused("cannot be trained: its lossconfig .Identity", *good, frozen)
-    refused("no 'image'.*'picture'|'picture'", *good, "model.params.image_key=picture")
+    refused("no 'photo'.*'image'|'photo'", *good, "model.params.image_key=photo")
     (tmp_path / "bad.yaml").write_text("model: [")
     refused("bad.yaml is not YAML", "--base", tmp_path / "bad.yaml", "-t")
     refused("cannot be merged.*nothing", *good, "model.params.embed_dim=${nothing}")

@@ -6,10 +6,10 @@ import pytest
 import torch as th
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.modalities import Modality, RandomPatches, one_hot, parse_modalities, preset
+from guided_diffusion.mt.modalities import Modality, RandomPatches, one_hot, parse_modalities, preset
 from guided_diffusion.seeding import PerSample
 
-PICTURE = Modality("twin", "image", (1, 4, 4))
+IMAGE = Modality("twin", "image", (1, 4, 4))
 LABEL = Modality("label", "label", (3,), encoder=lambda v: v, head="middle", likelihood="categorical")
 VECTOR = Modality("clip", "vector", (5,), encoder=lambda v: v, head="middle")
 
@@ -18,10 +18,10 @@ VECTOR = Modality("clip", "vector", (5,), encoder=lambda v: v, head="middle")
 
 
 def test_number_and_size_of_patches():
-    """m ~ U{0..10} patches of `size` pixels, each wholly inside the picture."""
+    """m ~ U{0..10} patches of `size` pixels, each wholly inside the image."""
     count = 3000
     keep = RandomPatches(size=1).keep(250, 250, PerSample.derived(0, range(300)))
-    # Patches of one pixel on a large picture hardly ever meet: the masked pixels count them.
+    # Patches of one pixel on a large image hardly ever meet: the masked pixels count them.
     numbers = th.bincount((~keep).flatten(1).sum(1), minlength=11)
     assert len(numbers) == 11 and numbers.min() > 10 and numbers.max() < 50
     single = ~RandomPatches(size=5).keep(8, 13, PerSample.derived(1, range(count)), patches=1)[:, 0]
@@ -84,7 +84,7 @@ def test_patches_that_cannot_be():
 def test_losses():
     """Mean squared error, and the cross-entropy, also of soft labels; one number per sample."""
     value, prediction = th.rand(2, 1, 4, 4), th.rand(2, 1, 4, 4)
-    th.testing.assert_close(PICTURE.loss(prediction, value), ((prediction - value) ** 2).mean((1, 2, 3)))
+    th.testing.assert_close(IMAGE.loss(prediction, value), ((prediction - value) ** 2).mean((1, 2, 3)))
     logits, soft = th.tensor([[1.0, 2.0, -1.0]]), th.tensor([[0.2, 0.5, 0.3]])
     norm = math.log(sum(math.exp(v) for v in (1, 2, -1)))
     expected = -(0.2 * (1 - norm) + 0.5 * (2 - norm) + 0.3 * (-1 - norm))
@@ -97,7 +97,7 @@ def test_expectations():
     th.testing.assert_close(
         LABEL.expectation(th.tensor([[0.0, 0.0, math.log(2.0)]])), th.tensor([[0.25, 0.25, 0.5]])
     )
-    assert PICTURE.expectation(th.tensor([-3.0, 0.5, 3.0])).tolist() == [-1.0, 0.5, 1.0]
+    assert IMAGE.expectation(th.tensor([-3.0, 0.5, 3.0])).tolist() == [-1.0, 0.5, 1.0]
     assert VECTOR.expectation(th.tensor([5.0])).tolist() == [5.0]
 
 
@@ -110,7 +110,7 @@ def test_gaussian_likelihood_has_the_score_of_its_variance():
 
 
 @pytest.mark.parametrize("mean, variance", [(0.0, 0.01), (0.9, 0.3), (-3.0, 1.0)])
-def test_code_length_of_pictures_is_a_probability(mean, variance):
+def test_code_length_of_images_is_a_probability(mean, variance):
     """2^-length of the 256 values of a pixel sums to one."""
     pixel = Modality("p", "image", (1, 1, 1))
     values = (th.arange(256).float() / 127.5 - 1).reshape(-1, 1, 1, 1)
@@ -230,9 +230,9 @@ def test_values_are_checked():
     with pytest.raises(
         UserError, match=r"modality twin: expected values of shape \[B, 1, 4, 4\], got \[2, 1, 4, 5\]"
     ):
-        PICTURE.check(th.zeros(2, 1, 4, 5))
+        IMAGE.check(th.zeros(2, 1, 4, 5))
     with pytest.raises(UserError, match="modality twin: the values contain NaN or infinity"):
-        PICTURE.check(th.full((1, 1, 4, 4), float("nan")))
+        IMAGE.check(th.full((1, 1, 4, 4), float("nan")))
     for wrong in ([[0.7, 0.7, 0.0]], [[-0.1, 0.5, 0.6]]):
         with pytest.raises(UserError, match="labels must be probability vectors"):
             LABEL.check(th.tensor(wrong))

@@ -6,10 +6,11 @@ import torch as th
 from PIL import Image
 
 from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.mt_util import JointModel
+from guided_diffusion.mt.model import JointModel
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.seeding import PerSample
-from tests.mt_driver import MODEL, SCRIPTS, digits, in_process, refusal, run, train
+from tests.conftest import script_path
+from tests.mt_driver import MODEL, digits, in_process, refusal, run, train
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def sample(model, folder, *flags):
 
 
 def apart(a, b):
-    """The largest difference of two pictures, in 1/255."""
+    """The largest difference of two images, in 1/255."""
     return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
@@ -87,9 +88,9 @@ def test_files_hold_every_modality_under_its_name(trained, tmp_path):
     assert result["label"].shape == (5, 10) and result["label"].dtype == np.float32
     assert np.allclose(result["label"].sum(axis=1), 1, atol=1e-5)
     with Image.open(tmp_path / "samples.png") as sheet:
-        # Two rows: a title (18), pictures (64), labels (17); margins of 6.
+        # Two rows: a title (18), images (64), labels (17); margins of 6.
         assert sheet.size == (5 * 70 + 6, 2 * (18 + 64 + 17 + 6) + 6)
-    # Pictures of the sheet are the samples, eight times as large.
+    # Images of the sheet are the samples, eight times as large.
     pixels = np.asarray(Image.open(tmp_path / "samples.png"))[6 + 18 : 6 + 18 + 64, 6 : 6 + 64, 0]
     assert (pixels[::8, ::8] == result["arr_0"][0, ..., 0]).all()
 
@@ -121,7 +122,7 @@ def test_more_ranks_than_samples(trained, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpm++"])
-def test_every_sampler_ends_at_pictures(trained, tmp_path, sampler):
+def test_every_sampler_ends_at_images(trained, tmp_path, sampler):
     few = sample(trained, tmp_path / "few", "--num_samples", 2, "--sampler", sampler)
     every = sample(trained, tmp_path / "all", "--num_samples", 2, "--sampler", sampler, "--steps", "")
     for result in (few, every):
@@ -142,7 +143,7 @@ def test_every_sampler_ends_at_pictures(trained, tmp_path, sampler):
 
 
 @pytest.mark.parametrize("variant", ["U", "X"])
-def test_given_label_is_kept_and_steers_the_pictures(trained, trained_x, tmp_path, variant):
+def test_given_label_is_kept_and_steers_the_images(trained, trained_x, tmp_path, variant):
     model = trained if variant == "U" else trained_x
     results = {
         label: sample(model, tmp_path / label, "--given", f"label={label}", "--num_samples", 2, "--seed", 1)
@@ -200,7 +201,7 @@ def test_restoration_leaves_known_pixels_alone(trained, trained_x, tmp_path, var
         assert apart(results[0]["masked"][mask], pixels[mask]) <= 1
 
 
-def test_given_masked_pictures_condition_and_are_not_only_pasted(trained, tmp_path):
+def test_given_masked_images_condition_and_are_not_only_pasted(trained, tmp_path):
     """With the same seed, other known pixels give other pixels in the holes."""
     pixels, mask = holes(1)
     drawn = []
@@ -255,8 +256,8 @@ def test_bad_input_is_refused_in_one_line(trained, data, tmp_path, capsys):
         (("--given", "label=10"), "class numbers must be 0..9"),
         (("--given", f"label={tmp_path}/nan.npy"), "NaN or infinity"),
         (("--given", f"masked={tmp_path}/nan.npz"), "must be uint8"),
-        (("--given", f"masked={tmp_path}/size.npz"), "the pictures are 9x9x1, the model's 8x8x1"),
-        (("--given", f"masked={tmp_path}/torn.png"), "cannot be read as a picture"),
+        (("--given", f"masked={tmp_path}/size.npz"), "the images are 9x9x1, the model's 8x8x1"),
+        (("--given", f"masked={tmp_path}/torn.png"), "cannot be read as an image"),
         (("--given", f"image={tmp_path}/absent.png"), "no such file or folder"),
         (("--given", "label=3", "--want", "label"), "--want label: that is given already"),
         (("--want", "depth"), "--want depth: the model has image, masked, label"),
@@ -284,7 +285,7 @@ def test_bad_input_is_refused_in_one_line(trained, data, tmp_path, capsys):
 
 def test_mistake_ends_every_rank(trained, tmp_path, launch):
     done = launch(
-        "mpiexec", SCRIPTS / "mt_image_sample.py", "--model_path", trained, "--given", "label=99",
+        "mpiexec", script_path("mt_image_sample"), "--model_path", trained, "--given", "label=99",
         "--log_dir", tmp_path, timeout=120, OMP_NUM_THREADS=1,
     )  # fmt: skip
     assert done.returncode != 0 and "Traceback" not in done.stderr
@@ -296,7 +297,7 @@ def test_mistake_ends_every_rank(trained, tmp_path, launch):
 
 
 def bound(model, data, folder, capsys, *flags):
-    """(the printed terms by name, the terms by picture)"""
+    """(the printed terms by name, the terms by image)"""
     capsys.readouterr()
     in_process("mt_image_nll", "--model_path", model, "--data_dir", data, "--log_dir", folder, *flags)
     printed = {}

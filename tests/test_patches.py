@@ -70,7 +70,7 @@ def test_reverse_applied_it_gives_the_single_task_files(single):
         assert patchset.sha256(text) == total
         assert "encodings" not in text and "modalities" not in text
     listed = [line for line in (ROOT / "patches/NEW_FILES").read_text().splitlines() if line[:1] != "#"]
-    assert "guided_diffusion/aggregation.py" in listed
+    assert "guided_diffusion/mt/aggregation.py" in listed
     assert not [file for file in listed if (single / file).exists()]
 
 
@@ -221,7 +221,7 @@ def test_beside_upstream_nothing_is_lost(upstream, ours):
     assert found["imagenet512"].verdict == "equal"
     numbers = {f.name for f in result.findings if f.part == "numbers"}
     assert {"unet.no_scale_shift_mult/gradient", "diffusion.cos_spaced50/p_sample_loop"} <= numbers
-    assert "guided_diffusion.aggregation.Aggregation" in result.only_here
+    assert "guided_diffusion.mt.aggregation.Aggregation" in result.only_here
 
 
 ONLY_THERE = "def only_there():\n    pass\n"

@@ -7,14 +7,14 @@ import pytest
 import torch as th
 
 from guided_diffusion import script_util
-from guided_diffusion.aggregation import JointOutput
 from guided_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from guided_diffusion.losses import normal_kl
-from guided_diffusion.modalities import Modality
-from guided_diffusion.bound import multitask_bound
-from guided_diffusion.denoiser import JointDenoiser
-from guided_diffusion.multitask import Batch, MultiTask, multitask_losses
-from guided_diffusion.samplers import SAMPLERS, joint_sample
+from guided_diffusion.mt.aggregation import JointOutput
+from guided_diffusion.mt.bound import multitask_bound
+from guided_diffusion.mt.denoiser import JointDenoiser
+from guided_diffusion.mt.modalities import Modality
+from guided_diffusion.mt.modality_set import Batch, MultiTask, multitask_losses
+from guided_diffusion.mt.sampling import SAMPLERS, joint_sample
 from guided_diffusion.seeding import PerSample
 from tests.oracle import process
 from tests.test_parity_adm import INDEX, agree, arrays, toy_model

@@ -1,4 +1,4 @@
-"""scripts/representation_metrics.py: what it measures, on a model whose representation is a picture's mean colour."""
+"""experiments/representation_metrics.py: what it measures, on a model whose representation is an image's mean colour."""
 
 import json
 
@@ -7,13 +7,14 @@ import pytest
 import torch as th
 from PIL import Image
 
+from tests.conftest import ROOT
 from tests.test_ldm_conditioning import clip  # noqa: F401 (a fixture)
-from tests.test_ldm_scripts_sample import SCRIPTS, run, write_colour_run, write_run  # noqa: F401 (a fixture)
+from tests.test_ldm_scripts_sample import run, write_colour_run, write_run  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    """Twelve captioned pictures, each of one colour, of which four are held out."""
+    """Twelve captioned images, each of one colour, of which four are held out."""
     folder = tmp_path_factory.mktemp("colours")
     generator = np.random.default_rng(0)
     for number in range(12):
@@ -30,7 +31,7 @@ def colour_run(tmp_path_factory, clip):  # noqa: F811
 
 
 def test_nearest(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     from representation_metrics import nearest
 
     among = th.eye(8)
@@ -44,12 +45,12 @@ def test_nearest(monkeypatch):
 
 
 def test_what_is_measured(run, colour_run, colours, tmp_path):  # noqa: F811
-    options = ["--held_out_every", 3, "--pictures", 3, "--each", 2, "--strengths", "0,1", "--steps", 2,
+    options = ["--held_out_every", 3, "--images", 3, "--each", 2, "--strengths", "0,1", "--steps", 2,
                "--times", "0,20", "--batch_size", 4, "--out", tmp_path / "out"]  # fmt: skip
     code, _, err = run("representation_metrics", "--resume", colour_run, "--data_dir", colours, *options)
     assert code == 0, err
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert (found["pictures"], found["chosen"]) == (4, 3)
+    assert (found["images"], found["chosen"]) == (4, 3)
     # The standard form is unknown here, so the mean is 0, and of no direction.
     assert found["read"]["mean_vector"] == {"cosine": 0.0, "plain_cosine": 0.0}
     encoding = found["encoding"]
@@ -58,7 +59,7 @@ def test_what_is_measured(run, colour_run, colours, tmp_path):  # noqa: F811
     assert set(found["read"]["by_time"]) == {"0", "20"}
     assert [part["strength"] for part in found["variations"]["by_strength"]] == [0, 1]
     assert found["variations"]["chance"] == {"top1": pytest.approx(1 / 3), "top5": 1.0}
-    assert -1 <= found["drawn"]["cosine_of_picture_and_representation"] <= 1
+    assert -1 <= found["drawn"]["cosine_of_image_and_representation"] <= 1
     for name in ("cosine", "variations", "drawn"):
         assert Image.open(tmp_path / "out" / f"{name}.png").width > 60
 
@@ -68,7 +69,7 @@ def test_mistakes_are_one_line(run, colour_run, colours, tmp_path):  # noqa: F81
     for arguments, said in (
         (["--resume", plain, "--data_dir", colours], "has no vector modality with an extractor"),
         (["--resume", colour_run, "--data_dir", tmp_path / "none"], "none"),
-        (["--resume", colour_run, "--data_dir", colours, "--pictures", "0"], "must be at least 1"),
+        (["--resume", colour_run, "--data_dir", colours, "--images", "0"], "must be at least 1"),
     ):
         code, _, err = run("representation_metrics", *arguments, "--out", tmp_path / "out")
         assert code == 2 and said in err and err.count("\n") == 1

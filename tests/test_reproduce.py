@@ -1,4 +1,4 @@
-"""scripts/reproduce.py on toy tables: each step once, resumed where it stopped, and the declared table printed."""
+"""experiments/reproduce.py on toy tables: each step once, resumed where it stopped, and the declared table printed."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def reproduce(tmp_path, run_script):
 
 def started(name, *arguments):
     """The job, running in a process of its own."""
-    command = [sys.executable, f"scripts/{name}.py", *map(str, arguments)]
+    command = [sys.executable, f"experiments/{name}.py", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -254,7 +254,10 @@ def changed(**parts):
 @pytest.mark.parametrize(
     "table, message",
     [
-        (changed(steps={"train": {"rum": "python"}}), "is not a table as scripts/_tables.py describes it"),
+        (
+            changed(steps={"train": {"rum": "python"}}),
+            "is not a table as experiments/_tables.py describes it",
+        ),
         (changed(cells={"accuracy": {"from": "train.scores", "key": "a"}}), "no step makes train.scores"),
         (changed(rows=[{"id": "A*", "title": ""}, {"id": "A+", "title": ""}]), "two rows have the same id"),
         (changed(variables={}), "uses {stop}, which is not declared"),
@@ -277,7 +280,7 @@ def test_every_declared_table_can_be_planned(scale, run_script):
     for path in sorted((ROOT / "configs/tables").glob("*.yaml")):
         command = [
             sys.executable,
-            "scripts/reproduce.py",
+            "experiments/reproduce.py",
             path.stem,
             "--scale",
             scale,

@@ -213,7 +213,7 @@ def test_classes_channels_and_fractional_widths_are_flags():
     ],
 )
 def test_widths_by_size(size, mult):
-    """Upstream's at its four sizes, and a sensible choice elsewhere that a picture of that size passes through."""
+    """Upstream's at its four sizes, and a sensible choice elsewhere that an image of that size passes through."""
     assert default_channel_mult(size) == mult
     model = small(image_size=size, attention_resolutions="", num_channels=64)
     assert model.channel_mult == mult
@@ -239,8 +239,8 @@ def test_super_resolution_to_512_has_its_own_widths():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"image_size": 63}, "no default channel multipliers for pictures of 63 pixels: give --channel_mult"),
-        ({"image_size": 1024}, "no default channel multipliers for pictures of 1024 pixels"),
+        ({"image_size": 63}, "no default channel multipliers for images of 63 pixels: give --channel_mult"),
+        ({"image_size": 1024}, "no default channel multipliers for images of 1024 pixels"),
         ({"image_size": 20, "channel_mult": "1,2,3,4"}, "image_size 20 is not divisible by 8"),
         ({"channel_mult": "1,two"}, "channel_mult '1,two' must be positive numbers separated by commas"),
         ({"channel_mult": "1,-2"}, "channel_mult '1,-2' must be positive"),
@@ -284,7 +284,7 @@ def test_impossible_classifiers_and_sizes_are_named():
         sr_create_model_and_diffusion(**{**sr_model_and_diffusion_defaults(), "small_size": 512})
 
 
-def test_resolutions_above_the_picture_have_no_attention():
+def test_resolutions_above_the_image_have_no_attention():
     """As upstream: its default "16,8" at 8 pixels means the first level only."""
     assert small(image_size=8).attention_resolutions == (1,)
 

@@ -1,4 +1,4 @@
-"""The scripts, with the flags of guided-diffusion, on a few small pictures."""
+"""The scripts, with the flags of guided-diffusion, on a few small images."""
 
 import os
 import re
@@ -84,9 +84,9 @@ TRAIN = ["--batch_size", "4", "--save_interval", "3", "--iterations", "5", "--nu
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """30 pictures of three plain colours, named after their class."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    """30 images of three plain colours, named after their class."""
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.RandomState(0)
     for i in range(30):
         colour = np.eye(3)[i % 3] * 200 + random.randint(0, 50, (16, 16, 3))
@@ -112,7 +112,7 @@ def script(monkeypatch, folder, name, *flags):
 
 
 @pytest.fixture
-def trained(monkeypatch, tmp_path, pictures):
+def trained(monkeypatch, tmp_path, image_folder):
     """The folder of a class-conditional run of five steps."""
     script(
         monkeypatch,
@@ -121,20 +121,20 @@ def trained(monkeypatch, tmp_path, pictures):
         *MODEL,
         *TRAIN,
         "--data_dir",
-        pictures,
+        image_folder,
         "--class_cond",
         "True",
     )
     return tmp_path / "trained"
 
 
-def test_images_are_trained_resumed_sampled_and_scored(monkeypatch, tmp_path, pictures, trained, capsys):
+def test_images_are_trained_resumed_sampled_and_scored(monkeypatch, tmp_path, image_folder, trained, capsys):
     assert {"model000000.pt", "model000003.pt", "ema_0.9999_000005.pt", "opt000005.pt"} <= set(
         os.listdir(trained)
     )
     flags = (*MODEL, "--class_cond", "True")
     script(
-        monkeypatch, trained, "image_train", *flags, *TRAIN, "--data_dir", pictures, "--iterations", 8,
+        monkeypatch, trained, "image_train", *flags, *TRAIN, "--data_dir", image_folder, "--iterations", 8,
         "--resume_checkpoint", trained,
     )  # fmt: skip
     model = trained / "model000008.pt"
@@ -150,7 +150,7 @@ def test_images_are_trained_resumed_sampled_and_scored(monkeypatch, tmp_path, pi
             assert samples["arr_1"].shape == (5,) and set(samples["arr_1"]) <= {0, 1, 2}
 
     script(
-        monkeypatch, tmp_path / "nll", "image_nll", *flags, "--model_path", model, "--data_dir", pictures,
+        monkeypatch, tmp_path / "nll", "image_nll", *flags, "--model_path", model, "--data_dir", image_folder,
         "--num_samples", 4, "--batch_size", 2,
     )  # fmt: skip
     bound = float(re.findall(r"done 4 samples: bpd=([\d.]+)", capsys.readouterr().out)[-1])
@@ -172,8 +172,8 @@ def test_same_seed_gives_the_same_samples_and_others_do_not(monkeypatch, tmp_pat
     assert (samples[0] == samples[1]).all() and (samples[0] != samples[2]).any()
 
 
-def test_super_resolution_is_trained_and_sampled(monkeypatch, tmp_path, pictures):
-    script(monkeypatch, tmp_path, "super_res_train", *SR, *TRAIN, "--data_dir", pictures)
+def test_super_resolution_is_trained_and_sampled(monkeypatch, tmp_path, image_folder):
+    script(monkeypatch, tmp_path, "super_res_train", *SR, *TRAIN, "--data_dir", image_folder)
     np.savez(tmp_path / "base.npz", np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3), np.uint8))
     flags = (*SR, "--model_path", tmp_path / "ema_0.9999_000005.pt", "--num_samples", 5, "--batch_size", 2)
     script(monkeypatch, tmp_path, "super_res_sample", *flags, "--base_samples", tmp_path / "base.npz")
@@ -181,11 +181,11 @@ def test_super_resolution_is_trained_and_sampled(monkeypatch, tmp_path, pictures
         assert list(samples) == ["arr_0"] and samples["arr_0"].dtype == np.uint8
 
 
-def test_classifier_learns_and_guides(monkeypatch, tmp_path, pictures, trained, capsys):
-    """Sixty steps tell plain colours apart, also under noise; guidance then makes pictures of the colour asked for."""
+def test_classifier_learns_and_guides(monkeypatch, tmp_path, image_folder, trained, capsys):
+    """Sixty steps tell plain colours apart, also under noise; guidance then makes images of the colour asked for."""
     script(
-        monkeypatch, tmp_path, "classifier_train", *CLASSIFIER_DIFFUSION, *CLASSIFIER, "--data_dir", pictures,
-        "--val_data_dir", pictures, "--iterations", 60, "--save_interval", 20, "--lr", 1e-3, "--batch_size", 8,
+        monkeypatch, tmp_path, "classifier_train", *CLASSIFIER_DIFFUSION, *CLASSIFIER, "--data_dir", image_folder,
+        "--val_data_dir", image_folder, "--iterations", 60, "--save_interval", 20, "--lr", 1e-3, "--batch_size", 8,
         "--num_workers", 0, "--anneal_lr", "True", "--seed", 1,
     )  # fmt: skip
     names = set(os.listdir(tmp_path))
@@ -208,7 +208,7 @@ def test_classifier_learns_and_guides(monkeypatch, tmp_path, pictures, trained, 
     assert agreement[30] > 0.9 > 0.7 > agreement[0]
 
 
-def test_scripts_run_uninstalled_on_two_ranks(tmp_path, pictures):
+def test_scripts_run_uninstalled_on_two_ranks(tmp_path, image_folder):
     """From the repository's root, with nothing on the path."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
@@ -227,9 +227,9 @@ def test_scripts_run_uninstalled_on_two_ranks(tmp_path, pictures):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run("classifier_train", *CLASSIFIER_DIFFUSION, *CLASSIFIER, *TRAIN, "--data_dir", pictures)
+    run("classifier_train", *CLASSIFIER_DIFFUSION, *CLASSIFIER, *TRAIN, "--data_dir", image_folder)
     assert (tmp_path / "model000004.pt").exists()
-    run("image_train", *MODEL, *TRAIN, "--data_dir", pictures)
+    run("image_train", *MODEL, *TRAIN, "--data_dir", image_folder)
     model = str(tmp_path / "model000005.pt")
     run(
         "image_sample",
@@ -265,8 +265,8 @@ def test_scripts_run_uninstalled_on_two_ranks(tmp_path, pictures):
         ("image_sample", ["--model_path", "/no/such.pt"], "checkpoint not found: '/no/such.pt'"),
     ],
 )
-def test_mistakes_end_with_one_line(monkeypatch, tmp_path, pictures, capsys, name, flags, message):
-    given = [] if "--data_dir" in flags or name != "image_train" else ["--data_dir", pictures]
+def test_mistakes_end_with_one_line(monkeypatch, tmp_path, image_folder, capsys, name, flags, message):
+    given = [] if "--data_dir" in flags or name != "image_train" else ["--data_dir", image_folder]
     with pytest.raises(SystemExit) as ended:
         script(monkeypatch, tmp_path, name, *MODEL, *given, *flags)
     assert ended.value.code == 2
@@ -275,7 +275,7 @@ def test_mistakes_end_with_one_line(monkeypatch, tmp_path, pictures, capsys, nam
     assert not any("Traceback" in line for line in lines)
 
 
-def test_models_of_other_flags_and_wrong_pictures_are_refused(monkeypatch, tmp_path, trained, capsys):
+def test_models_of_other_flags_and_wrong_images_are_refused(monkeypatch, tmp_path, trained, capsys):
     model = trained / "model000005.pt"
     for name, flags, message in (
         ("image_sample", ["--model_path", model], "does not fit the model that the flags describe"),

@@ -29,7 +29,7 @@ RAMPS = {"target": "tests.ldm_training_driver.Ramps", "params": {"size": 2}}
 
 
 def encoded(number, size=(8, 8), kind="png"):
-    """A picture, dark on the left and `number` in the brightest column."""
+    """An image, dark on the left and `number` in the brightest column."""
     columns = np.linspace(0, number, size[0]).round().astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(np.broadcast_to(columns[None, :, None], (*size[::-1], 3)).copy()).save(file, kind)
@@ -48,12 +48,12 @@ def write(path, samples):
 
 
 def samples(numbers):
-    return {f"{n:05d}": {"png": encoded(n), "txt": f"picture {n}".encode()} for n in numbers}
+    return {f"{n:05d}": {"png": encoded(n), "txt": f"image {n}".encode()} for n in numbers}
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """shards([3, 5]): a folder with tar files of so many samples, numbered through; captions "picture N"."""
+    """shards([3, 5]): a folder with tar files of so many samples, numbered through; captions "image N"."""
 
     def make(counts, name="shards"):
         folder = tmp_path / name
@@ -84,7 +84,7 @@ def one_pass(data, lane=0, lanes=1, seed=3, passes=0):
 # items and their order
 
 
-def test_items_are_pictures_with_captions(tmp_path):
+def test_items_are_images_with_captions(tmp_path):
     kinds = {"jpg": "jpeg", "JPEG": "jpeg", "webp": "webp", "png": "png"}
     content = {
         f"a/{k}": {kind: encoded(200, kind=pillow), "txt": f"Straße {k}\n".encode(), "json": b"{}"}
@@ -209,13 +209,13 @@ def test_an_epoch_of_all_samples_covers_each_once(shards, monkeypatch, ranks, wo
         batches = [batch["txt"] for batch in loader]
         assert [len(texts) for texts in batches] == [3] * len(loader) == [3] * (8 // ranks)
         seen += sum(batches, [])
-    assert sorted(seen) == sorted(f"picture {n}" for n in range(24))
+    assert sorted(seen) == sorted(f"image {n}" for n in range(24))
 
 
 def test_epochs_of_part_of_the_data_go_on_where_the_last_one_stopped(shards, tmp_path):
     recorder, _ = fit(module(shards([5, 5, 5, 5]), samples=10), tmp_path)
     seen = sum((texts for _, texts in recorder.seen), [])
-    assert sorted(seen) == sorted(f"picture {n}" for n in range(20))
+    assert sorted(seen) == sorted(f"image {n}" for n in range(20))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -276,11 +276,11 @@ def test_what_differs_in_the_middle_of_an_epoch_is_named(shards, tmp_path, monke
 
 def test_at_an_epochs_end_the_data_may_change(shards, tmp_path):
     folder, other = shards([7, 5, 9]), shards([8, 8], "other")
-    write(folder / "009.tar", {"bad": {"txt": b"no picture"}})
+    write(folder / "009.tar", {"bad": {"txt": b"no image"}})
     checkpoint = stopped(module(folder, samples=24), tmp_path, steps=12)
     data = module(other, num_workers=2, samples=16)
     resumed, _ = fit(data, tmp_path, checkpoint=checkpoint)
-    assert sorted(sum((texts for _, texts in resumed.seen), [])) == sorted(f"picture {n}" for n in range(16))
+    assert sorted(sum((texts for _, texts in resumed.seen), [])) == sorted(f"image {n}" for n in range(16))
     before = torch.load(checkpoint, weights_only=True)["ShardDataModule"]["lanes"]
     counts = [
         sum(lane[3] for rank in lanes for lane in rank) for lanes in (before, data.state_dict()["lanes"])
@@ -387,7 +387,7 @@ def broken(tmp_path):
     content["00001"]["jpg"] = encoded(1, (64, 64), "jpeg")[:-200]
     del content["00002"]["txt"]
     del content["00003"]["png"]
-    content["00004"]["png"] = b"no picture at all"
+    content["00004"]["png"] = b"no image at all"
     content["00005"]["txt"] = b"\xff\xfe"
     return write(tmp_path / "broken.tar", content)
 
@@ -398,7 +398,7 @@ def test_broken_samples_are_skipped_named_and_counted(broken, caplog):
     (first, start), (last, position) = next(stream), next(stream)
     assert numbers([first, last]) == [0, 6] and start.broken == 0 and position.broken == 5
     for number, why in enumerate(
-        ["cannot be read as a picture", "no caption", "no picture", "is not a picture", "UTF-8"], 1
+        ["cannot be read as an image", "no caption", "no image", "is not an image", "UTF-8"], 1
     ):
         message = caplog.messages[number - 1]
         assert f"{broken}/0000{number}" in message and why in message
@@ -420,7 +420,7 @@ def test_the_limit_holds_for_the_lanes_of_a_process_together(tmp_path):
         fit(module(tmp_path, num_workers=2, samples=8, max_bad=3), tmp_path, epochs=2)
 
 
-def test_small_pictures_are_left_out_and_counted(tmp_path, caplog, monkeypatch):
+def test_small_images_are_left_out_and_counted(tmp_path, caplog, monkeypatch):
     content = {f"{n}": {"png": encoded(n, (8, 8 + n)), "txt": f"{n}".encode()} for n in range(4)}
     content |= {f"{n}": {"png": encoded(n, (20, 6 + n)), "txt": f"{n}".encode()} for n in range(4, 6)}
     content["6"] = {"png": encoded(6, (7, 20)), "txt": b"6"}
@@ -441,7 +441,7 @@ def test_a_shard_without_samples_counts_as_broken(shards):
     write(folder / "009.tar", {})
     stream = TarShards(str(folder), 8, 1, max_bad=2).stream(seed=0)
     assert {numbers([item])[0] for item, _ in (next(stream) for _ in range(4))} == {0, 1}
-    with pytest.raises(UserError, match=r"009\.tar/\* has no picture"):
+    with pytest.raises(UserError, match=r"009\.tar/\* has no image"):
         list(TarShards(str(folder), 8, 9, max_bad=1))
 
 

@@ -1,9 +1,7 @@
-"""train_clip.py: what it writes is a CLIP that finds pictures by their captions, as its metrics say."""
+"""train_clip.py: what it writes is a CLIP that finds images by their captions, as its metrics say."""
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from PIL import Image
 
 from guided_diffusion.errors import UserValueError
 from ldm.data.captions import CaptionFolder
+from ldm.modules.encoders import small_clip
 from ldm.modules.encoders.modules import (
     FrozenCLIPEmbedder,
     FrozenOpenCLIPEmbedder,
@@ -28,19 +27,8 @@ TINY = "--size 16 --width 32 --layers 1 --patch 8 --max_length 8 --batch_size 16
 
 
 @pytest.fixture(scope="module")
-def clip():
-    """The module scripts/_clip.py."""
-    scripts = str(Path(__file__).resolve().parents[1] / "scripts")
-    sys.path.insert(0, scripts)
-    import _clip
-
-    sys.path.remove(scripts)
-    return _clip
-
-
-@pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Twenty-four noisy pictures of six colours, whose two captions name the colour."""
+    """Twenty-four noisy images of six colours, whose two captions name the colour."""
     root = tmp_path_factory.mktemp("colours")
     rng = np.random.default_rng(0)
     for i in range(24):
@@ -51,25 +39,27 @@ def root(tmp_path_factory):
     return root
 
 
-def test_retrieval_counts_what_comes_first(clip):
+def test_retrieval_counts_what_comes_first():
     likeness = torch.tensor(
         [
             [0.9, 0.1, 0.8, 0.3],  # its captions 0 and 1: the first is best
             [0.2, 0.4, 0.3, 0.3],  # its captions 2 and 3: after 1, and one of them is as good as the other
         ]
     )
-    found = clip.retrieval(likeness, torch.tensor([0, 0, 1, 1]))
-    assert found["image_to_text"] == clip.Retrieval(0.5, 1.0, 1.5)  # places 1 and 2
-    # Caption 0: first; 1: second; 2: second; 3: as good as the other picture, which counts as found before.
-    assert found["text_to_image"] == clip.Retrieval(0.25, 1.0, 2.0)
-    many = torch.arange(10.0).repeat(10, 1)  # every picture likes caption 9 best
-    assert clip.retrieval(many, torch.arange(10))["image_to_text"] == clip.Retrieval(0.1, 0.5, 5.5)
-    constant = clip.retrieval(torch.zeros(10, 10), torch.arange(10))
+    found = small_clip.retrieval(likeness, torch.tensor([0, 0, 1, 1]))
+    assert found["image_to_text"] == small_clip.Retrieval(0.5, 1.0, 1.5)  # places 1 and 2
+    # Caption 0: first; 1: second; 2: second; 3: as good as the other image, which counts as found before.
+    assert found["text_to_image"] == small_clip.Retrieval(0.25, 1.0, 2.0)
+    many = torch.arange(10.0).repeat(10, 1)  # every image likes caption 9 best
+    assert small_clip.retrieval(many, torch.arange(10))["image_to_text"] == small_clip.Retrieval(
+        0.1, 0.5, 5.5
+    )
+    constant = small_clip.retrieval(torch.zeros(10, 10), torch.arange(10))
     assert constant["image_to_text"].recall_5 == constant["text_to_image"].recall_5 == 0
 
 
-def test_chance_is_that_of_a_draw(clip):
-    found = clip.chance(torch.arange(30).repeat_interleave(3), 30)
+def test_chance_is_that_of_a_draw():
+    found = small_clip.chance(torch.arange(30).repeat_interleave(3), 30)
     none_of_three = math.comb(87, 5) / math.comb(90, 5)
     assert found["image_to_text"].recall_1 == pytest.approx(1 / 30, abs=0.01)
     assert found["image_to_text"].recall_5 == pytest.approx(1 - none_of_three, abs=0.02)
@@ -77,8 +67,8 @@ def test_chance_is_that_of_a_draw(clip):
     assert found["text_to_image"].median_rank == pytest.approx(15.5, abs=0.5)
 
 
-def test_every_text_can_be_tokenised(clip, tmp_path):
-    tokenizer = clip.train_tokenizer(["a dog runs", "a dog sits", "the dog ."] * 3, max_length=8)
+def test_every_text_can_be_tokenised(tmp_path):
+    tokenizer = small_clip.train_tokenizer(["a dog runs", "a dog sits", "the dog ."] * 3, max_length=8)
     tokenizer.save_pretrained(tmp_path)
     read = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     for text in ("a dog", "zebra! 42", "日本 ümlaut", "the <|endoftext", ""):
@@ -88,12 +78,12 @@ def test_every_text_can_be_tokenised(clip, tmp_path):
         assert read.decode(row[1:-1]).replace(" ", "") == text.replace(" ", "")
     assert len(read("a dog")["input_ids"]) == 4 and read.convert_tokens_to_ids("!") == 0
     with pytest.raises(UserValueError, match="size 20 must be a multiple of patch 8"):
-        clip.make_clip(tokenizer, 20, 32, 1, 8, 8, 0.0)
+        small_clip.make_clip(tokenizer, 20, 32, 1, 8, 8, 0.0)
 
 
 @torch.no_grad()
 def embeddings(folder, images, captions):
-    """Of pictures [B, 3, H, W] and captions, by the encoders that diffusion models use."""
+    """Of images [B, 3, H, W] and captions, by the encoders that diffusion models use."""
     text = FrozenCLIPEmbedder(str(folder), max_length=8, layer="pooled")
     projection = transformers.CLIPModel.from_pretrained(folder).text_projection
     vectors = projection(text(captions)[:, 0])
@@ -109,16 +99,16 @@ def test_a_training_keeps_what_it_measured(root, tmp_path, run_script, iteration
     held_out = CaptionFolder(root, 16, part="held_out", held_out_every=4)
     images = np.stack([held_out[i]["jpg"] for i in range(6)])  # of red, yellow, black, red, yellow, black
     captions = [text for some in held_out.captions for text in some]
-    pictures, texts = embeddings(tmp_path / "c", torch.from_numpy(images).permute(0, 3, 1, 2), captions)
-    likeness = F.normalize(pictures, dim=1) @ F.normalize(texts, dim=1).T
+    images, texts = embeddings(tmp_path / "c", torch.from_numpy(images).permute(0, 3, 1, 2), captions)
+    likeness = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
     places = np.array([(likeness[:, i] >= likeness[i // 2, i]).sum().item() for i in range(12)])
     measured = metrics["held_out"]["text_to_image"]
     assert measured["recall_1"] == np.mean(places == 1) and measured["recall_5"] == np.mean(places <= 5)
     assert measured["median_rank"] == np.median(places)
-    assert metrics["pictures"] == {"train": 18, "held_out": 6} and metrics["iteration"] <= iterations
+    assert metrics["images"] == {"train": 18, "held_out": 6} and metrics["iteration"] <= iterations
     assert FrozenOpenCLIPEmbedder(version=str(tmp_path / "c"), max_length=8)(captions).shape == (12, 8, 32)
     if iterations == 80:
-        # The picture that fits a caption best is of its colour, nearly always: by chance a third of the time.
+        # The image that fits a caption best is of its colour, nearly always: by chance a third of the time.
         colours = [text.split()[1 if text.startswith("a ") else 2] for text in captions]
         right = [colours[2 * likeness[:, i].argmax()] == colours[i] for i in range(12)]
         assert np.mean(right) > 0.7
@@ -144,7 +134,7 @@ def test_the_seed_decides(root, tmp_path, run_script):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--batch_size", "19"], "has 18 pictures to train on, fewer than --batch_size"),
+        (["--batch_size", "19"], "has 18 images to train on, fewer than --batch_size"),
         (["--held_out_every", "1"], "from 2 on"),
         (["--max_length", "2"], "--max_length must be at least 3"),
         (["--width", "33"], "width 33 one of 32"),

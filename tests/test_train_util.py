@@ -21,7 +21,7 @@ from guided_diffusion.train_util import (
     log_loss_dict,
     parse_resume_step_from_filename,
 )
-from tests.train_driver import loop, pictures, small_model
+from tests.train_driver import loop, sample_images, small_model
 
 DRIVER = Path(__file__).with_name("train_driver.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -102,7 +102,7 @@ class Started:
 
 
 def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path):
-    """20 steps, one of which every rank skips because one picture of one rank is not finite."""
+    """20 steps, one of which every rank skips because one image of one rank is not finite."""
     run(2, tmp_path / "two", "--batch_size", 2, "--broken", 21)
     run(1, tmp_path / "one", "--batch_size", 4, "--broken", 21)
     two, one = final(tmp_path / "two"), final(tmp_path / "one")
@@ -118,7 +118,7 @@ def test_microbatches_give_the_gradient_of_the_batch():
     gradients = []
     for microbatch in (-1, 2):  # 2 + 2 + 1 of 5
         training = loop(5, microbatch=microbatch)
-        batch, cond = next(pictures(5))
+        batch, cond = next(sample_images(5))
         training._seed_step(5)
         training.forward_backward(batch, cond)
         gradients.append(th.cat([p.grad.flatten() for p in training.model.parameters()]))
@@ -230,16 +230,16 @@ def test_steps_are_the_same_with_another_batch_order_only_if_the_data_can_seek(l
             self.start = step
 
         def __iter__(self):
-            return pictures(2, self.start)
+            return sample_images(2, self.start)
 
     class Stream:
         def iter_from(self, step):
-            return pictures(2, step)
+            return sample_images(2, step)
 
     loop(iterations=3).run_loop()
     first = str(logged / "checkpoint000003.pt")
     states = []
-    for data in (lambda step: pictures(2, step), Seekable(), Stream(), pictures(2)):
+    for data in (lambda step: sample_images(2, step), Seekable(), Stream(), sample_images(2)):
         training = loop(iterations=6, data=data, resume_checkpoint=first)
         training.run_loop()
         states.append(training.state_dict())
@@ -251,7 +251,7 @@ def test_steps_are_the_same_with_another_batch_order_only_if_the_data_can_seek(l
 
 
 def test_step_with_a_non_finite_loss_changes_nothing():
-    training = loop(2, sampler="loss-second-moment", data=lambda start: pictures(2, start, broken=[5]))
+    training = loop(2, sampler="loss-second-moment", data=lambda start: sample_images(2, start, broken=[5]))
     batches = training._open_data()
     for step in range(4):
         before = training.state_dict()
@@ -281,13 +281,13 @@ def test_gradients_that_are_not_finite_are_skipped_too():
 
     training.compute_losses = compute_losses
     kept = [p.clone() for p in training.model.parameters()]
-    training.run_step(*next(pictures(2)))
+    training.run_step(*next(sample_images(2)))
     assert training.nonfinite_steps == 1
     assert all(map(th.equal, kept, training.model.parameters()))
 
 
 def test_run_ends_with_a_message_when_losses_stay_non_finite(logged):
-    data = lambda start: pictures(2, start, broken=range(4, 1000))  # noqa: E731
+    data = lambda start: sample_images(2, start, broken=range(4, 1000))  # noqa: E731
     with pytest.raises(UserError, match="max_nonfinite = 3"):
         loop(2, data=data, max_nonfinite=3).run_loop()
     state = checkpoint_util.load_complete(find_complete_checkpoint(str(logged)))
@@ -323,7 +323,7 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line(logged, tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint"):
         loop(resume_checkpoint=str(tmp_path / "empty"))
     with pytest.raises(UserError, match="the data ended after 1 step"):
-        loop(data=iter([next(pictures(2))])).run_loop()
+        loop(data=iter([next(sample_images(2))])).run_loop()
 
 
 # ---------------------------------------------------------------------------------------------------- as upstream does
@@ -370,7 +370,7 @@ def test_averages_follow_the_weights():
     """ema = rate ema + (1 - rate) weights after every step, from the initial weights on."""
     training = loop(2, ema_rate="0.9")
     expected = [p.detach().clone() for p in training.model.parameters()]
-    for batch, cond in (next(pictures(2, start)) for start in range(3)):
+    for batch, cond in (next(sample_images(2, start)) for start in range(3)):
         training.run_step(batch, cond)
         expected = [
             0.9 * e + 0.1 * p.detach() for e, p in zip(expected, training.model.parameters(), strict=True)

@@ -5,9 +5,9 @@ import torch as th
 import torch.nn.functional as F
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.heads import Features, Heads
-from guided_diffusion.modalities import Modality, parse_modalities
-from guided_diffusion.multitask import MultiTask
+from guided_diffusion.mt.heads import Features, Heads
+from guided_diffusion.mt.modalities import Modality, parse_modalities
+from guided_diffusion.mt.modality_set import MultiTask
 from guided_diffusion.unet import UNetModel
 
 SHAPE = (2, 8, 8)

@@ -1,6 +1,6 @@
 """A complete small training run, started by tests in processes of its own: python tests/train_driver.py FOLDER --flags.
 
-The data are a function of the position alone: pictures in [-1, 1] of 8 x 8 pixels and their labels.
+The data are a function of the position alone: images in [-1, 1] of 8 x 8 pixels and their labels.
 """
 
 import argparse
@@ -31,10 +31,10 @@ def small_model():
     return model
 
 
-def pictures(batch_size, start=0, broken=()):
+def sample_images(batch_size, start=0, broken=()):
     """This rank's batches from step `start` on; the same global batch however many ranks share it.
 
-    broken: places (counted over everything) of pictures that are not finite.
+    broken: places (counted over everything) of images that are not finite.
     """
     step = start
     while True:
@@ -53,7 +53,7 @@ def loop(batch_size=2, sampler="uniform", model=None, **changes):
     flags = {
         "model": model or small_model(),
         "diffusion": diffusion,
-        "data": partial(pictures, batch_size),
+        "data": partial(sample_images, batch_size),
         "batch_size": batch_size,
         "microbatch": -1,
         "lr": 3e-4,
@@ -110,7 +110,7 @@ def main():
         th.manual_seed(dist_util.get_rank())
 
     def data(start):
-        for batch in pictures(args.batch_size, start, args.broken):
+        for batch in sample_images(args.batch_size, start, args.broken):
             time.sleep(args.pause)
             say("step")
             yield batch

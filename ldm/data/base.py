@@ -1,4 +1,4 @@
-"""What the datasets of pictures share: one place, flip and size for all pictures of an item."""
+"""What the datasets of images share: one place, flip and size for all images of an item."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,24 +7,24 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from guided_diffusion.errors import UserValueError
-from ldm.data.pictures import INTERPOLATIONS, Resampling, Source, draw_cut
+from ldm.data.images import INTERPOLATIONS, Resampling, Source, draw_cut
 from ldm.util import instantiate_from_config
 
 Item = dict[str, Any]
 
 
-class Pictures(Dataset):
-    """Items of one or several pictures of one scene: {key: float32 [H, W, 3] in [-1, 1], "file_path_": str}.
+class Images(Dataset):
+    """Items of one or several images of one scene: {key: float32 [H, W, 3] in [-1, 1], "file_path_": str}.
 
     Crops and flips are drawn from Python's `random`. Raises UserValueError for an unknown interpolation or size,
-    BadPictureError for a damaged file when its item is read.
+    BadImageError for a damaged file when its item is read.
     """
 
     def __init__(
         self,
         entries: Sequence[Mapping[str, Source]],  # by key; `file_path_` is the first one's
         size: int | Sequence[int],  # of a square, or (height, width)
-        random_crop: bool = False,  # 0.8 to all of the picture, else the whole middle
+        random_crop: bool = False,  # 0.8 to all of the image, else the whole middle
         random_flip: bool = False,  # left-right, half of the time
         interpolation: str = "bicubic",  # of photos; label maps are resized with the nearest pixel
     ):
@@ -41,7 +41,7 @@ class Pictures(Dataset):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The names of an item's pictures."""
+        """The names of an item's images."""
         return tuple(self.entries[0])
 
     @property
@@ -65,10 +65,10 @@ class Pictures(Dataset):
         return {**item, "file_path_": _path(entry)}
 
 
-class FirstStagePictures(Dataset):
-    """The pictures of a paired dataset one by one, as an autoencoder wants them: each as `image`.
+class FirstStageImages(Dataset):
+    """The images of a paired dataset one by one, as an autoencoder wants them: each as `image`.
 
-    data: the paired dataset, or its configuration; keys: which of its pictures (all of them by default).
+    data: the paired dataset, or its configuration; keys: which of its images (all of them by default).
     """
 
     def __init__(self, data: Dataset | Mapping, keys: Sequence[str] | None = None):
@@ -107,14 +107,14 @@ def parse_size(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def check_sizes(entries: Sequence[Mapping[str, Source]]) -> None:
-    """UserValueError that names the first pair whose pictures are of different sizes."""
+    """UserValueError that names the first pair whose images are of different sizes."""
     for entry in entries:
         sizes = {key: source.size() for key, source in entry.items()}
         if len(set(sizes.values())) > 1:
             told = ", ".join(
                 f"{source.path} is {'x'.join(map(str, sizes[key]))}" for key, source in entry.items()
             )
-            raise UserValueError(f"the pictures of a pair must be of one size, but {told}")
+            raise UserValueError(f"the images of a pair must be of one size, but {told}")
 
 
 def _path(entry: Mapping[str, Source]) -> str:

@@ -1,4 +1,4 @@
-"""Captioned pictures: a folder of photos, each with one caption or several."""
+"""Captioned images: a folder of photos, each with one caption or several."""
 
 import csv
 import io
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.image_datasets import _list_images
-from ldm.data.base import Item, Pictures
-from ldm.data.pictures import Source
+from ldm.data.base import Images, Item
+from ldm.data.images import Source
 
 TABLES = ("captions.csv", "metadata.jsonl")
 COLUMNS = (("image", "caption"), ("file_name", "text"))  # of captions.csv
@@ -19,15 +19,15 @@ PARTS = ("all", "train", "held_out")
 DRAWS = ("random", "first")
 
 
-class CaptionFolder(Pictures):
+class CaptionFolder(Images):
     """Items {image_key: float32 [H, W, 3] in [-1, 1], caption_key: str, "file_path_": str}.
 
-    The pictures lie anywhere below `root`. Their captions stand in root/captions.csv (columns image,caption or
-    file_name,text), in root/metadata.jsonl (file_name, text), or in a .txt file beside each picture, one on a line.
-    A table names a picture by its path below root, or by its file name where that is the only one.
+    The images lie anywhere below `root`. Their captions stand in root/captions.csv (columns image,caption or
+    file_name,text), in root/metadata.jsonl (file_name, text), or in a .txt file beside each image, one on a line.
+    A table names an image by its path below root, or by its file name where that is the only one.
 
-    size, random_crop, random_flip, interpolation: see Pictures. UserError for a table that cannot be read, a caption
-    of a picture that is not there, a picture without a caption.
+    size, random_crop, random_flip, interpolation: see Images. UserError for a table that cannot be read, a caption
+    of an image that is not there, an image without a caption.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class CaptionFolder(Pictures):
         random_crop: bool = False,
         random_flip: bool = False,
         interpolation: str = "bicubic",
-        part: str = "all",  # all; held_out: every held_out_every-th picture by name; train: the others
+        part: str = "all",  # all; held_out: every held_out_every-th image by name; train: the others
         held_out_every: int = 10,
-        caption: str = "random",  # one of the picture's captions by Python's `random`, or always the first
+        caption: str = "random",  # one of the image's captions by Python's `random`, or always the first
         image_key: str = "jpg",
         caption_key: str = "txt",
     ):
@@ -57,13 +57,13 @@ class CaptionFolder(Pictures):
         return {**super().__getitem__(index), self.caption_key: self.draw_caption(index)}
 
     def draw_caption(self, index: int) -> str:
-        """A caption of picture `index`, as its item has one."""
+        """A caption of image `index`, as its item has one."""
         some = self.captions[index]
         return some[0] if self.caption == "first" else random.choice(some)
 
 
 def read_captions(root: str | Path) -> dict[Path, tuple[str, ...]]:
-    """The captions of every picture below a folder, in the order of their table or file. UserError: see
+    """The captions of every image below a folder, in the order of their table or file. UserError: see
     CaptionFolder."""
     paths = [Path(path) for path in _list_images(str(root))]
     tables = [Path(root) / name for name in TABLES if (Path(root) / name).is_file()]
@@ -71,7 +71,7 @@ def read_captions(root: str | Path) -> dict[Path, tuple[str, ...]]:
         raise UserError(f"{root} has both {' and '.join(TABLES)}: keep the one that holds")
     found = _from_table(tables[0], paths) if tables else {path: _beside(path) for path in paths}
     if bare := [path for path in paths if not found.get(path)]:
-        raise UserError(f"{bare[0]} has no caption ({len(bare)} of {len(paths)} pictures have none)")
+        raise UserError(f"{bare[0]} has no caption ({len(bare)} of {len(paths)} images have none)")
     return found
 
 
@@ -84,12 +84,12 @@ def _part(paths: list[Path], part: str, every: int) -> list[Path]:
         raise UserValueError(f"held_out_every must be a whole number from 2 on, not {every!r}")
     chosen = [path for i, path in enumerate(paths) if (i % every == 0) == (part == "held_out")]
     if not chosen:
-        raise UserValueError(f"of {len(paths)} pictures none are left for the part {part}")
+        raise UserValueError(f"of {len(paths)} images none are left for the part {part}")
     return chosen
 
 
 def _from_table(table: Path, paths: Iterable[Path]) -> dict[Path, tuple[str, ...]]:
-    """The captions of a table by picture."""
+    """The captions of a table by image."""
     by_name = defaultdict(list)
     for path in paths:
         by_name[path.name].append(path)
@@ -100,14 +100,14 @@ def _from_table(table: Path, paths: Iterable[Path]) -> dict[Path, tuple[str, ...
         whole = table.parent / name
         matches = [whole] if whole in known else by_name[name]
         if len(matches) != 1:
-            why = "several pictures have that name" if matches else "there is no such picture"
+            why = "several images have that name" if matches else "there is no such image"
             raise UserFileError(f"{table} line {line} is a caption of {name!r}, but {why}")
         found[matches[0]].append(caption)
     return {path: tuple(some) for path, some in found.items()}
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, picture's name, caption) of a captions.csv."""
+    """(line, image's name, caption) of a captions.csv."""
     reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
     try:
         columns = next((pair for pair in COLUMNS if set(pair) <= set(reader.fieldnames or ())), None)
@@ -121,7 +121,7 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _json_rows(table: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, picture's name, caption) of a metadata.jsonl."""
+    """(line, image's name, caption) of a metadata.jsonl."""
     for line, content in enumerate(_text(table).split("\n"), 1):
         if not content.strip():
             continue
@@ -134,15 +134,15 @@ def _json_rows(table: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _checked(table: Path, line: int, values: Sequence) -> list[str]:
-    """A picture's name and its caption. UserError where one of the two is missing or empty."""
+    """An image's name and its caption. UserError where one of the two is missing or empty."""
     if not all(isinstance(value, str) and value.strip() for value in values):
-        raise UserError(f"{table} line {line} does not name a picture and its caption")
+        raise UserError(f"{table} line {line} does not name an image and its caption")
     return [value.strip() for value in values]
 
 
-def _beside(picture: Path) -> tuple[str, ...]:
-    """The captions in the .txt file beside a picture, one on a line; none where there is no file."""
-    path = picture.with_suffix(".txt")
+def _beside(image: Path) -> tuple[str, ...]:
+    """The captions in the .txt file beside an image, one on a line; none where there is no file."""
+    path = image.with_suffix(".txt")
     return tuple(line.strip() for line in _text(path).splitlines() if line.strip()) if path.is_file() else ()
 
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from guided_diffusion.errors import UserValueError
-from ldm.data.base import Pictures
+from ldm.data.base import Images
 from ldm.data.paired import pair_entries, pair_files, split_folder, two_keys
 
 ANNOTATIONS = ("color", "labelIds", "labelTrainIds")
 
 
-class Cityscapes(Pictures):
+class Cityscapes(Images):
     """Photos ROOT/leftImg8bit/SPLIT/CITY/*_leftImg8bit.png, annotations ROOT/gtFine/SPLIT/CITY/*_gtFine_*.png.
 
     annotation: which of the annotation's files are used. color has the colours of all classes; those with numbers
@@ -24,7 +24,7 @@ class Cityscapes(Pictures):
         size: int | Sequence[int],
         keys: Sequence[str] = ("image", "label_map"),
         annotation: str = "color",
-        **how,  # random_crop, random_flip, interpolation: see Pictures
+        **how,  # random_crop, random_flip, interpolation: see Images
     ):
         if annotation not in ANNOTATIONS:
             raise UserValueError(f"annotation must be one of {', '.join(ANNOTATIONS)}, not {annotation!r}")

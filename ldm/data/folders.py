@@ -1,4 +1,4 @@
-"""Single pictures in folders, for autoencoders and unconditional models."""
+"""Single images in folders, for autoencoders and unconditional models."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ import torch
 
 from guided_diffusion.errors import UserFileError, UserValueError
 from guided_diffusion.image_datasets import _list_images
-from ldm.data.base import Pictures
-from ldm.data.pictures import Source
+from ldm.data.base import Images
+from ldm.data.images import Source
 
 
-class ImageFolder(Pictures):
-    """All pictures (jpg, jpeg, png, gif) below one folder or several, under the key `image`.
+class ImageFolder(Images):
+    """All images (jpg, jpeg, png, gif) below one folder or several, under the key `image`.
 
-    size, random_crop, random_flip, interpolation: see Pictures. UserFileError for an empty folder.
+    size, random_crop, random_flip, interpolation: see Images. UserFileError for an empty folder.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class ImageFolder(Pictures):
         super().__init__([{"image": Source(Path(path))} for path in paths], size, **how)
 
 
-def read_pictures(source: str | Path, size: int | Sequence[int]) -> torch.Tensor:
-    """The pictures of a folder in the order of their names, or one picture: float32 [N, 3, H, W] in [-1, 1], the
+def read_images(source: str | Path, size: int | Sequence[int]) -> torch.Tensor:
+    """The images of a folder in the order of their names, or one image: float32 [N, 3, H, W] in [-1, 1], the
     middle of each, scaled to just cover `size`. UserError where there are none."""
     path = Path(source)
     if not path.exists():
         raise UserFileError(f"no such file or folder: {source}")
-    data = ImageFolder(path, size) if path.is_dir() else Pictures([{"image": Source(path)}], size)
+    data = ImageFolder(path, size) if path.is_dir() else Images([{"image": Source(path)}], size)
     return torch.from_numpy(np.stack([data[k]["image"] for k in range(len(data))])).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Fill a cache of latents (its files: ldm/data/latents.py): one pass over the pictures, resumable by shards."""
+"""Fill a cache of latents (its files: ldm/data/latents.py): one pass over the images, resumable by shards."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
-from ldm.data.base import Pictures
+from ldm.data.base import Images
 from ldm.data.latents import (
     FORMAT,
     CacheIndex,
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def fill_cache(
-    pictures: Pictures,
+    images: Images,
     first_stage: nn.Module,  # in evaluation mode, on the device to be used
     root: str | Path,
     flips: bool = False,
@@ -42,34 +42,34 @@ def fill_cache(
 
     UserError where the folder holds latents of something else, or is filled by files that are no cache.
     """
-    if pictures.random_crop or pictures.random_flip:
+    if images.random_crop or images.random_flip:
         raise UserValueError(
             "what is cached must not be cropped or flipped at random (flips are stored beside)"
         )
     if min(shard_size, batch_size) < 1 or dtype not in DTYPES:
         raise UserValueError(
-            f"shards and batches need at least one picture, and dtype is one of {', '.join(DTYPES)}"
+            f"shards and batches need at least one image, and dtype is one of {', '.join(DTYPES)}"
         )
     extractors = extractors or {}
-    if taken := sorted(set(extractors) & set(pictures.keys)):
-        raise UserValueError(f"{taken[0]!r} is a picture of the data: its representation needs another name")
+    if taken := sorted(set(extractors) & set(images.keys)):
+        raise UserValueError(f"{taken[0]!r} is an image of the data: its representation needs another name")
     root = Path(root)
     index = CacheIndex(
         format=FORMAT,
         first_stage=encoder_checksum(first_stage.state_dict()),
-        size=pictures.size,
-        keys=pictures.keys,
+        size=images.size,
+        keys=images.keys,
         flips=flips,
         dtype=dtype,
         shard_size=shard_size,
         batch_size=batch_size,
-        items=tuple(pictures.paths),
+        items=tuple(images.paths),
         representations=extractor_checksums(extractors),
     )
     _claim(root, index)
     for number in progress([n for n in range(index.shards) if not shard_path(root, n).exists()]):
-        rows = range(number * shard_size, min((number + 1) * shard_size, len(pictures)))
-        loader = DataLoader(Subset(pictures, rows), batch_size, num_workers=num_workers)
+        rows = range(number * shard_size, min((number + 1) * shard_size, len(images)))
+        loader = DataLoader(Subset(images, rows), batch_size, num_workers=num_workers)
         tensors = _encoded(loader, first_stage, extractors, index)
         partial = root / f".{shard_path(root, number).name}.partial"
         save_file(tensors, partial)
@@ -122,16 +122,16 @@ def _encoded(
     return tensors
 
 
-def _turned(pictures: torch.Tensor, encoder: nn.Module, flips: bool) -> list[tuple[str, torch.Tensor]]:
-    """Pictures [B, H, W, C] as [B, C, H, W] where `encoder` is, and with `flips` flipped; each with the ending of its
+def _turned(images: torch.Tensor, encoder: nn.Module, flips: bool) -> list[tuple[str, torch.Tensor]]:
+    """Images [B, H, W, C] as [B, C, H, W] where `encoder` is, and with `flips` flipped; each with the ending of its
     tensors' names."""
-    x = pictures.permute(0, 3, 1, 2).to(next(encoder.parameters(), pictures).device)
+    x = images.permute(0, 3, 1, 2).to(next(encoder.parameters(), images).device)
     both = [("", x), ("_flipped", x.flip(-1))]
     return [(suffix, value.contiguous()) for suffix, value in both[: 1 + flips]]
 
 
 def moments(first_stage: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Latents of pictures [B, C, H, W]: mean and standard deviation [B, c, h, w] of a Gaussian posterior, or the
+    """Latents of images [B, C, H, W]: mean and standard deviation [B, c, h, w] of a Gaussian posterior, or the
     latents themselves and None."""
     posterior = first_stage.encode(x)
     if isinstance(posterior, DiagonalGaussianDistribution):

@@ -1,9 +1,9 @@
 """Latents computed once: the cache's files, and the dataset that reads them.
 
 A cache is a folder: shard-00000.safetensors, ... with the latents of `shard_size` items each, and index.json, which
-says what they are of. In a shard stand, for every key of the pictures, KEY [n, c, h, w], the means of the first
+says what they are of. In a shard stand, for every key of the images, KEY [n, c, h, w], the means of the first
 stage's posterior (or its latents where it has none), KEY_std, and with stored flips KEY_flipped, KEY_flipped_std.
-Nothing is scaled. Representations of the items' first pictures may stand beside: NAME [n, d], NAME_flipped.
+Nothing is scaled. Representations of the items' first images may stand beside: NAME [n, d], NAME_flipped.
 """
 
 import dataclasses
@@ -21,11 +21,12 @@ from torch.utils.data import Dataset
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from ldm.checkpoint import load_state_dict
-from ldm.data.base import Item, Pictures
+from ldm.data.base import Images, Item
 from ldm.data.captions import CaptionFolder
 from ldm.util import instantiate_from_config
 
 FORMAT = 1
+CACHED = "ldm.data.latents.CachedLatents"
 ENCODER = ("encoder.", "quant_conv.")  # the tensors on which latents depend
 PREFIX = "first_stage_model."  # of a first stage inside a latent diffusion's checkpoint
 
@@ -36,13 +37,13 @@ class CacheIndex:
 
     format: int
     first_stage: str  # checksum of the encoder
-    size: tuple[int, int]  # (height, width) of the pictures
+    size: tuple[int, int]  # (height, width) of the images
     keys: tuple[str, ...]
-    flips: bool  # every picture is stored flipped as well
+    flips: bool  # every image is stored flipped as well
     dtype: str
     shard_size: int
     batch_size: int  # by which it was computed: rounding depends on it
-    items: tuple[str, ...]  # the pictures' files
+    items: tuple[str, ...]  # the images' files
     scale_factor: dict[str, float] | None = None  # 1 / standard deviation, by key; None: not finished
     representations: dict[str, str] | None = None  # checksum of the encoder, by name
 
@@ -88,7 +89,7 @@ class CacheIndex:
                 names = (", ".join(some or ()) or "none" for some in (mine, theirs))
                 return "other representations ({} instead of {}, or another encoder)".format(*names)
             if field.name == "items":
-                return f"other pictures ({len(mine)} instead of {len(theirs)}, or other names)"
+                return f"other images ({len(mine)} instead of {len(theirs)}, or other names)"
             return f"another {field.name} ({_words(mine)} instead of {_words(theirs)})"
         return None
 
@@ -133,15 +134,15 @@ def first_stage_weights(path: str | Path) -> dict[str, torch.Tensor]:
 class CachedLatents(Dataset):
     """Items {KEY_latent: float32 [c, h, w], KEY_latent_std: the same where there is one, "file_path_": str}.
 
-    With representations also {NAME: float32 [d]}; with captioned `pictures` also a caption, drawn as they draw it.
-    UserError for a cache that is unfinished, or made of other pictures, of another size, with another first stage or
+    With representations also {NAME: float32 [d]}; with captioned `images` also a caption, drawn as they draw it.
+    UserError for a cache that is unfinished, or made of other images, of another size, with another first stage or
     with other encoders of representations than said here.
     """
 
     def __init__(
         self,
         root: str | Path,
-        pictures: Pictures
+        images: Images
         | Mapping
         | None = None,  # what was cached, to be compared; cache_latents.py reads it; captions are its
         first_stage: str | Path | None = None,  # its checkpoint, to be compared
@@ -162,7 +163,7 @@ class CachedLatents(Dataset):
             raise UserValueError(f"the cache {root} has no {unknown[0]!r}, only {', '.join(index.keys)}")
         if random_flip and not index.flips:
             raise UserValueError(
-                f"the cache {root} has no flipped pictures: cache them with --flips, or set random_flip off"
+                f"the cache {root} has no flipped images: cache them with --flips, or set random_flip off"
             )
         if (
             first_stage is not None
@@ -171,12 +172,12 @@ class CachedLatents(Dataset):
             raise UserError(
                 f"the cache {root} was made with another first stage than {first_stage}: cache the latents again"
             )
-        if pictures is not None:
-            pictures = instantiate_from_config(pictures) if isinstance(pictures, Mapping) else pictures
-            self._compare(size=pictures.size, items=tuple(pictures.paths), keys=pictures.keys)
+        if images is not None:
+            images = instantiate_from_config(images) if isinstance(images, Mapping) else images
+            self._compare(size=images.size, items=tuple(images.paths), keys=images.keys)
         if extractors is not None:
             self._compare(representations=extractor_checksums(extractors))
-        self.captioned = pictures if isinstance(pictures, CaptionFolder) else None
+        self.captioned = images if isinstance(images, CaptionFolder) else None
         self._open: dict[int, safe_open] = {}
 
     def __len__(self) -> int:
@@ -232,3 +233,21 @@ def open_shard(path: Path):
 
 def _words(value) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) and isinstance(value[0], int) else str(value)
+
+
+def open_images(config: dict, split: str) -> Images:
+    """The dataset to be cached, without random crops and flips."""
+    try:
+        data = config["data"]["params"][split]
+        data = data["params"]["images"] if data["target"] == CACHED else data
+    except (KeyError, TypeError):
+        raise UserValueError(
+            f"the configuration has no data.params.{split} with images (or CachedLatents with `images`)"
+        ) from None
+    images = instantiate_from_config(data)
+    if not isinstance(images, Images):
+        raise UserError(
+            f"{data['target']} cannot be cached: it must be one of the datasets of images in ldm.data"
+        )
+    images.random_crop = images.random_flip = False
+    return images

@@ -1,18 +1,18 @@
-"""Pairs of pictures of one scene: in two parallel folders, or side by side in one file."""
+"""Pairs of images of one scene: in two parallel folders, or side by side in one file."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.image_datasets import _list_images
-from ldm.data.base import Pictures, check_sizes
+from ldm.data.base import Images, check_sizes
+from ldm.data.images import Source
 from ldm.data.palettes import load_palette
-from ldm.data.pictures import Source
 
-LABEL_MAPS = ("label_map",)  # keys whose pictures are label maps, where nothing else is said
+LABEL_MAPS = ("label_map",)  # keys whose images are label maps, where nothing else is said
 
 
-class ParallelFolders(Pictures):
+class ParallelFolders(Images):
     """Two folders with files of equal names (without extension), subfolders too.
 
     Raises UserFileError that names a missing partner, UserValueError for pairs of different sizes.
@@ -26,14 +26,14 @@ class ParallelFolders(Pictures):
         keys: Sequence[str] = ("image", "label_map"),
         maps: Sequence[str] = LABEL_MAPS,  # keys that are label maps: nearest pixel, painted
         palette: str | None = None,  # of label maps that hold class numbers
-        **how,  # random_crop, random_flip, interpolation: see Pictures
+        **how,  # random_crop, random_flip, interpolation: see Images
     ):
         pairs = pair_files(Path(image_root), Path(other_root))
         super().__init__(pair_entries(pairs, keys, maps, palette), size, **how)
 
 
-class SideBySide(Pictures):
-    """Pictures whose left and right halves are a pair, as pix2pix distributes them. keys: (left, right)."""
+class SideBySide(Images):
+    """Images whose left and right halves are a pair, as pix2pix distributes them. keys: (left, right)."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ def split_folder(root: str | Path, split: str) -> Path:
 
 
 def two_keys(keys: Sequence[str]) -> tuple[str, str]:
-    """The names of a pair's pictures. UserValueError unless they are two different ones."""
+    """The names of a pair's images. UserValueError unless they are two different ones."""
     if len(keys) != 2 or keys[0] == keys[1]:
         raise UserValueError(f"keys must be two different names, not {list(keys)}")
     return tuple(keys)
@@ -126,7 +126,7 @@ def _by_name(folder: Path, end: str) -> dict[str, Path]:
             raise UserError(f"{found[name]} and {path} have one name: which of them belongs to the pair?")
         found[name] = path
     if not found:
-        raise UserFileError(f"{folder} has no pictures named *{end}")
+        raise UserFileError(f"{folder} has no images named *{end}")
     return found
 
 
@@ -137,7 +137,7 @@ def pair_entries(
     palette: str | None,
     ids: bool = False,
 ) -> list[dict[str, Source]]:
-    """The entries of `Pictures` for pairs of files, their sizes checked."""
+    """The entries of `Images` for pairs of files, their sizes checked."""
     names = two_keys(keys)
     painted = None if palette is None else load_palette(palette)
     entries = [

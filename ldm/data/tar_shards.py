@@ -1,4 +1,4 @@
-"""LAION-like data: captioned pictures in tar files, read as a stream that continues exactly where it stopped.
+"""LAION-like data: captioned images in tar files, read as a stream that continues exactly where it stopped.
 
 A shard is a tar file in webdataset's layout: KEY.jpg, KEY.txt and whatever else belongs to a sample stand one
 after the other. The stream goes over the shards again and again, each pass in its own order. Several readers
@@ -27,7 +27,7 @@ from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.image_datasets import MAX_BAD, UNREADABLE, _to_channels
 from guided_diffusion.seeding import derive_seed
 from ldm.data.base import Item, parse_size
-from ldm.data.pictures import INTERPOLATIONS, draw_cut
+from ldm.data.images import INTERPOLATIONS, draw_cut
 from ldm.data.tar_files import Sample, read_shard
 
 FORMATS = ("jpg", "jpeg", "png", "webp")
@@ -45,7 +45,7 @@ class Position(NamedTuple):
     turn: int = 0  # number of the present shard among the lane's in this pass
     taken: int = 0  # samples of it, in their shuffled order, the skipped ones too
     broken: int = 0  # samples skipped since the stream began, because they cannot be used
-    small: int = 0  # and because their pictures are smaller than min_size
+    small: int = 0  # and because their images are smaller than min_size
 
 
 class BrokenSampleError(UserError):
@@ -59,7 +59,7 @@ class TarShards(IterableDataset):
     `samples_per_epoch` items. The order of the shards is drawn for every pass, and within a shard samples are
     shuffled in blocks. Crops and flips are drawn for (seed, pass, shard, sample).
     UserError for shards that are not there or are cut off, and for more broken samples than `max_bad`: an
-    undecodable picture, no picture, no caption or an empty one.
+    undecodable image, no image, no caption or an empty one.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class TarShards(IterableDataset):
         samples_per_epoch: int,  # of all processes together
         image_key: str = "jpg",  # its item's key; in the shard any of FORMATS may stand instead
         caption_key: str = "txt",
-        random_crop: bool = False,  # 0.8 to all of the picture, else the whole middle
+        random_crop: bool = False,  # 0.8 to all of the image, else the whole middle
         random_flip: bool = False,  # left-right, half of the time
         interpolation: str = "bicubic",
         shuffle: int = 1000,  # samples of a block, which memory holds undecoded; 0: leave as they are
-        min_size: int = 0,  # pixels; pictures with a shorter side below it are left out
+        min_size: int = 0,  # pixels; images with a shorter side below it are left out
         max_bad: int = MAX_BAD,  # broken samples of one process
     ):
         super().__init__()
@@ -168,18 +168,18 @@ class TarShards(IterableDataset):
             within = 0
 
     def _item(self, sample: Sample) -> Item | None:
-        """The item of a sample; None for too small a picture. BrokenSampleError where it cannot be used."""
+        """The item of a sample; None for too small an image. BrokenSampleError where it cannot be used."""
         content = next((sample.files[k] for k in (self.image_key, *FORMATS) if k in sample.files), None)
         if content is None:
-            raise BrokenSampleError(f"{sample.name} has no picture ({', '.join(FORMATS)})")
+            raise BrokenSampleError(f"{sample.name} has no image ({', '.join(FORMATS)})")
         caption = self._caption(sample)
         image = _decoded(content, sample.name, self.min_size)
         if image is None:
             return None
         cut = draw_cut(image.size, self.size, self.random_crop, self.random_flip)
         pixels = np.ascontiguousarray(cut.apply(image, INTERPOLATIONS[self.interpolation]))
-        picture = pixels.astype(np.float32) / 127.5 - 1
-        return {self.image_key: picture, self.caption_key: caption, "file_path_": sample.name}
+        pil = pixels.astype(np.float32) / 127.5 - 1
+        return {self.image_key: pil, self.caption_key: caption, "file_path_": sample.name}
 
     def _caption(self, sample: Sample) -> str:
         try:
@@ -230,7 +230,7 @@ def _expanded(entry: str) -> list[str]:
 
 
 def _decoded(content: bytes, name: str, min_size: int) -> Image.Image | None:
-    """The picture in RGB; None, from its head alone, where its shorter side is below `min_size`."""
+    """The image in RGB; None, from its head alone, where its shorter side is below `min_size`."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             if min(image.size) < min_size:
@@ -238,6 +238,6 @@ def _decoded(content: bytes, name: str, min_size: int) -> Image.Image | None:
             image.load()
         return _to_channels(image, 3)
     except Image.UnidentifiedImageError:
-        raise BrokenSampleError(f"{name} is not a picture") from None
+        raise BrokenSampleError(f"{name} is not an image") from None
     except UNREADABLE as error:
-        raise BrokenSampleError(f"{name} cannot be read as a picture: {error}") from error
+        raise BrokenSampleError(f"{name} cannot be read as an image: {error}") from error

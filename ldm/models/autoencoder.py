@@ -1,7 +1,7 @@
-"""The first stages: autoencoders between pictures and latents (interface and state-dict keys:
+"""The first stages: autoencoders between images and latents (interface and state-dict keys:
 latent-diffusion, ldm/models/autoencoder.py).
 
-Pictures are [B, C, H, W] in [-1, 1], latents [B, embed_dim, H / f, W / f].
+Images are [B, C, H, W] in [-1, 1], latents [B, embed_dim, H / f, W / f].
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class _FirstStage(FirstStageTraining):
     """What the autoencoders share: encoder, decoder, loss, their data and checkpoints.
 
     ddconfig: arguments of Encoder and Decoder; lossconfig: target and params of the training loss; image_key:
-    of the pictures in a batch; colorize_nlabels: so many channels are shown as random colours; monitor: the
+    of the images in a batch; colorize_nlabels: so many channels are shown as random colours; monitor: the
     metric by which checkpoints are kept.
     """
 
@@ -53,7 +53,7 @@ class _FirstStage(FirstStageTraining):
         load_weights(self, weights, path, ignore_keys, optional=("loss.", "model_ema.", "colorize"))
 
     def get_input(self, batch: Mapping[str, torch.Tensor], k: str) -> torch.Tensor:
-        """batch[k], pictures [B, H, W, C] or [B, H, W], as float32 [B, C, H, W]."""
+        """batch[k], images [B, H, W, C] or [B, H, W], as float32 [B, C, H, W]."""
         if k not in batch:
             raise UserValueError(f"the batch has no {k!r} (image_key): it has {', '.join(map(repr, batch))}")
         x = batch[k]
@@ -71,11 +71,11 @@ class _FirstStage(FirstStageTraining):
         x = F.conv2d(x, self.colorize)
         return 2 * (x - x.min()) / (x.max() - x.min()) - 1
 
-    def _as_rgb(self, pictures):
-        """`pictures` by name, in colours where they have more than three channels and `to_rgb` can."""
+    def _as_rgb(self, images):
+        """`images` by name, in colours where they have more than three channels and `to_rgb` can."""
         if not hasattr(self, "colorize"):
-            return pictures
-        return {name: self.to_rgb(x) if x.shape[1] > 3 else x for name, x in pictures.items()}
+            return images
+        return {name: self.to_rgb(x) if x.shape[1] > 3 else x for name, x in images.items()}
 
 
 class AutoencoderKL(_FirstStage):
@@ -110,13 +110,13 @@ class AutoencoderKL(_FirstStage):
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def loss_arguments(self, x):
-        """(pictures, reconstructions, posterior)."""
+        """(images, reconstructions, posterior)."""
         reconstructions, posterior = self(x)
         return (x, reconstructions, posterior), {}
 
     @torch.no_grad()
     def log_images(self, batch, only_inputs=False, **kwargs) -> dict[str, torch.Tensor]:
-        """Pictures [B, 3, H, W] by name: inputs, reconstructions, and samples decoded from N(0, I)."""
+        """Images [B, 3, H, W] by name: inputs, reconstructions, and samples decoded from N(0, I)."""
         x = self.get_input(batch, self.image_key)
         log = {"inputs": x}
         if not only_inputs:
@@ -125,15 +125,15 @@ class AutoencoderKL(_FirstStage):
         return self._as_rgb(log)
 
     def encode(self, x) -> DiagonalGaussianDistribution:
-        """The posterior q(z | x) of pictures [B, C, H, W]."""
+        """The posterior q(z | x) of images [B, C, H, W]."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
     def decode(self, z) -> torch.Tensor:
-        """Latents [B, embed_dim, h, w] -> pictures."""
+        """Latents [B, embed_dim, h, w] -> images."""
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, input, sample_posterior=True):
-        """(pictures as reconstructed from a draw of the posterior, or from its mode; the posterior)."""
+        """(images as reconstructed from a draw of the posterior, or from its mode; the posterior)."""
         posterior = self.encode(input)
         return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
 
@@ -142,7 +142,7 @@ class VQModel(_FirstStage):
     """The autoencoder whose latents are entries of a learned codebook (VQGAN; Esser et al. 2021).
 
     n_embed, embed_dim: number and width of the entries; remap: file with the indices of the entries in use;
-    sane_index_shape: indices [B, h, w] instead of flat; batch_resize_range: (low, high), training pictures
+    sane_index_shape: indices [B, h, w] instead of flat; batch_resize_range: (low, high), training images
     are resized to a random size in between, in steps of 16; use_ema: keep a moving average; scheduler_config:
     learning-rate schedule; lr_g_factor: of the generator's rate; other arguments as in `_FirstStage`.
     """
@@ -184,7 +184,7 @@ class VQModel(_FirstStage):
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def loss_arguments(self, x):
-        """(codebook's loss, pictures, reconstructions), and which entries were used."""
+        """(codebook's loss, images, reconstructions), and which entries were used."""
         reconstructions, codebook_loss, indices = self(x, return_pred_indices=True)
         return (codebook_loss, x, reconstructions), {"predicted_indices": indices}
 
@@ -194,7 +194,7 @@ class VQModel(_FirstStage):
 
     @torch.no_grad()
     def log_images(self, batch, only_inputs=False, plot_ema=False, **kwargs) -> dict[str, torch.Tensor]:
-        """Pictures [B, 3, H, W] by name: inputs, reconstructions, and with plot_ema the average's too."""
+        """Images [B, 3, H, W] by name: inputs, reconstructions, and with plot_ema the average's too."""
         x = self.get_input(batch, self.image_key)
         log = {"inputs": x}
         if not only_inputs:
@@ -215,25 +215,25 @@ class VQModel(_FirstStage):
         return x if size == x.shape[2] else F.interpolate(x, size=size, mode="bicubic")
 
     def encode(self, x):
-        """Pictures -> (codebook entries [B, embed_dim, h, w], loss of the codebook, (None, None,
+        """Images -> (codebook entries [B, embed_dim, h, w], loss of the codebook, (None, None,
         indices))."""
         return self.quantize(self.encode_to_prequant(x))
 
     def encode_to_prequant(self, x) -> torch.Tensor:
-        """Pictures -> latents [B, embed_dim, h, w] before they are rounded to the codebook."""
+        """Images -> latents [B, embed_dim, h, w] before they are rounded to the codebook."""
         return self.quant_conv(self.encoder(x))
 
     def decode(self, quant) -> torch.Tensor:
-        """Codebook entries [B, embed_dim, h, w] -> pictures."""
+        """Codebook entries [B, embed_dim, h, w] -> images."""
         return self.decoder(self.post_quant_conv(quant))
 
     def decode_code(self, code_b) -> torch.Tensor:
-        """Indices, int64 [B, h, w], -> pictures."""
+        """Indices, int64 [B, h, w], -> images."""
         entries = self.quantize.get_codebook_entry(code_b.reshape(-1), (*code_b.shape, self.embed_dim))
         return self.decode(entries)
 
     def forward(self, input, return_pred_indices=False):
-        """(reconstructed pictures, loss of the codebook), and the indices if asked for."""
+        """(reconstructed images, loss of the codebook), and the indices if asked for."""
         quant, codebook_loss, (_, _, indices) = self.encode(input)
         outputs = (self.decode(quant), codebook_loss)
         return (*outputs, indices) if return_pred_indices else outputs
@@ -246,16 +246,16 @@ class VQModelInterface(VQModel):
         super().__init__(*args, embed_dim=embed_dim, **kwargs)
 
     def encode(self, x) -> torch.Tensor:
-        """Pictures -> latents [B, embed_dim, h, w] before they are rounded to the codebook."""
+        """Images -> latents [B, embed_dim, h, w] before they are rounded to the codebook."""
         return self.encode_to_prequant(x)
 
     def decode(self, h, force_not_quantize=False) -> torch.Tensor:
-        """Latents -> pictures; force_not_quantize: do not round `h` to the codebook."""
+        """Latents -> images; force_not_quantize: do not round `h` to the codebook."""
         return super().decode(h if force_not_quantize else self.quantize(h)[0])
 
 
 class IdentityFirstStage(nn.Module):
-    """A first stage that changes nothing: diffusion on the pictures themselves.
+    """A first stage that changes nothing: diffusion on the images themselves.
 
     vq_interface: `quantize` returns what VQModel's does. Other arguments are accepted and ignored.
     """

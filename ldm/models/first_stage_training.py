@@ -41,7 +41,7 @@ class FirstStageTraining(pl.LightningModule):
         self.automatic_optimization = False
 
     def loss_arguments(self, x: torch.Tensor) -> tuple[tuple, dict]:
-        """Arguments of the loss for pictures [B, C, H, W]: (positional ones before optimizer_idx,
+        """Arguments of the loss for images [B, C, H, W]: (positional ones before optimizer_idx,
         keywords)."""
         raise NotImplementedError
 

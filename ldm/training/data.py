@@ -2,7 +2,7 @@
 
 What a run draws from its data depends on nothing but (seed, epoch, index): the order of an epoch is
 drawn from (seed, epoch), and before a sample is read, the generators of torch, NumPy and random are
-seeded for it. So neither the number of workers nor a restart changes which crop a picture gets.
+seeded for it. So neither the number of workers nor a restart changes which crop an image gets.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Grids of pictures during training (interface: latent-diffusion, main.py, ImageLogger)."""
+"""Grids of images during training (interface: latent-diffusion, main.py, ImageLogger)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,20 +11,20 @@ from PIL import Image
 _COLUMNS, _PADDING = 4, 2
 
 
-def picture_grid(pictures: torch.Tensor, columns: int = _COLUMNS, padding: int = _PADDING) -> torch.Tensor:
-    """[B, C, H, W] -> [C, height, width]: rows of `columns` pictures in black frames, as torchvision has
+def image_grid(images: torch.Tensor, columns: int = _COLUMNS, padding: int = _PADDING) -> torch.Tensor:
+    """[B, C, H, W] -> [C, height, width]: rows of `columns` images in black frames, as torchvision has
     it."""
-    count, channels, height, width = pictures.shape
+    count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
     frame = (rows * (height + padding) + padding, columns * (width + padding) + padding)
-    grid = pictures.new_zeros(channels, *frame)
-    for k, picture in enumerate(pictures):
+    grid = images.new_zeros(channels, *frame)
+    for k, image in enumerate(images):
         top, left = (
             i * (side + padding) + padding
             for i, side in zip(divmod(k, columns), (height, width), strict=True)
         )
-        grid[:, top : top + height, left : left + width] = picture
+        grid[:, top : top + height, left : left + width] = image
     return grid
 
 
@@ -32,8 +32,8 @@ class ImageLogger(pl.Callback):
     """Writes what the model's `log_images` returns: PNG grids in `save_dir`/images/{train,val}, and
     TensorBoard.
 
-    batch_frequency: steps between grids of training pictures; max_images: per grid; clamp: pictures to
-    [-1, 1]; increase_log_steps: also at steps 1, 2, 4, ... before; rescale: pictures are in [-1, 1], not
+    batch_frequency: steps between grids of training images; max_images: per grid; clamp: images to
+    [-1, 1]; increase_log_steps: also at steps 1, 2, 4, ... before; rescale: images are in [-1, 1], not
     [0, 1]; disabled: do nothing; log_on_batch_idx: count the epoch's batches, not the steps;
     log_first_step: also at step 0; log_images_kwargs: for `log_images`. Of every validation the first
     batch is shown. save_dir: by default the trainer's folder. Files: NAME_gs-STEP_e-EPOCH_b-BATCH.png.
@@ -64,13 +64,13 @@ class ImageLogger(pl.Callback):
         self._logged_at = -1  # several batches of one step, when gradients accumulate, give one grid
 
     def check_frequency(self, step: int) -> bool:
-        """Whether pictures are due at `step`."""
+        """Whether images are due at `step`."""
         if step == 0:
             return self.log_first_step
         return step in self.log_steps or (self.batch_freq > 0 and step % self.batch_freq == 0)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """Training pictures, when they are due."""
+        """Training images, when they are due."""
         step = batch_idx if self.log_on_batch_idx else trainer.global_step
         if not self.disabled and trainer.global_step != self._logged_at and self.check_frequency(step):
             self._logged_at = trainer.global_step
@@ -79,7 +79,7 @@ class ImageLogger(pl.Callback):
     def on_validation_batch_end(
         self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
     ) -> None:
-        """Pictures of the first batch, but none in the check before training."""
+        """Images of the first batch, but none in the check before training."""
         if not self.disabled and batch_idx == 0 and trainer.global_step > 0:
             self.log_img(trainer, pl_module, batch, batch_idx, "val")
 
@@ -94,17 +94,17 @@ class ImageLogger(pl.Callback):
         pl_module.train(was_training)
         if trainer.is_global_zero:
             place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
-            for name, pictures in images.items():
-                self._write(trainer, split, name, self._grid(pictures), place)
+            for name, arrays in images.items():
+                self._write(trainer, split, name, self._grid(arrays), place)
 
-    def _grid(self, pictures):
-        """Of at most max_images pictures: [C, height, width] in [0, 1]."""
-        pictures = pictures[: self.max_images].detach().float().cpu()
+    def _grid(self, images):
+        """Of at most max_images images: [C, height, width] in [0, 1]."""
+        images = images[: self.max_images].detach().float().cpu()
         if self.clamp:
-            pictures = pictures.clamp(-1.0, 1.0)
+            images = images.clamp(-1.0, 1.0)
         if self.rescale:
-            pictures = (pictures + 1.0) / 2.0
-        return picture_grid(pictures)
+            images = (images + 1.0) / 2.0
+        return image_grid(images)
 
     def _write(self, trainer, split, name, grid, place):
         for logger in trainer.loggers:

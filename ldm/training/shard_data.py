@@ -134,7 +134,7 @@ class ShardDataModule(DataModuleFromConfig):
         for logger in self.trainer.loggers:
             logger.log_metrics({"data/broken": broken, "data/small": small}, step=self.trainer.global_step)
         if self.trainer.is_global_zero:
-            _logger.info("skipped so far: %d broken samples, %d small pictures", broken, small)
+            _logger.info("skipped so far: %d broken samples, %d small images", broken, small)
 
     def _check(self, name, target, dataset):
         if not isinstance(dataset, TarShards):

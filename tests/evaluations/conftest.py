@@ -1,4 +1,4 @@
-"""What the evaluator's tests share: the small network, pictures, and the scripts run as a user runs them."""
+"""What the evaluator's tests share: the small network, images, and the scripts run as a user runs them."""
 
 import os
 import subprocess
@@ -27,8 +27,8 @@ def graph_file(tmp_path_factory):
     return write_graph(tmp_path_factory.mktemp("weights") / "classify_image_graph_def.pb")
 
 
-def pictures(count, seed=0, size=16, brightness=0):
-    """Random uint8 pictures [count, size, size, 3] with some structure: a random colour each, and noise."""
+def sample_images(count, seed=0, size=16, brightness=0):
+    """Random uint8 images [count, size, size, 3] with some structure: a random colour each, and noise."""
     random = np.random.default_rng(seed)
     base = random.integers(40, 200, (count, 1, 1, 3))
     noise = random.normal(0, 25, (count, size, size, 3))
@@ -37,9 +37,9 @@ def pictures(count, seed=0, size=16, brightness=0):
 
 @pytest.fixture
 def batches(tmp_path):
-    """A reference of 24 pictures and 20 samples, as .npz files."""
-    np.savez(tmp_path / "ref.npz", arr_0=pictures(24))
-    np.savez(tmp_path / "samples.npz", arr_0=pictures(20, seed=1, brightness=20))
+    """A reference of 24 images and 20 samples, as .npz files."""
+    np.savez(tmp_path / "ref.npz", arr_0=sample_images(24))
+    np.savez(tmp_path / "samples.npz", arr_0=sample_images(20, seed=1, brightness=20))
     return tmp_path / "ref.npz", tmp_path / "samples.npz"
 
 

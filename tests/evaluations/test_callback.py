@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from evaluations.callback import RECORD, EvaluationCallback
 from evaluations.errors import EvaluationError
 
-from .conftest import pictures
+from .conftest import sample_images
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def callback(batches, network, tmp_path):
 
 
 def noise(count, seed):
-    """The k-th picture from seed + k; uses the global random state, as samplers do."""
+    """The k-th image from seed + k; uses the global random state, as samplers do."""
     torch.rand(3)
-    return np.concatenate([pictures(1, seed=seed + k) for k in range(count)])
+    return np.concatenate([sample_images(1, seed=seed + k) for k in range(count)])
 
 
 def test_scores_are_computed_at_their_steps_and_recorded(callback, tmp_path):
@@ -57,10 +57,10 @@ def test_tensors_are_taken_as_well_as_arrays(callback):
 
 
 def test_what_the_sampler_gets_wrong_is_named(callback):
-    with pytest.raises(EvaluationError, match="the sampler's result is float32, pictures must be uint8"):
+    with pytest.raises(EvaluationError, match="the sampler's result is float32, images must be uint8"):
         callback(lambda count, seed: torch.zeros(count, 16, 16, 3))(10)
-    with pytest.raises(EvaluationError, match="returned 12 pictures, 13 were asked for"):
-        callback(lambda count, seed: pictures(12), num_samples=13)(10)
+    with pytest.raises(EvaluationError, match="returned 12 images, 13 were asked for"):
+        callback(lambda count, seed: sample_images(12), num_samples=13)(10)
 
 
 def test_a_missing_reference_is_found_before_training(network, tmp_path):

@@ -15,7 +15,7 @@ from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
 
 from ..conftest import dev_data
-from .conftest import ROOT, one_error_line, pictures
+from .conftest import ROOT, one_error_line, sample_images
 
 ADM_LINES = [
     "warming up PyTorch...",
@@ -63,15 +63,15 @@ def test_prints_what_adm_prints_and_writes_json(script, batches, graph_file, net
     assert (result["n_reference"], result["n_samples"], result["seed"]) == (24, 20, 0)
     assert result["resize"] == "tensorflow1-bilinear-299"
     assert result["weights"] == graph_file.name and len(result["weights_sha256"]) == 64
-    assert "biased upwards" in done.stderr and "20 pictures" in done.stderr
+    assert "biased upwards" in done.stderr and "20 images" in done.stderr
 
 
 def test_folders_give_the_same_as_their_npz(capsys, batches, graph_file, tmp_path):
     for path in batches:
         folder = tmp_path / path.stem
         folder.mkdir()
-        for index, picture in enumerate(np.load(path)["arr_0"]):
-            Image.fromarray(picture).save(folder / f"{index:03}.png")
+        for index, image in enumerate(np.load(path)["arr_0"]):
+            Image.fromarray(image).save(folder / f"{index:03}.png")
     main([*map(str, batches), "--inception", str(graph_file)])
     from_npz = printed_scores(capsys.readouterr().out)
     main([str(tmp_path / "ref"), str(tmp_path / "samples"), "--inception", str(graph_file)])
@@ -110,12 +110,14 @@ def test_bootstrap_interval_on_request(batches, network):
     assert evaluate(reference, samples, network, bootstrap=20, seed=7) == result
 
 
-def test_bias_is_told_only_where_pictures_are_few(network, monkeypatch):
+def test_bias_is_told_only_where_images_are_few(network, monkeypatch):
     monkeypatch.setattr("evaluations.evaluator.FEW", 20)
-    few, many = (activations(ArrayImages(pictures(n, seed=n)), network, progress=False) for n in (12, 20))
+    few, many = (
+        activations(ArrayImages(sample_images(n, seed=n)), network, progress=False) for n in (12, 20)
+    )
     assert bias_warning(evaluate(many, many, network)) is None
     warning = bias_warning(evaluate(many, few, network))
-    assert "12 pictures" in warning
+    assert "12 images" in warning
     assert evaluate(many, few, network).fid_detail.bias > 0
 
 
@@ -128,11 +130,11 @@ def test_bias_is_told_only_where_pictures_are_few(network, monkeypatch):
             {"arr_0": np.zeros((8, 24, 24, 3), np.uint8)},
             "24x24 pixels, .* 16x16: take a reference of the samples' size",
         ),
-        ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "more than 3 pictures"),
-        ({"arr_0": pictures(8), "mu": np.zeros(2048)}, "has no array sigma"),
+        ({"arr_0": np.zeros((3, 16, 16, 3), np.uint8)}, "more than 3 images"),
+        ({"arr_0": sample_images(8), "mu": np.zeros(2048)}, "has no array sigma"),
         (
             {
-                "arr_0": pictures(8),
+                "arr_0": sample_images(8),
                 "mu": np.zeros(9),
                 "sigma": np.eye(9),
                 "mu_s": np.zeros(9),
@@ -142,7 +144,7 @@ def test_bias_is_told_only_where_pictures_are_few(network, monkeypatch):
         ),
         (
             {
-                "arr_0": pictures(8),
+                "arr_0": sample_images(8),
                 "mu": np.zeros(9),
                 "sigma": np.eye(8),
                 "mu_s": np.zeros(9),

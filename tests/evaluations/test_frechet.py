@@ -85,7 +85,7 @@ def test_impossible_statistics_are_named():
         Statistics(np.array([0.0, np.nan]), np.eye(2))
     with pytest.raises(EvaluationError, match="do not fit together"):
         Statistics(np.zeros(3), np.eye(2))
-    with pytest.raises(EvaluationError, match="at least 2 pictures"):
+    with pytest.raises(EvaluationError, match="at least 2 images"):
         statistics(torch.zeros(1, 4))
     with pytest.raises(EvaluationError, match="differ in number: 3 against 2"):
         frechet_distance(Statistics(np.zeros(3), np.eye(3)), Statistics(np.zeros(2), np.eye(2)))
@@ -109,7 +109,7 @@ def test_statistics_that_are_given_have_no_bias_of_their_own():
     )
 
 
-def test_interval_holds_the_distance_and_shrinks_with_more_pictures():
+def test_interval_holds_the_distance_and_shrinks_with_more_images():
     widths = []
     for n in (100, 1600):
         first, second = gaussian(n, 8), gaussian(n, 8, seed=1, shift=0.5)

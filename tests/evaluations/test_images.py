@@ -1,4 +1,4 @@
-"""Reading pictures in pieces, and clear messages about those that cannot be evaluated."""
+"""Reading images in pieces, and clear messages about those that cannot be evaluated."""
 
 import threading
 
@@ -12,18 +12,18 @@ from evaluations.images import (
     FolderImages,
     NpzImages,
     center_crop,
-    list_pictures,
+    list_images,
     load_array,
     open_images,
     prefetch,
 )
 
-from .conftest import pictures
+from .conftest import sample_images
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_is_read_in_pieces(tmp_path, save):
-    array = pictures(11)
+    array = sample_images(11)
     save(tmp_path / "a.npz", arr_0=array, arr_1=np.arange(11))
     images = NpzImages(tmp_path / "a.npz")
     assert images.shape == (11, 16, 16, 3)
@@ -33,7 +33,7 @@ def test_npz_is_read_in_pieces(tmp_path, save):
 
 
 def test_npz_in_fortran_order(tmp_path):
-    array = pictures(5)
+    array = sample_images(5)
     np.savez(tmp_path / "a.npz", arr_0=np.asfortranarray(array))
     images = NpzImages(tmp_path / "a.npz")
     assert np.array_equal(np.concatenate(list(images.batches(1, 5, 2))), array[1:5])
@@ -44,18 +44,18 @@ def test_npz_in_fortran_order(tmp_path):
     [
         (
             np.zeros((3, 8, 8, 3), np.float32),
-            "float32, pictures must be uint8 0 to 255; from .* convert with",
+            "float32, images must be uint8 0 to 255; from .* convert with",
         ),
         (np.full((3, 8, 8, 3), np.nan), "float64, .* 576 of its values are NaN or infinite"),
-        (np.zeros((3, 8, 8), np.uint8), r"grey pictures \[3, 8, 8\]"),
-        (np.zeros((3, 8, 8, 1), np.uint8), r"grey pictures \[3, 8, 8, 1\]"),
+        (np.zeros((3, 8, 8), np.uint8), r"grey images \[3, 8, 8\]"),
+        (np.zeros((3, 8, 8, 1), np.uint8), r"grey images \[3, 8, 8, 1\]"),
         (
             np.zeros((3, 3, 8, 8), np.uint8),
             r"\[3, 3, 8, 8\], expected \[N, H, W, 3\]: move the channels last",
         ),
         (np.zeros((3, 8, 8, 4), np.uint8), r"expected \[N, H, W, 3\]"),
         (np.zeros((0, 8, 8, 3), np.uint8), "is empty"),
-        (np.zeros((3, 8, 8, 3), np.int64), "int64, pictures must be uint8"),
+        (np.zeros((3, 8, 8, 3), np.int64), "int64, images must be uint8"),
     ],
 )
 def test_unusable_arrays_are_described(tmp_path, array, message):
@@ -72,23 +72,23 @@ def test_unusable_files_are_described(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(EvaluationError, match="not an .npz file"):
         open_images(tmp_path / "text.npz")
-    np.savez(tmp_path / "other.npz", images=pictures(2))
+    np.savez(tmp_path / "other.npz", images=sample_images(2))
     with pytest.raises(EvaluationError, match=r"has no array arr_0 \(it holds images\)"):
         open_images(tmp_path / "other.npz")
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], dtype=object))
     with pytest.raises(EvaluationError, match="cannot be read"):
         load_array(tmp_path / "objects.npz", "arr_0")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EvaluationError, match="holds no pictures"):
+    with pytest.raises(EvaluationError, match="holds no images"):
         open_images(tmp_path / "empty")
 
 
 def test_folder_is_read_in_the_order_of_its_paths(tmp_path):
-    array = pictures(7)
-    for index, picture in enumerate(array):
+    array = sample_images(7)
+    for index, image in enumerate(array):
         path = tmp_path / f"class{index % 2}" / f"{index}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(path)
+        Image.fromarray(image).save(path)
     images = open_images(tmp_path)
     assert images.shape == (7, 16, 16, 3)
     expected = array[[0, 2, 4, 6, 1, 3, 5]]
@@ -97,7 +97,7 @@ def test_folder_is_read_in_the_order_of_its_paths(tmp_path):
 
 
 def test_grey_and_palette_files_become_rgb(tmp_path):
-    grey = Image.fromarray(pictures(1)[0]).convert("L")
+    grey = Image.fromarray(sample_images(1)[0]).convert("L")
     grey.save(tmp_path / "a.png")
     grey.convert("P").save(tmp_path / "b.png")
     batch = next(open_images(tmp_path).batches(0, 2, 2))
@@ -110,17 +110,17 @@ def test_files_of_several_sizes_need_a_size(tmp_path):
     Image.new("RGB", (24, 20)).save(tmp_path / "b.png")
     with pytest.raises(EvaluationError, match="b.png is 24x20, others are 16x16.*--image_size"):
         list(open_images(tmp_path).batches(0, 2, 2))
-    assert FolderImages(list_pictures(tmp_path), "x", size=8).shape == (2, 8, 8, 3)
+    assert FolderImages(list_images(tmp_path), "x", size=8).shape == (2, 8, 8, 3)
 
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(EvaluationError, match="a.png cannot be read as a picture"):
+    with pytest.raises(EvaluationError, match="a.png cannot be read as an image"):
         open_images(tmp_path)
 
 
 def test_center_crop_takes_the_middle():
-    # 40 wide, 20 high: halving gives 20x10, whose middle 10x10 is the picture's middle half.
+    # 40 wide, 20 high: halving gives 20x10, whose middle 10x10 is the image's middle half.
     array = np.zeros((20, 40, 3), np.uint8)
     array[:, 10:30] = 200
     cropped = np.asarray(center_crop(Image.fromarray(array), 10))
@@ -130,8 +130,8 @@ def test_center_crop_takes_the_middle():
 
 def test_center_crop_averages_when_it_halves():
     checker = np.indices((16, 16)).sum(0) % 2 * 255
-    picture = Image.fromarray(np.repeat(checker[..., None], 3, 2).astype(np.uint8))
-    assert abs(np.asarray(center_crop(picture, 8)).astype(int) - 127.5).max() <= 1
+    image = Image.fromarray(np.repeat(checker[..., None], 3, 2).astype(np.uint8))
+    assert abs(np.asarray(center_crop(image, 8)).astype(int) - 127.5).max() <= 1
 
 
 def test_prefetch_keeps_order_and_reads_ahead():

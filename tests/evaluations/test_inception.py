@@ -12,7 +12,7 @@ from evaluations.inception import load_inception, preprocess, resize_bilinear, s
 from evaluations.inception_weights import seeded_weights
 
 from ..conftest import dev_data
-from .conftest import pictures
+from .conftest import sample_images
 from .seeded_files import port_state, write_port
 
 GOLDEN_POOL = [0.0, 1.0279, 4.747169, 1.824762, 4.039016, 3.427187, 1.521476, 0.747001, 0.090113, 0.23209]
@@ -49,13 +49,13 @@ def test_preprocess_scales_by_128():
 
 
 def test_features_have_the_documented_layout(network):
-    output = network(torch.from_numpy(pictures(2)))
+    output = network(torch.from_numpy(sample_images(2)))
     assert output.pool.shape == (2, 128)  # 2048 / 16
     assert output.spatial.shape == (2, 7 * 17 * 17)
     # [height, width, channel]: the same as the activation of mixed_6/conv itself
     seen = []
     handle = network.convolutions["mixed_6/conv"].register_forward_hook(lambda *a: seen.append(a[2]))
-    network(torch.from_numpy(pictures(2)))
+    network(torch.from_numpy(sample_images(2)))
     handle.remove()
     assert torch.equal(output.spatial.view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
 
@@ -68,8 +68,8 @@ def test_features_are_what_they_were_when_they_agreed_with_tensorflow(network):
     assert output.spatial[1, 1000:1007].tolist() == pytest.approx(GOLDEN_SPATIAL, rel=1e-4, abs=1e-5)
 
 
-def test_features_of_a_picture_do_not_depend_on_its_batch(network):
-    images = torch.from_numpy(pictures(11))
+def test_features_of_a_image_do_not_depend_on_its_batch(network):
+    images = torch.from_numpy(sample_images(11))
     whole = network(images)
     alone = torch.cat([network(image[None]).pool for image in images])
     assert relative(alone, whole.pool) < 1e-5
@@ -82,7 +82,7 @@ def test_probabilities_leave_the_bias_out(network):
 
 
 def test_graph_file_port_and_archive_give_the_same_features(network, graph_file, tmp_path):
-    images = torch.from_numpy(pictures(3))
+    images = torch.from_numpy(sample_images(3))
     expected = network(images)
     archive = tmp_path / "inception-2015-12-05.tgz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -129,7 +129,7 @@ def test_other_files_are_refused_by_name(tmp_path, graph_file):
 
 
 def test_seeded_network_is_the_same_each_time():
-    images = torch.from_numpy(pictures(1))
+    images = torch.from_numpy(sample_images(1))
     assert torch.equal(seeded_inception(3)(images).pool, seeded_inception(3)(images).pool)
     assert not torch.equal(seeded_inception(3)(images).pool, seeded_inception(4)(images).pool)
 

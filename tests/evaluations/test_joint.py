@@ -19,7 +19,7 @@ from evaluations.joint_metrics import (
 )
 from evaluations.segmentation import CITYSCAPES
 
-from .conftest import pictures
+from .conftest import sample_images
 
 
 def paired(n, seed=0, noise=0.3):
@@ -85,25 +85,25 @@ def test_classifier_finds_classes_and_knows_how_well():
 
 
 def test_masked_copies_that_fit_and_that_do_not():
-    picture = np.full((1, 8, 8, 3), 200, np.uint8)
-    copy = picture.copy()
+    image = np.full((1, 8, 8, 3), 200, np.uint8)
+    copy = image.copy()
     copy[:, :4] = 128
-    assert masked_pair_miou(picture, copy) == 1
+    assert masked_pair_miou(image, copy) == 1
     noisy = (copy.astype(int) + np.random.default_rng(0).integers(-5, 6, copy.shape)).astype(np.uint8)
-    assert masked_pair_miou(picture, noisy) == 1
-    # Below the mask the copy shows another picture in 8 of the 32 pixels, which are neither masked nor alike.
+    assert masked_pair_miou(image, noisy) == 1
+    # Below the mask the copy shows another image in 8 of the 32 pixels, which are neither masked nor alike.
     other = copy.copy()
     other[:, 4] = 20
-    assert masked_pair_miou(picture, other) == pytest.approx((32 / 40 + 24 / 32) / 2)
-    assert masked_pair_miou(picture, picture) == 1  # nothing masked, nothing different
+    assert masked_pair_miou(image, other) == pytest.approx((32 / 40 + 24 / 32) / 2)
+    assert masked_pair_miou(image, image) == 1  # nothing masked, nothing different
 
 
 def test_pixels_that_are_grey_themselves_tell_nothing():
-    picture = np.full((1, 4, 4, 3), 128, np.uint8)
-    picture[:, :2] = 20
-    copy = picture.copy()
+    image = np.full((1, 4, 4, 3), 128, np.uint8)
+    image[:, :2] = 20
+    copy = image.copy()
     copy[:, 0] = 128
-    assert masked_pair_miou(picture, copy) == 1
+    assert masked_pair_miou(image, copy) == 1
 
 
 def test_generated_maps_against_found_ones():
@@ -120,7 +120,7 @@ def test_generated_maps_against_found_ones():
         (np.arange(4), "labels"),
         (np.eye(4, dtype=np.float32), "labels"),
         (np.zeros((4, 8, 8), np.uint8), "maps"),
-        (np.zeros((4, 8, 8, 3), np.uint8), "pictures"),
+        (np.zeros((4, 8, 8, 3), np.uint8), "images"),
         (np.linspace(-1, 1, 12).reshape(4, 3), "vectors"),
     ],
 )
@@ -149,9 +149,9 @@ def run(capsys, *arguments):
 
 
 def bright_and_dark(n, seed, wrong=0):
-    """Pictures of two classes, bright and dark; the first `wrong` carry the other's label."""
+    """Images of two classes, bright and dark; the first `wrong` carry the other's label."""
     labels = np.arange(n) % 2
-    array = pictures(n, seed=seed) // 2 + (labels * 110).astype(np.uint8)[:, None, None, None]
+    array = sample_images(n, seed=seed) // 2 + (labels * 110).astype(np.uint8)[:, None, None, None]
     labels[:wrong] = 1 - labels[:wrong]
     return {"arr_0": array, "arr_1": labels}
 
@@ -207,7 +207,7 @@ def test_command_takes_labels_that_another_classifier_found(capsys, graph_file, 
 def test_command_on_masked_copies_maps_and_vectors(capsys, graph_file, tmp_path):
     (tmp_path / "two.txt").write_text("200 0 0 red\n0 200 0 green\n0 0 0 void\n")
     for seed, name in enumerate(("ref", "s")):
-        array = pictures(12, seed=seed)
+        array = sample_images(12, seed=seed)
         masked = array.copy()
         masked[:, :8] = 128
         maps = (array[..., 0] > 100).astype(np.uint8)
@@ -224,8 +224,8 @@ def test_command_on_masked_copies_maps_and_vectors(capsys, graph_file, tmp_path)
 
 def test_mistakes_are_one_clear_line(capsys, graph_file, tmp_path):
     np.savez(tmp_path / "labels.npz", **bright_and_dark(12, 0))
-    np.savez(tmp_path / "maps.npz", arr_0=pictures(12), arr_1=np.zeros((12, 4, 4), np.uint8))
-    np.savez(tmp_path / "short.npz", arr_0=pictures(12), arr_1=np.zeros(5, int))
+    np.savez(tmp_path / "maps.npz", arr_0=sample_images(12), arr_1=np.zeros((12, 4, 4), np.uint8))
+    np.savez(tmp_path / "short.npz", arr_0=sample_images(12), arr_1=np.zeros(5, int))
 
     def fails(*names, options=()):
         with pytest.raises(SystemExit) as stopped:
@@ -236,6 +236,6 @@ def test_mistakes_are_one_clear_line(capsys, graph_file, tmp_path):
         return capsys.readouterr().err
 
     assert "not of one kind" in fails("labels", "maps")
-    assert "12 pictures, but arr_1 of" in fails("labels", "short")
+    assert "12 images, but arr_1 of" in fails("labels", "short")
     assert "has no array nothing" in fails("labels", "labels", options=("--modality", "nothing"))
     assert "--palette says which" in fails("maps", "maps")

@@ -8,13 +8,13 @@ import pytest
 from evaluations.errors import EvaluationError
 from evaluations.judge import _augment, _tensor, inspect, load_judge, save_judge, score, train_judge
 
-from .conftest import pictures
+from .conftest import sample_images
 
 
 def coloured(count, seed=0, classes=3):
-    """Pictures whose class is their strongest colour, and the classes."""
+    """Images whose class is their strongest colour, and the classes."""
     labels = np.random.default_rng(seed).integers(0, classes, count)
-    images = pictures(count, seed).astype(np.float32) / 3
+    images = sample_images(count, seed).astype(np.float32) / 3
     images[np.arange(count), :, :, labels] += 150
     return images.clip(0, 255).astype(np.uint8), labels
 
@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     return path, accuracy
 
 
-def test_it_learns_the_classes_and_reports_pictures_it_never_saw(trained):
+def test_it_learns_the_classes_and_reports_images_it_never_saw(trained):
     path, accuracy = trained
     images, labels = coloured(200, seed=1)
     judge, stored = load_judge(path)
@@ -36,8 +36,8 @@ def test_it_learns_the_classes_and_reports_pictures_it_never_saw(trained):
     assert (inspect(judge, images)[1].argmax(1).numpy() == labels).mean() > 0.95
 
 
-def test_accuracy_is_that_of_held_out_pictures():
-    """Every tenth picture has a class that contradicts its colour: learned by heart it would be right."""
+def test_accuracy_is_that_of_held_out_images():
+    """Every tenth image has a class that contradicts its colour: learned by heart it would be right."""
     images, labels = coloured(200)
     labels[::10] = (labels[::10] + 1) % 3
     assert train_judge(images, labels, epochs=4)[1] < 0.2
@@ -58,7 +58,7 @@ def test_scores_tell_good_samples_from_bad_ones(trained):
     assert 1.2 * one_class.score < fair.score <= 3
 
 
-def test_augmented_pictures_are_moved_or_mirrored_copies():
+def test_augmented_images_are_moved_or_mirrored_copies():
     images = _tensor(coloured(8)[0])
     moved = _augment(images)
     assert moved.shape == images.shape and moved.dtype == images.dtype
@@ -77,7 +77,7 @@ def test_from_the_command_line(trained, tmp_path, script):
     np.savez(tmp_path / "data.npz", arr_0=images, arr_1=labels)
     np.savez(tmp_path / "samples.npz", arr_0=images, label=np.eye(3, dtype=np.float32)[labels])
     result = script("judge.py", "train", tmp_path / "data.npz", tmp_path / "own.pt", "--epochs", 1)
-    assert result.stdout.startswith("accuracy on held-out pictures: ")
+    assert result.stdout.startswith("accuracy on held-out images: ")
     result = script(
         "judge.py",
         *("score", trained[0], tmp_path / "data.npz", tmp_path / "samples.npz"),
@@ -96,5 +96,5 @@ def test_refusals(trained, tmp_path):
         load_judge(tmp_path / "other.pt")
     with pytest.raises(EvaluationError, match="does not exist"):
         load_judge(tmp_path / "absent.pt")
-    with pytest.raises(EvaluationError, match="reference pictures are .*, samples"):
+    with pytest.raises(EvaluationError, match="reference images are .*, samples"):
         score(trained[0], images, images[:, :8, :8], None)

@@ -8,9 +8,9 @@ from evaluations.errors import EvaluationError
 from evaluations.lpips import BACKBONES, LPIPS, load_lpips, lpips_distances
 
 from ..conftest import dev_data
-from .conftest import pictures
+from .conftest import sample_images
 
-# Measured with lpips 0.1.4 on the weights of `filled` and the pictures of `waves`.
+# Measured with lpips 0.1.4 on the weights of `filled` and the images of `waves`.
 GOLDEN = {"alex": [0.006505, 0.007523], "vgg": [0.007931, 0.005486], "squeeze": [0.022283, 0.023785]}
 
 
@@ -25,7 +25,7 @@ def filled(net):
 
 
 def waves(size=64):
-    """Two pairs of pictures [2, 3, size, size] in [-1, 1]."""
+    """Two pairs of images [2, 3, size, size] in [-1, 1]."""
     a = torch.sin(torch.arange(2 * 3 * size * size, dtype=torch.float64) * 0.013).view(2, 3, size, size)
     return a.float(), (a * torch.linspace(0.2, 1, size)).float()
 
@@ -43,9 +43,9 @@ def test_squeezenet_with_the_published_weights():
 
 
 @pytest.mark.parametrize("net", BACKBONES)
-def test_a_picture_has_no_distance_to_itself_and_both_orders_agree(net):
+def test_a_image_has_no_distance_to_itself_and_both_orders_agree(net):
     model = filled(net)
-    a, b = pictures(3, size=32), pictures(3, size=32, seed=1)
+    a, b = sample_images(3, size=32), sample_images(3, size=32, seed=1)
     assert lpips_distances(model, a, a).tolist() == [0, 0, 0]
     assert lpips_distances(model, a, b) == pytest.approx(lpips_distances(model, b, a))
     assert (lpips_distances(model, a, b) > 0).all()
@@ -73,7 +73,7 @@ def test_weights_come_in_one_file_or_as_published_in_two(net, tmp_path):
         load_lpips(net, [tmp_path / "backbone.pth"], "cpu")
 
 
-def test_gradients_flow_to_the_pictures():
+def test_gradients_flow_to_the_images():
     a, b = waves()
     filled("squeeze")(a.requires_grad_(), b).sum().backward()
     assert a.grad.abs().sum() > 0
@@ -82,11 +82,11 @@ def test_gradients_flow_to_the_pictures():
 def test_mistakes_are_named(tmp_path):
     model = filled("alex")
     with pytest.raises(EvaluationError, match="equal-sized"):
-        lpips_distances(model, pictures(2, size=32), pictures(3, size=32))
+        lpips_distances(model, sample_images(2, size=32), sample_images(3, size=32))
     with pytest.raises(EvaluationError, match="equal-sized .* float64"):
-        lpips_distances(model, pictures(2, size=32), pictures(2, size=32) / 255)
+        lpips_distances(model, sample_images(2, size=32), sample_images(2, size=32) / 255)
     with pytest.raises(EvaluationError, match="32 pixels or more"):
-        lpips_distances(model, pictures(2), pictures(2))
+        lpips_distances(model, sample_images(2), sample_images(2))
     with pytest.raises(EvaluationError, match="unknown LPIPS network resnet: choose alex, vgg, squeeze"):
         LPIPS("resnet")
     with pytest.raises(EvaluationError, match="no.pt does not exist"):

@@ -12,7 +12,7 @@ from evaluations.images import open_images
 from evaluations.inception_weights import seeded_weights
 from evaluations.make_reference import main, pick, read_classes, select
 
-from .conftest import ROOT, pictures
+from .conftest import ROOT, sample_images
 from .seeded_files import write_graph
 
 CLASSES = ("cat", "dog", "owl")
@@ -20,15 +20,15 @@ CLASSES = ("cat", "dog", "owl")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures in folders of three classes."""
-    for index, picture in enumerate(pictures(12)):
+    """Twelve images in folders of three classes."""
+    for index, image in enumerate(sample_images(12)):
         path = tmp_path / "photos" / CLASSES[index % 3] / f"{index:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+        Image.fromarray(image).save(path)
     return tmp_path / "photos"
 
 
-def test_reference_has_adms_keys_and_the_statistics_of_all_pictures(
+def test_reference_has_adms_keys_and_the_statistics_of_all_images(
     script, folder, graph_file, network, tmp_path
 ):
     out = tmp_path / "ref.npz"
@@ -43,7 +43,7 @@ def test_reference_has_adms_keys_and_the_statistics_of_all_pictures(
     assert np.allclose(arrays["mu_s"], spatial.mean(0), rtol=1e-4, atol=1e-5)
     assert np.allclose(arrays["sigma_s"], np.cov(spatial, rowvar=False), rtol=1e-3, atol=1e-4)
     meta = json.loads(str(arrays["meta"]))
-    assert (meta["n_statistics"], meta["n_pictures"], meta["seed"]) == (12, 5, 3)
+    assert (meta["n_statistics"], meta["n_images"], meta["seed"]) == (12, 5, 3)
     assert len(meta["weights_sha256"]) == 64
     assert not list(tmp_path.glob("*.unfinished"))
 
@@ -69,33 +69,33 @@ def test_class_list_selects_and_labels_follow_the_alphabet(folder, tmp_path):
 
 
 def test_a_flat_folder_has_its_classes_in_the_file_names(tmp_path):
-    for index, picture in enumerate(pictures(6)):
-        Image.fromarray(picture).save(tmp_path / f"{CLASSES[index % 3]}_{index}.png")
+    for index, image in enumerate(sample_images(6)):
+        Image.fromarray(image).save(tmp_path / f"{CLASSES[index % 3]}_{index}.png")
     assert select(tmp_path).labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert select(tmp_path, classes=["dog"]).images.shape[0] == 2
 
 
 def test_npz_classes_are_numbers(tmp_path):
-    array = pictures(6)
+    array = sample_images(6)
     np.savez(tmp_path / "a.npz", arr_0=array, arr_1=np.array([3, 1, 3, 0, 1, 3]))
     selection = select(tmp_path / "a.npz", classes=["3", "0"])
     assert selection.labels.tolist() == [3, 3, 0, 3]
     assert np.array_equal(selection.images.array, array[[0, 2, 3, 5]])
 
 
-def test_labels_are_written_for_the_kept_pictures(folder, graph_file, tmp_path):
+def test_labels_are_written_for_the_kept_images(folder, graph_file, tmp_path):
     out = tmp_path / "ref.npz"
     main([str(folder), str(out), "--inception", str(graph_file), "--labels", "--num_images", "7"])
     arrays = np.load(out)
     assert arrays["arr_1"].shape == (7,)
     by_label = {label: {p.tobytes() for p in next(select(folder, classes=[name]).images.batches(0, 4, 4))}
                 for label, name in enumerate(CLASSES)}  # fmt: skip
-    for picture, label in zip(arrays["arr_0"], arrays["arr_1"], strict=True):
-        assert picture.tobytes() in by_label[label]
+    for image, label in zip(arrays["arr_0"], arrays["arr_1"], strict=True):
+        assert image.tobytes() in by_label[label]
 
 
-def test_pick_takes_pictures_by_number(tmp_path):
-    array = pictures(10)
+def test_pick_takes_images_by_number(tmp_path):
+    array = sample_images(10)
     np.savez(tmp_path / "a.npz", arr_0=array)
     indices = np.array([1, 4, 5, 9])
     assert np.array_equal(pick(open_images(tmp_path / "a.npz"), indices, batch_size=3), array[indices])
@@ -129,12 +129,12 @@ def test_mistakes_are_one_clear_line(capsys, folder, graph_file, tmp_path):
         return capsys.readouterr().err
 
     (tmp_path / "list.txt").write_text("cat\nunicorn\n")
-    assert "has no pictures of class unicorn" in fails(
+    assert "has no images of class unicorn" in fails(
         folder, tmp_path / "r.npz", "--classes", tmp_path / "list.txt"
     )
     assert "name a file in a folder that exists" in fails(folder, tmp_path / "no/r.npz")
     assert "is an .npz file" in fails(folder, tmp_path / "r.pt")
     assert "does not exist" in fails(tmp_path / "nothing", tmp_path / "r.npz")
-    np.savez(tmp_path / "plain.npz", arr_0=pictures(4))
+    np.savez(tmp_path / "plain.npz", arr_0=sample_images(4))
     assert "has no labels" in fails(tmp_path / "plain.npz", tmp_path / "r.npz", "--labels")
     assert not (tmp_path / "r.npz").exists()

@@ -12,13 +12,13 @@ from evaluations.lpips import lpips_distances
 from evaluations.restoration import apply_masks, draw_masks, main, write_holes
 from evaluations.sdedit import sdedit
 
-from .conftest import ROOT, pictures
+from .conftest import ROOT, sample_images
 from .test_lpips import filled
 
 guided_diffusion = pytest.importorskip("guided_diffusion.script_util")
 
 
-def test_masks_are_squares_inside_the_picture():
+def test_masks_are_squares_inside_the_image():
     left = draw_masks(50, 64, 48, masks=1, size=16)
     assert left.shape == (50, 64, 48) and left.dtype == bool
     for one in ~left:
@@ -29,7 +29,7 @@ def test_masks_are_squares_inside_the_picture():
     assert min(starts) < 8 and max(starts) > 40  # everywhere, up to the edge
 
 
-def test_a_pictures_masks_depend_on_the_seed_alone():
+def test_a_images_masks_depend_on_the_seed_alone():
     few, many = draw_masks(3, 64, 64, 5, seed=1), draw_masks(10, 64, 64, 5, seed=1)
     assert np.array_equal(few, many[:3])
     assert not np.array_equal(few, draw_masks(3, 64, 64, 5, seed=2))
@@ -39,7 +39,7 @@ def test_a_pictures_masks_depend_on_the_seed_alone():
 
 
 def test_masked_pixels_are_grey_and_the_others_untouched():
-    array = pictures(2, size=32)
+    array = sample_images(2, size=32)
     left = draw_masks(2, 32, 32, 2, size=8)
     masked = apply_masks(array, left)
     assert masked.dtype == np.uint8
@@ -48,12 +48,12 @@ def test_masked_pixels_are_grey_and_the_others_untouched():
 
 
 def test_masks_that_do_not_fit_are_refused():
-    with pytest.raises(EvaluationError, match="masks of 16 pixels do not fit pictures of 8x32"):
+    with pytest.raises(EvaluationError, match="masks of 16 pixels do not fit images of 8x32"):
         draw_masks(1, 32, 8, 3)
 
 
 class Oracle(torch.nn.Module):
-    """Knows that every picture is constant 0.5: predicts the noise that is left."""
+    """Knows that every image is constant 0.5: predicts the noise that is left."""
 
     def __init__(self, diffusion):
         super().__init__()
@@ -83,7 +83,7 @@ def test_sdedit_ends_where_the_model_leads(diffusion, use_ddim):
 
 def test_sdedit_changes_less_with_less_strength(diffusion):
     class Nothing(torch.nn.Module):
-        """Predicts no noise at all: what is left is how far the picture was noised."""
+        """Predicts no noise at all: what is left is how far the image was noised."""
 
         def forward(self, x, t):
             return torch.zeros_like(x)
@@ -148,8 +148,8 @@ def run(*arguments):
 def test_the_whole_table(capsys, script, single_task, tmp_path):
     photos, folder = tmp_path / "photos", tmp_path / "table"
     photos.mkdir()
-    for index, picture in enumerate(pictures(6, size=40)):
-        Image.fromarray(picture).save(photos / f"{index}.png")
+    for index, image in enumerate(sample_images(6, size=40)):
+        Image.fromarray(image).save(photos / f"{index}.png")
     options = ["--masks", 2, 4, "--mask_size", 8, "--image_size", 32, "--num_images", 4]
     run("mask", photos, folder, *options)
     script("restoration.py", "sdedit", folder, *single_task, "--device", "cpu", "--keep_known")
@@ -185,7 +185,7 @@ def test_the_whole_table(capsys, script, single_task, tmp_path):
 
 
 def test_sdedit_is_the_same_for_any_batch_size_and_number_of_ranks(launch, single_task, tmp_path):
-    np.savez(tmp_path / "clean.npz", arr_0=pictures(5, size=32))
+    np.savez(tmp_path / "clean.npz", arr_0=sample_images(5, size=32))
     results = []
     for name, options in (("a", []), ("b", ["--batch_size", "2"]), ("c", [])):
         write_holes(tmp_path / "clean.npz", tmp_path / name, masks=(3,), size=8)
@@ -207,13 +207,13 @@ def test_mistakes_are_one_clear_line(capsys, single_task, tmp_path):
         assert stopped.value.code == 2
         return capsys.readouterr().err
 
-    np.savez(tmp_path / "clean.npz", arr_0=pictures(3, size=40))
+    np.savez(tmp_path / "clean.npz", arr_0=sample_images(3, size=40))
     assert "holds no holes_M.npz" in fails("table", tmp_path)
-    assert "3 pictures, 9 were asked for" in fails(
+    assert "3 images, 9 were asked for" in fails(
         "mask", tmp_path / "clean.npz", tmp_path / "t", "--num_images", 9
     )
     write_holes(tmp_path / "clean.npz", tmp_path / "t", masks=(1,), size=8)
-    assert "pictures of 40x40, the model makes 32" in fails("sdedit", tmp_path / "t", *single_task)
+    assert "images of 40x40, the model makes 32" in fails("sdedit", tmp_path / "t", *single_task)
     other = [*single_task, "--num_channels=64"]
     assert "does not fit the model" in fails("sdedit", tmp_path / "t", *other)
     missing = ["--model_path", tmp_path / "no.pt"]
@@ -221,7 +221,7 @@ def test_mistakes_are_one_clear_line(capsys, single_task, tmp_path):
     torch.save(filled("squeeze").state_dict(), tmp_path / "lpips.pt")
     table = ["table", tmp_path / "t", "--net", "squeeze", "--lpips_weights", tmp_path / "lpips.pt"]
     assert "expected NAME=PATTERN" in fails(*table, "--row", "x")
-    np.savez(tmp_path / "t" / "sdedit_1.npz", arr_0=pictures(2, size=40))
+    np.savez(tmp_path / "t" / "sdedit_1.npz", arr_0=sample_images(2, size=40))
     assert "restore all of" in fails(*table)
 
 

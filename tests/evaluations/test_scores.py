@@ -69,6 +69,6 @@ def test_a_common_shift_does_not_change_the_result():
     assert precision_recall(reference + 100, samples + 100) == precision_recall(reference, samples)
 
 
-def test_too_few_pictures_for_the_neighbours():
-    with pytest.raises(EvaluationError, match="more than 3 pictures"):
+def test_too_few_images_for_the_neighbours():
+    with pytest.raises(EvaluationError, match="more than 3 images"):
         precision_recall(column(0, 1, 2), column(0, 1, 2, 3))

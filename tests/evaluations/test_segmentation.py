@@ -49,11 +49,11 @@ def test_predicted_void_is_a_miss_and_nothing_else(palette):
     assert scores.iou_by_class == {"red thing": 1 / 2, "green thing": 1, "blue thing": None}
 
 
-def test_counts_add_up_over_pictures(palette):
+def test_counts_add_up_over_images(palette):
     truth = [np.array([[0, 0]]), np.array([[0, 1]])]
     prediction = [np.array([[0, 1]]), np.array([[0, 1]])]
     scores = segmentation_scores(truth, prediction, palette)
-    # Over all pixels, not the mean of each picture's scores.
+    # Over all pixels, not the mean of each image's scores.
     assert scores.iou_by_class["red thing"] == pytest.approx(2 / 3)
     assert scores.iou_by_class["green thing"] == pytest.approx(1 / 2)
     assert scores.n == 2

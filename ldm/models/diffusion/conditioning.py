@@ -1,6 +1,6 @@
 """What a latent diffusion is conditioned on: from a batch to the U-Net's inputs.
 
-Raw conditioning is what the data bring: pictures, class labels, captions, vectors. Learned conditioning is a
+Raw conditioning is what the data bring: images, class labels, captions, vectors. Learned conditioning is a
 dict of the U-Net's inputs: `c_concat` and `c_crossattn` (lists of tensors), `c_adm` (a tensor).
 """
 
@@ -58,20 +58,20 @@ class Conditioning:
         self.cond_stage_model = model if model is None or self.cond_stage_trainable else frozen(model)
 
     @property
-    def conditioned_on_pictures(self) -> bool:
+    def conditioned_on_images(self) -> bool:
         """Is the first stage the conditioner?"""
         return self.cond_stage_model is not None and self.cond_stage_model is self.first_stage_model
 
     def raw_conditioning(self, batch: Mapping, random: PerSample | None = None):
         """batch[cond_stage_key] as the conditioner takes it; None where the model has no conditioning.
 
-        Pictures [B, H, W, C] become [B, C, H, W], labels [B] a dict with that key, captions and vectors stay.
+        Images [B, H, W, C] become [B, C, H, W], labels [B] a dict with that key, captions and vectors stay.
         random: decides which samples get the null values of ucg_training.
         """
         if self.model.conditioning_key is None:
             return None
         key = self.cond_stage_key
-        if self.conditioned_on_pictures and f"{key}_latent" in batch:
+        if self.conditioned_on_images and f"{key}_latent" in batch:
             raw = {f"{key}_latent": batch[f"{key}_latent"].float()}
         else:
             raw = from_batch(batch, key, "cond_stage_key")
@@ -101,19 +101,19 @@ class Conditioning:
         )
 
     def _concat_map(self, batch, name, random):
-        """A map beside the latent: a picture encoded, or a mask of one channel resized to the latent."""
+        """A map beside the latent: an image encoded, or a mask of one channel resized to the latent."""
         if f"{name}_latent" in batch:
             return self.latents(batch, name, random)
-        picture = channels_first(from_batch(batch, name, "concat_keys"))
-        if picture.shape[1] == 1:
-            return F.interpolate(picture, size=self.latent_shape[1:])
-        return self.encode_pictures(picture, random)
+        image = channels_first(from_batch(batch, name, "concat_keys"))
+        if image.shape[1] == 1:
+            return F.interpolate(image, size=self.latent_shape[1:])
+        return self.encode_images(image, random)
 
     def get_learned_conditioning(self, c) -> dict[str, list[torch.Tensor]]:
         """The U-Net's inputs for raw conditioning `c`.
 
         `c` may be what `raw_conditioning` returns, or what the conditioner takes: captions, a dict with
-        labels, pictures [B, C, H, W].
+        labels, images [B, C, H, W].
         """
         if c is None:
             return {}
@@ -124,7 +124,7 @@ class Conditioning:
         return {**learned, "c_concat": [*learned.get("c_concat", ()), *maps]} if maps else learned
 
     def _learned(self, c):
-        if self.conditioned_on_pictures and isinstance(c, Mapping):
+        if self.conditioned_on_images and isinstance(c, Mapping):
             return c[f"{self.cond_stage_key}_latent"]
         model = self.cond_stage_model
         if model is None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from guided_diffusion import samplers
+from guided_diffusion.mt import sampling
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.sampling import Sampler, gaussian_noise
 from ldm.modules.diffusionmodules.util import make_ddim_timesteps
@@ -11,7 +11,7 @@ from ldm.modules.diffusionmodules.util import make_ddim_timesteps
 class DDIMSampler(Sampler):
     """See `Sampler`; eta is its noise. Its timesteps are upstream's, one later than every (T // S)-th."""
 
-    function = staticmethod(samplers.ddim)
+    function = staticmethod(sampling.ddim)
     stochastic = True
 
     def timesteps(self, steps, discretize):

@@ -1,4 +1,4 @@
-"""Training of one diffusion, on pictures (DDPM) or on latents (LatentDiffusion); interface and state-dict
+"""Training of one diffusion, on images (DDPM) or on latents (LatentDiffusion); interface and state-dict
 keys: latent-diffusion, ldm/models/diffusion/ddpm.py.
 
 The process is guided_diffusion's (schedule.py); conditioning.py, first_stage.py and log_images.py hold what
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 class DDPM(Process, Velocity, StartingWeights, DiffusionTraining):
-    """Gaussian diffusion of pictures.
+    """Gaussian diffusion of images.
 
     unet_config: of the network; timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas:
     the noise schedule; parameterization: what the network predicts, eps, x0 or v; loss_type: l2 or l1;
@@ -42,7 +42,7 @@ class DDPM(Process, Velocity, StartingWeights, DiffusionTraining):
     learn_logvar, logvar_init: log variance of the error at each timestep, learned or fixed; use_ema: keep a
     moving average; ucg_training: {batch key: {p, val}}, conditioning that is replaced by `val` with
     probability p; scheduler_config: of the learning rate; monitor: the metric by which checkpoints are kept;
-    ckpt_path, ignore_keys, load_only_unet: weights to start from; log_every_t: of the pictures kept while
+    ckpt_path, ignore_keys, load_only_unet: weights to start from; log_every_t: of the images kept while
     sampling. Training needs the attribute `learning_rate`. UserValueError for unknown or contradicting values.
     """
 
@@ -209,7 +209,7 @@ class LatentDiffusion(ImageLogging, LatentProcess, Conditioning, FirstStageCodin
     first_stage_config: of the autoencoder, which is frozen; cond_stage_config: of the conditioner, or
     `__is_first_stage__`, `__is_unconditional__`; cond_stage_key: what the conditioner reads of a batch;
     cond_stage_trainable: train it too; cond_stage_forward: its method to call; conditioning_key: see
-    DiffusionWrapper, without one concat_mode chooses concat or crossattn; concat_keys: pictures and masks of
+    DiffusionWrapper, without one concat_mode chooses concat or crossattn; concat_keys: images and masks of
     the batch that are put beside the latent (conditioning_key hybrid); scale_factor: latents are multiplied
     by it; scale_by_std: measure it on the first batch. image_size and channels are the latent's; other
     arguments as in DDPM.
@@ -277,7 +277,7 @@ class LatentDiffusion(ImageLogging, LatentProcess, Conditioning, FirstStageCodin
         if tuple(z.shape[1:]) != self.latent_shape:
             raise UserValueError(
                 f"the latents are {list(z.shape[1:])}, the configuration says {list(self.latent_shape)} "
-                "(channels, image_size): check it, and the size of the pictures"
+                "(channels, image_size): check it, and the size of the images"
             )
         return z, self.get_learned_conditioning(self.raw_conditioning(batch, random))
 

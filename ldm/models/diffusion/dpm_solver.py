@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from guided_diffusion import samplers
 from guided_diffusion.errors import UserValueError
+from guided_diffusion.mt import sampling
 from ldm.models.diffusion.sampling import Sampler
 
 
@@ -13,7 +13,7 @@ class DPMSolverSampler(Sampler):
     The timesteps are evenly spaced from the last one to the first, rounded to those of training.
     """
 
-    function = staticmethod(samplers.dpm_solver_pp)
+    function = staticmethod(sampling.dpm_solver_pp)
 
     def timesteps(self, steps, discretize):
         if discretize != "uniform":

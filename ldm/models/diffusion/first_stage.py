@@ -1,4 +1,4 @@
-"""Between pictures and the latents that are diffused: the first stage, its scale, cached latents."""
+"""Between images and the latents that are diffused: the first stage, its scale, cached latents."""
 
 import logging
 from collections.abc import Mapping
@@ -27,16 +27,16 @@ def from_batch(batch: Mapping, key: str, what: str):
 
 
 def channels_first(x: torch.Tensor) -> torch.Tensor:
-    """Pictures [B, H, W, C] or [B, H, W] as float32 [B, C, H, W]."""
+    """Images [B, H, W, C] or [B, H, W] as float32 [B, C, H, W]."""
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim != 4:
-        raise UserValueError(f"pictures in a batch are [B, H, W, C] or [B, H, W], not {list(x.shape)}")
+        raise UserValueError(f"images in a batch are [B, H, W, C] or [B, H, W], not {list(x.shape)}")
     return x.permute(0, 3, 1, 2).contiguous().float()
 
 
 class FirstStageCoding:
-    """Pictures <-> scaled latents, for a module with `first_stage_model` and `scale_factor`."""
+    """Images <-> scaled latents, for a module with `first_stage_model` and `scale_factor`."""
 
     def instantiate_first_stage(self, config: Mapping) -> None:
         """Make `first_stage_model`, frozen."""
@@ -44,7 +44,7 @@ class FirstStageCoding:
 
     @torch.no_grad()
     def encode_first_stage(self, x: torch.Tensor):
-        """What the first stage's encoder returns for pictures [B, C, H, W] in [-1, 1]: latents, or their
+        """What the first stage's encoder returns for images [B, C, H, W] in [-1, 1]: latents, or their
         distribution."""
         return self.first_stage_model.encode(x)
 
@@ -55,7 +55,7 @@ class FirstStageCoding:
 
     @torch.no_grad()
     def decode_first_stage(self, z: torch.Tensor, force_not_quantize: bool = False) -> torch.Tensor:
-        """Pictures [B, C, H, W] of scaled latents [B, c, h, w]; force_not_quantize: see VQModelInterface."""
+        """Images [B, C, H, W] of scaled latents [B, c, h, w]; force_not_quantize: see VQModelInterface."""
         return self.differentiable_decode_first_stage(z, force_not_quantize)
 
     def differentiable_decode_first_stage(
@@ -65,18 +65,18 @@ class FirstStageCoding:
         options = {"force_not_quantize": True} if force_not_quantize else {}
         return self.first_stage_model.decode(z / self.scale_factor, **options)
 
-    def encode_pictures(self, pictures: torch.Tensor, random: PerSample | None = None) -> torch.Tensor:
-        """Scaled latents of pictures [B, C, H, W]: draws by `random`, or the most probable ones."""
-        return self.scale_factor * self._unscaled(self.encode_first_stage(pictures), random)
+    def encode_images(self, images: torch.Tensor, random: PerSample | None = None) -> torch.Tensor:
+        """Scaled latents of images [B, C, H, W]: draws by `random`, or the most probable ones."""
+        return self.scale_factor * self._unscaled(self.encode_first_stage(images), random)
 
     def latents(self, batch: Mapping, key: str, random: PerSample | None = None) -> torch.Tensor:
-        """Scaled latents [B, c, h, w] of a batch's pictures `key` [B, H, W, C], or of `key`_latent, cached.
+        """Scaled latents [B, c, h, w] of a batch's images `key` [B, H, W, C], or of `key`_latent, cached.
 
         Cached means [B, c, h, w] are unscaled, and with `key`_latent_std beside them a distribution. random:
         draws from it; None takes the most probable ones.
         """
         if f"{key}_latent" not in batch:
-            return self.encode_pictures(channels_first(from_batch(batch, key, "pictures")), random)
+            return self.encode_images(channels_first(from_batch(batch, key, "images")), random)
         mean = batch[f"{key}_latent"].float()
         std = batch.get(f"{key}_latent_std")
         drawn = mean if std is None or random is None else mean + std.float() * random.randn_like(mean)

@@ -1,7 +1,7 @@
 """Several modalities in one latent diffusion (MT-Diffusion, sections 3 and 4): everything that they add to
 LatentDiffusion.
 
-Image modalities come as pictures under their own names and pass the same first stage as the image: one U-Net
+Image modalities come as images under their own names and pass the same first stage as the image: one U-Net
 diffuses the image's latents, shifted by theirs, and predicts both.
 """
 
@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from guided_diffusion.aggregation import Aggregation
 from guided_diffusion.errors import UserValueError
-from guided_diffusion.modalities import Modality, parse_modalities
-from guided_diffusion.mt_train import batch_of, measure_variance
-from guided_diffusion.multitask import Batch, MultiTask, derive_values, multitask_losses
+from guided_diffusion.mt.aggregation import Aggregation
+from guided_diffusion.mt.modalities import Modality, parse_modalities
+from guided_diffusion.mt.modality_set import Batch, MultiTask, derive_values, multitask_losses
+from guided_diffusion.mt.training import batch_of, measure_variance
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -30,13 +30,13 @@ _logger = logging.getLogger(__name__)
 class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
     """LatentDiffusion of an image and `modalities`.
 
-    modalities: as for guided_diffusion.modalities.parse_modalities, in latent space: `{label_map: {preset:
-    image}}` is a second picture; variant X widens the U-Net's input beyond unet_config's in_channels;
+    modalities: as for guided_diffusion.mt.modalities.parse_modalities, in latent space: `{label_map: {preset:
+    image}}` is a second image; variant X widens the U-Net's input beyond unet_config's in_channels;
     aggregation: how they enter the latent (Aggregation.named); held_out: how many validation samples the
     heads' variance is measured on; extractors: {name: configuration} of what reads vector modalities off the
-    pictures (VectorModalities); standardise: how many training samples the vectors' mean and scale are
+    images (VectorModalities); standardise: how many training samples the vectors' mean and scale are
     measured on, 0 for none; single_task_probability: with it a sample's modalities all count as missing, so
-    that the model also learns to draw without them. A batch holds pictures [B, H, W, C] (or cached latents,
+    that the model also learns to draw without them. A batch holds images [B, H, W, C] (or cached latents,
     see FirstStageCoding.latents), labels [B] and vectors [B, D] under the modalities' names, and where some
     are missing `<name>_present`, bool [B]. Other arguments as in LatentDiffusion.
     """
@@ -90,7 +90,7 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
     # The loss
 
     def modality_batch(self, batch: Mapping, random: PerSample | None = None) -> Batch:
-        """The modalities of a batch of data: pictures as scaled latents, drawn by `random`; vectors in
+        """The modalities of a batch of data: images as scaled latents, drawn by `random`; vectors in
         standard form."""
         values, present = {}, {}
         for m in self.tasks:
@@ -239,7 +239,7 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
 def latent_modalities(
     spec: str | Mapping, latent_shape: tuple[int, int, int], num_classes: int | None = None
 ) -> tuple[Modality, ...]:
-    """The modalities of `parse_modalities` for latents of `latent_shape`: unlike pictures they have no
+    """The modalities of `parse_modalities` for latents of `latent_shape`: unlike images they have no
     bounds."""
     spec = _plain(spec) if spec else {}
     members = parse_modalities(spec, latent_shape, num_classes)

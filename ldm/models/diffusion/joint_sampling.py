@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from guided_diffusion.errors import UserValueError
-from guided_diffusion.modalities import one_hot
-from guided_diffusion.denoiser import JointDenoiser, predict_modalities
+from guided_diffusion.mt.denoiser import JointDenoiser, predict_modalities
+from guided_diffusion.mt.modalities import one_hot
+from guided_diffusion.mt.sampling import joint_sample
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
-from guided_diffusion.samplers import joint_sample
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.schedule import Denoiser, make_diffusion
 
-Pictures = dict[str, torch.Tensor]
+Images = dict[str, torch.Tensor]
 
 
 class ConditionedDenoiser:
@@ -104,14 +104,14 @@ class JointSampling:
         shape: tuple[int, int, int] | None = None,
         use_ema: bool = True,
         progress: bool = False,
-    ) -> Pictures:
-        """n samples of what is wanted (default: everything that is not given), by name: pictures [n, C, H, W]
+    ) -> Images:
+        """n samples of what is wanted (default: everything that is not given), by name: images [n, C, H, W]
         (not clipped), class probabilities, vectors.
 
-        given: by name pictures [n, C, H, W] in [-1, 1], or under `<name>_latent` unscaled latents
+        given: by name images [n, C, H, W] in [-1, 1], or under `<name>_latent` unscaled latents
         [n, c, h, w], labels int64 [n] or probabilities, vectors [n, D] or, where the model has an extractor,
-        pictures [n, 3, H, W] to read them off. If the image is given, see `predict`. sampler, steps:
-        guided_diffusion.samplers.SAMPLERS, `respaced`; seed, indices: sample k is number indices[k] (default
+        images [n, 3, H, W] to read them off. If the image is given, see `predict`. sampler, steps:
+        guided_diffusion.mt.sampling.SAMPLERS, `respaced`; seed, indices: sample k is number indices[k] (default
         k) of the seed, whatever n; conditioning, unconditional: learned conditioning and what guidance leads away from;
         guidance, strength, absent: see JointDenoiser; shape: of the latents, if not the configuration's.
         UserValueError for unknown names.
@@ -146,7 +146,7 @@ class JointSampling:
 
     def predict(
         self,
-        pictures: torch.Tensor,
+        images: torch.Tensor,
         given: Mapping[str, torch.Tensor] | None = None,
         *,
         conditioning=None,
@@ -154,11 +154,11 @@ class JointSampling:
         seed: int = 0,
         indices: Sequence[int] | None = None,
         use_ema: bool = True,
-    ) -> Pictures:
-        """The modalities' expectations for pictures [n, C, H, W] in [-1, 1], read at the diffusion indices
+    ) -> Images:
+        """The modalities' expectations for images [n, C, H, W] in [-1, 1], read at the diffusion indices
         `times`, by name; arguments as in `sample_joint`."""
-        n = len(pictures)
-        values = self.given_values({self.first_stage_key: pictures, **(given or {})}, n)
+        n = len(images)
+        values = self.given_values({self.first_stage_key: images, **(given or {})}, n)
         wanted = self._wanted(None, values)
         image = values.pop(self.first_stage_key)
         random = PerSample.derived(seed, range(n) if indices is None else indices, self.device)
@@ -187,7 +187,7 @@ class JointSampling:
             if is_image and key != name:
                 value = self.scale_factor * value
             elif is_image:
-                value = self.encode_pictures(value)
+                value = self.encode_images(value)
             elif self.tasks[name].kind == "label" and not value.is_floating_point():
                 value = one_hot(value, self.tasks[name].shape[0])
             elif self.tasks[name].kind == "vector":
@@ -195,7 +195,7 @@ class JointSampling:
             if is_image and tuple(value.shape[1:]) != shape:
                 raise UserValueError(
                     f"given {key}: its latents are {list(value.shape[1:])}, the model's {list(shape)}: "
-                    "check the size of the pictures"
+                    "check the size of the images"
                 )
             values[name] = value
         return values
@@ -205,7 +205,7 @@ class JointSampling:
             return self.tasks[name].check(value)
         if name not in self.extractors:
             raise UserValueError(
-                f"given {name}: this model has no extractors.{name} to read it off pictures, give the vectors"
+                f"given {name}: this model has no extractors.{name} to read it off images, give the vectors"
             )
         return self.vectors({self.first_stage_key: value.permute(0, 2, 3, 1)}, name)
 
@@ -225,8 +225,8 @@ class JointSampling:
             raise UserValueError("everything is given: nothing is left to sample")
         return wanted
 
-    def decoded(self, values: Mapping[str, torch.Tensor]) -> Pictures:
-        """Values in the diffusion's terms, by name, as data: pictures, probabilities, vectors."""
+    def decoded(self, values: Mapping[str, torch.Tensor]) -> Images:
+        """Values in the diffusion's terms, by name, as data: images, probabilities, vectors."""
         return {name: self._decoded(name, value) for name, value in values.items()}
 
     def _decoded(self, name, value):
@@ -234,9 +234,9 @@ class JointSampling:
             return self.decode_first_stage(value)
         return self.standards[name].restore(value) if self.tasks[name].kind == "vector" else value
 
-    def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> Pictures:
+    def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> Images:
         """Samples for `log_images`: image and modalities from nothing (`samples`, `samples_<name>`), the image
-        given each modality that is a picture or a vector (`image_from_<name>`), and each picture given the
+        given each modality that is an image or a vector (`image_from_<name>`), and each image given the
         image (`<name>_from_image`)."""
         options = {
             "sampler": "ddim",
@@ -246,12 +246,12 @@ class JointSampling:
         }
         if scale != 1:
             options |= {"guidance": scale, "unconditional": self.get_unconditional_conditioning(n)}
-        pictures = [m.name for m in self.tasks if m.kind == "image"]
+        images = [m.name for m in self.tasks if m.kind == "image"]
         image = self.first_stage_key
-        drawn = self.sample_joint(n, None, [image, *pictures], **options)
+        drawn = self.sample_joint(n, None, [image, *images], **options)
         shown = {"samples": drawn.pop(image), **{f"samples_{name}": value for name, value in drawn.items()}}
         values = self.modality_batch(batch).values
-        for name in (name for name in pictures if name in values):
+        for name in (name for name in images if name in values):
             source = {f"{name}_latent": values[name] / self.scale_factor}
             shown[name] = self.decode_first_stage(values[name])
             shown[f"image_from_{name}"] = self.sample_joint(n, source, [image], **options)[image]
@@ -261,9 +261,9 @@ class JointSampling:
         z = self.latents(batch, image)
         predicted = (
             self.sample_joint(
-                n, {f"{image}_latent": z / self.scale_factor}, pictures, seed=seed, conditioning=cond
+                n, {f"{image}_latent": z / self.scale_factor}, images, seed=seed, conditioning=cond
             )
-            if pictures
+            if images
             else {}
         )
         return shown | {f"{name}_from_image": value for name, value in predicted.items()}

@@ -1,11 +1,11 @@
-"""Pictures that show how training goes: what the data are, what the first stage keeps, what is sampled."""
+"""Images that show how training goes: what the data are, what the first stage keeps, what is sampled."""
 
 from collections.abc import Mapping
 
 import torch
 from tqdm.auto import tqdm
 
-from guided_diffusion import samplers
+from guided_diffusion.mt import sampling
 from guided_diffusion.seeding import PerSample, derive_seed
 from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -42,7 +42,7 @@ class ImageLogging:
         )
         z = randn((batch_size, *self.latent_shape), self.device, random) if x_T is None else x_T
         noise = gaussian_noise(random)
-        steps = samplers.ddpm(self.diffusion, guided, z, noise, clip_denoised=self.clip_denoised)
+        steps = sampling.ddpm(self.diffusion, guided, z, noise, clip_denoised=self.clip_denoised)
         for out in tqdm(steps, total=self.num_timesteps, disable=not verbose, desc="ddpm"):
             z = out["sample"]
         return z
@@ -76,7 +76,7 @@ class ImageLogging:
         unconditional_guidance_scale: float = 1.0,
         split: str = "train",
     ) -> dict[str, torch.Tensor]:
-        """Pictures [n, 3, H, W], n = min(N, B), by name: `inputs` (pictures, where the batch has them),
+        """Images [n, 3, H, W], n = min(N, B), by name: `inputs` (images, where the batch has them),
         `reconstruction`, `conditioning` (where it can be drawn), and with `sample` `samples` and, if the
         scale is not 1, `samples_cfg` with guidance. The noise is always the same for the same `split` of the data, train or val."""
         batch = {name: select(value, slice(N)) for name, value in batch.items() if hasattr(value, "__len__")}
@@ -88,7 +88,7 @@ class ImageLogging:
             shown |= self.log_samples(
                 batch, cond, len(z), ddim_steps, ddim_eta, unconditional_guidance_scale, seed
             )
-        return {name: pictures.clamp(-1, 1) for name, pictures in shown.items()}
+        return {name: images.clamp(-1, 1) for name, images in shown.items()}
 
     def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> dict[str, torch.Tensor]:
         """Samples for `log_images`, by the moving average."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import tqdm
 
-from guided_diffusion import samplers
+from guided_diffusion.mt import sampling
 from ldm.models.diffusion.sampling import (
     GuidedModel,
     from_index,
@@ -105,7 +105,7 @@ class Process:
         z = torch.randn(tuple(shape), device=self.device) if x_T is None else x_T.to(self.device)
         noise = gaussian_noise(None, temperature, dropout)
         guided = self._conditioned(cond)
-        steps = samplers.ddpm(
+        steps = sampling.ddpm(
             from_index(self.diffusion, start - 1),
             guided,
             z,

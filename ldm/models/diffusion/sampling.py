@@ -1,6 +1,6 @@
 """What latent-diffusion's samplers share: the network as their model, their timesteps, their options.
 
-A sampler runs a function of guided_diffusion/samplers.py over a respaced process. It ends at index 0, whose
+A sampler runs a function of guided_diffusion/mt/sampling.py over a respaced process. It ends at index 0, whose
 step to abar = 1 is not taken: upstream's last step ends at alphas_cumprod[0].
 """
 
@@ -90,7 +90,7 @@ class Sampler:
     schedule is accepted as upstream does and has no effect: the model knows its own.
     """
 
-    function: Callable  # of guided_diffusion.samplers
+    function: Callable  # of guided_diffusion.mt.sampling
     stochastic = False  # does it have an eta?
 
     def __init__(self, model, schedule="linear", **kwargs):

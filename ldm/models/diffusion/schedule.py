@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from guided_diffusion.aggregation import Aggregation
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from guided_diffusion.mt.aggregation import Aggregation
 from guided_diffusion.respace import SpacedDiffusion
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 

@@ -78,8 +78,8 @@ def read_again(loader: Iterable) -> Iterable:
 class VectorModalities:
     """`extractors` and `standards`, for a LatentDiffusion with `tasks`.
 
-    An extractor is a frozen module pictures [B, 3, H, W] in [-1, 1] -> vectors [B, D]; it reads a vector off
-    the picture where the data do not bring it under the modality's name.
+    An extractor is a frozen module images [B, 3, H, W] in [-1, 1] -> vectors [B, D]; it reads a vector off
+    the image where the data do not bring it under the modality's name.
     """
 
     def make_vectors(self, extractors: Mapping[str, Mapping]) -> None:
@@ -100,15 +100,15 @@ class VectorModalities:
 
     @torch.no_grad()
     def vectors(self, batch: Mapping, name: str) -> torch.Tensor:
-        """A batch's vectors [B, D] as they are: its own, or those of its pictures."""
+        """A batch's vectors [B, D] as they are: its own, or those of its images."""
         if name in batch:
             return batch[name].to(self.device).float()
         if name not in self.extractors:
             raise UserValueError(
                 f"the batch has no {name!r}, and the model no extractors.{name} to read it off"
             )
-        pictures = channels_first(from_batch(batch, self.first_stage_key, f"for extractors.{name}"))
-        return self.extractors[name](pictures.to(self.device)).float()
+        images = channels_first(from_batch(batch, self.first_stage_key, f"for extractors.{name}"))
+        return self.extractors[name](images.to(self.device)).float()
 
     def measure_standards(self, batches: Iterable[Mapping], count: int) -> None:
         """Measure the standards that are not known on the first `count` samples of all ranks together; those

@@ -185,7 +185,7 @@ class _Half(nn.Module):
 
 
 class Encoder(_Half):
-    """Pictures [B, in_channels, H, W] -> [B, z_channels, H / f, W / f], f = 2 ** (levels - 1).
+    """Images [B, in_channels, H, W] -> [B, z_channels, H / f, W / f], f = 2 ** (levels - 1).
 
     double_z: twice the channels, for means and log variances; ch: channels of the first level, which ch_mult
     multiplies level by level; resolution: the size that it is made for, from which the sizes in
@@ -231,7 +231,7 @@ class Encoder(_Half):
 
     @property
     def downsampling(self) -> int:
-        """f, by which the latent is smaller than the picture."""
+        """f, by which the latent is smaller than the image."""
         return 2 ** (self.num_resolutions - 1)
 
     def forward(self, x):
@@ -239,7 +239,7 @@ class Encoder(_Half):
         f = self.downsampling
         if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % f or x.shape[3] % f:
             raise UserValueError(
-                f"the encoder takes pictures [B, {self.in_channels}, H, W] with H and W multiples of {f}, "
+                f"the encoder takes images [B, {self.in_channels}, H, W] with H and W multiples of {f}, "
                 f"got {tuple(x.shape)}"
             )
         h = self.conv_in(x)
@@ -251,9 +251,9 @@ class Encoder(_Half):
 
 
 class Decoder(_Half):
-    """Latents [B, z_channels, h, w] -> pictures [B, out_ch, f h, f w]; arguments as in Encoder.
+    """Latents [B, z_channels, h, w] -> images [B, out_ch, f h, f w]; arguments as in Encoder.
 
-    give_pre_end: return the last features instead; tanh_out: bound the picture to (-1, 1).
+    give_pre_end: return the last features instead; tanh_out: bound the image to (-1, 1).
     """
 
     def __init__(

@@ -21,7 +21,7 @@ _BLOCK = {
 
 def from_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The text encoder's tensors in transformers' names; `model.` in front is dropped, what belongs to the
-    comparison with pictures (text_projection, logit_scale) left out."""
+    comparison with images (text_projection, logit_scale) left out."""
     translated = {}
     for name, value in weights.items():
         name = name.removeprefix("model.")

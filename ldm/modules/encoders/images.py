@@ -1,4 +1,4 @@
-"""Image encoders: from pictures to representations (interface: Stable Diffusion 2, ldm/modules/encoders/modules.py)."""
+"""Image encoders: from images to representations (interface: Stable Diffusion 2, ldm/modules/encoders/modules.py)."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from ldm.modules.encoders.base import (
 
 
 class FrozenOpenCLIPImageEmbedder(AbstractEncoder):
-    """CLIP's image encoder, in transformers' form: pictures -> their projected embedding, which is not normalised.
+    """CLIP's image encoder, in transformers' form: images -> their projected embedding, which is not normalised.
 
     arch, version: of the released model, whose hub repository is taken; or version is a folder or hub name. A folder
     holds a whole CLIP or its vision model, itself or under `image_encoder` as diffusers writes it. device is accepted
@@ -47,7 +47,7 @@ class FrozenOpenCLIPImageEmbedder(AbstractEncoder):
         return self.model.visual_projection.out_features
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] as the model wants them: the shorter side resized to its size, the middle
+        """Images [B, 3, H, W] in [-1, 1] as the model wants them: the shorter side resized to its size, the middle
         cut out, colours normalised. [B, 3, S, S]."""
         size = self.model.config.image_size
         height, width = images.shape[2:]
@@ -60,7 +60,7 @@ class FrozenOpenCLIPImageEmbedder(AbstractEncoder):
         return (colours - self.mean) / self.std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> [B, D]."""
+        """Images [B, 3, H, W] in [-1, 1] -> [B, D]."""
         return self.model(pixel_values=self.preprocess(images)).image_embeds
 
 

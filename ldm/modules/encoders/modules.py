@@ -1,4 +1,4 @@
-"""Conditioners: from labels, captions or pictures to what the U-Net reads (interface and state-dict keys:
+"""Conditioners: from labels, captions or images to what the U-Net reads (interface and state-dict keys:
 latent-diffusion, ldm/modules/encoders/modules.py).
 
 Text encoders are transformers' CLIP models, from a local folder or the hub. They are in evaluation mode and

@@ -33,7 +33,7 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 
 
 def patch_discriminator(in_channels: int, ndf: int, n_layers: int, use_actnorm: bool) -> nn.Module:
-    """PatchGAN's discriminator (Isola et al. 2017), pictures [B, in_channels, H, W] -> logits [B, 1, h,
+    """PatchGAN's discriminator (Isola et al. 2017), images [B, in_channels, H, W] -> logits [B, 1, h,
     w]."""
     make = get_obj_from_str(f"{_DISCRIMINATOR}.NLayerDiscriminator")
     return make(in_channels, ndf, n_layers, use_actnorm).apply(
@@ -88,7 +88,7 @@ class AdversarialLoss(nn.Module):
         return adopt_weight(self.disc_factor, global_step, self.discriminator_iter_start) > 0
 
     def perceptual(self, inputs: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """Perceptual distance per picture [B, 1, 1, 1]; 0 where perceptual_weight is."""
+        """Perceptual distance per image [B, 1, 1, 1]; 0 where perceptual_weight is."""
         if self.perceptual_weight > 0:
             return self.perceptual_loss(inputs.contiguous(), reconstructions.contiguous()).view(-1, 1, 1, 1)
         return inputs.new_zeros(len(inputs), 1, 1, 1)
@@ -121,7 +121,7 @@ class AdversarialLoss(nn.Module):
         return d_weight * factor * g_loss, log
 
     def discriminator_step(self, inputs, reconstructions, global_step, cond, split):
-        """(the discriminator's loss, what is logged): it learns to tell pictures from reconstructions."""
+        """(the discriminator's loss, what is logged): it learns to tell images from reconstructions."""
         if not self.adversarial_at(global_step):
             nothing = inputs.new_zeros(())
             return nothing, {f"{split}/{key}": nothing for key in ("disc_loss", "logits_real", "logits_fake")}
@@ -134,14 +134,14 @@ class AdversarialLoss(nn.Module):
             f"{split}/logits_fake": fake.detach().mean(),
         }
 
-    def _logits(self, pictures, cond):
+    def _logits(self, images, cond):
         if self.disc_conditional != (cond is not None):
             raise UserValueError(
                 "disc_conditional: true needs a condition, which this model does not give its loss"
                 if self.disc_conditional
                 else "a loss without disc_conditional takes no condition"
             )
-        return self.discriminator(pictures if cond is None else torch.cat((pictures, cond), dim=1))
+        return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1))
 
 
 class _ScalingLayer(nn.Module):

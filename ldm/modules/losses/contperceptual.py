@@ -13,7 +13,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
 
     logvar_init: log variance of the likelihood, which is not trained (as upstream: its optimizers leave it
     out); kl_weight: of the KL, small; pixelloss_weight: of the absolute error; other arguments as in
-    `AdversarialLoss`. The likelihood and the KL are sums over a picture, averaged over the batch.
+    `AdversarialLoss`. The likelihood and the KL are sums over an image, averaged over the batch.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         split="train",
         weights=None,
     ):
-        """(loss, what is logged) of pictures and reconstructions [B, C, H, W].
+        """(loss, what is logged) of images and reconstructions [B, C, H, W].
 
         posteriors: with kl() [B]; optimizer_idx: 0 for the autoencoder, 1 for the discriminator; global_step:
         updates of the autoencoder so far; last_layer: its last weight; weights: of the likelihood, [B,

@@ -1,0 +1,74 @@
+"""Figure 6: accuracy against iterations of finetuning, for several runs of classifier_train.py.
+
+    python experiments/figure6.py --runs "E=runs/finetuned-e" "without MT-Diffusion=runs/plain" --out figure6.png
+
+Each run is a log folder with its progress.csv. Draws top-1 (solid) and top-5 (dashed) accuracy of the
+validation data (--prefix train: of the training data) to figure6.png, and writes the numbers to figure6.csv.
+"""
+
+import argparse
+import csv
+import os
+
+from guided_diffusion.errors import UserError, UserFileError, UserValueError, exit_on_user_error
+from guided_diffusion.figures import Curve, line_plot
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = flags.add_argument
+    add("--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="in the order of the legend")
+    add("--prefix", choices=["val", "train"], default="val", help="which accuracies")
+    add("--title", default="Finetuning the classifier")
+    add("--out", default="figure6.png")
+    return flags
+
+
+def read_run(name: str, folder: str, prefix: str) -> list[tuple[int, float, float]]:
+    """(step, top-1, top-5) of every line of a run's progress.csv that has them. UserError if none has."""
+    path = os.path.join(folder, "progress.csv")
+    if not os.path.isfile(path):
+        raise UserFileError(f"{name}: no progress.csv in {folder} (a log folder of classifier_train.py)")
+    columns = ("step", f"{prefix}_acc@1", f"{prefix}_acc@5")
+    with open(path, newline="") as file:
+        rows = [[row.get(column) for column in columns] for row in csv.DictReader(file)]
+    try:
+        points = [(int(float(s)), float(a), float(b)) for s, a, b in rows if s and a and b]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not points:
+        hint = ": train with --val_data_dir" if prefix == "val" else ""
+        raise UserError(f"{path} has no {columns[1]}{hint}")
+    return points
+
+
+@exit_on_user_error()
+def main():
+    args = parser().parse_args()
+    runs = {}
+    for spec in args.runs:
+        name, found, folder = spec.partition("=")
+        if not found or name in runs:
+            raise UserValueError(f"--runs {spec}: expected NAME=FOLDER, each name once")
+        runs[name] = read_run(name, folder, args.prefix)
+    curves = []
+    for place, (top, dashed) in enumerate((("top-1", False), ("top-5", True)), start=1):
+        for name, points in runs.items():
+            y = [100 * point[place] for point in points]
+            curves.append(Curve(f"{name}, {top}", [point[0] for point in points], y, dashed))
+    image, _ = line_plot(curves, "iterations", "accuracy in %", args.title)
+    image.save(args.out)
+    with open(os.path.splitext(args.out)[0] + ".csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "iteration", "top1", "top5"])
+        writer.writerows([name, *point] for name, points in runs.items() for point in points)
+    for name, points in runs.items():
+        step, top1, top5 = points[-1]
+        print(f"{name}: top-1 {top1:.2%}, top-5 {top5:.2%} after {step} iterations")
+
+
+if __name__ == "__main__":
+    main()

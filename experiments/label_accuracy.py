@@ -1,0 +1,139 @@
+"""Where in the diffusion does the model know the class? Accuracy of p(label | noised image) by timestep.
+
+    python experiments/label_accuracy.py --model_path runs/e --data_dir held_out/ --times 0,100,200,400 --out plot.png
+
+Draws top-1 accuracy against t to plot.png; plot.csv has the numbers and plot.json their summary, with the
+accuracy of the average of p(label | image) over --average. --classifier_path adds a classifier of
+classifier_train.py, on the same noised images, for comparison. Nothing of the label is in the latent.
+With the training's own --data_dir and --seed, and --num_samples up to its --held_out, these are images that
+the training did not see.
+"""
+
+import argparse
+import csv
+import json
+import os
+
+import numpy as np
+import torch as th
+
+from guided_diffusion import cli, dist_util
+from guided_diffusion.errors import UserValueError, exit_on_user_error
+from guided_diffusion.figures import Curve, line_plot
+from guided_diffusion.image_datasets import hold_out, open_dataset
+from guided_diffusion.mt.denoiser import predict_modalities
+from guided_diffusion.mt.guidance import classifier_flags, load_classifier
+from guided_diffusion.mt.model import JointModel
+from guided_diffusion.script_util import add_dict_to_argparser
+from guided_diffusion.seeding import PerSample
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = flags.add_argument
+    add("--model_path", required=True, help="as of mt_image_sample.py")
+    add("--weights", default="ema", help="ema, a rate such as 0.9999, or model")
+    add("--data_dir", required=True, help="labelled images: a folder or an .npz file")
+    add("--times", type=cli.integers, default="0,10,20,50,100,200,300,400,500,600,700,800,900")
+    add("--average", type=cli.integers, default="0,10,20", help="the times that are averaged")
+    add("--num_samples", type=int, default=1000, help="images, drawn at random")
+    add("--batch_size", type=int, default=100)
+    add("--seed", type=int, default=0)
+    add("--classifier_path", default="", help="a classifier of noised images to compare with")
+    add("--title", default="Accuracy of the label read from the noised image")
+    add("--out", default="label_accuracy.png")
+    add_dict_to_argparser(flags, classifier_flags())
+    return flags
+
+
+@exit_on_user_error()
+def main():
+    args = parser().parse_args()
+    if args.num_samples < 1 or args.batch_size < 1:
+        raise UserValueError("num_samples and batch_size must be at least 1")
+    dist_util.setup_dist()
+    model = JointModel.load(args.model_path, args.weights)
+    model.network.to(dist_util.dev())
+    label = next((m for m in model.tasks if m.kind == "label" and m.head != "none"), None)
+    if label is None:
+        raise UserValueError(f"{args.model_path} predicts no label")
+    size, channels, classes = model.flags["image_size"], model.flags["image_channels"], label.shape[0]
+    dataset = open_dataset(args.data_dir, size, class_cond=True, random_flip=False, image_channels=channels)
+    cli.check_classes(dataset.class_names, classes)
+    _, (images, cond) = hold_out(dataset, min(args.num_samples, len(dataset)), args.seed)
+    known = cond["y"] >= 0
+    images, labels = images[known], cond["y"][known]
+    if not len(images):
+        raise UserValueError(f"{args.data_dir} has no labelled images")
+
+    def of_model(part, times, random):
+        read = predict_modalities(model.diffusion, model.tasks, model.network, part, None, times, random)
+        return read[label.name]
+
+    readers = {"model": of_model}
+    if args.classifier_path:
+        classifier = load_classifier(args.classifier_path, vars(args), size, channels, classes)
+
+        def of_classifier(part, times, random):
+            total = 0.0
+            for step in times:
+                t = th.full((len(part),), step, device=part.device)
+                noised = model.diffusion.q_sample(part, t, random.randn_like(part))
+                total = total + classifier(noised, model.tasks.timesteps(t)).softmax(dim=1)
+            return total
+
+        readers["classifier"] = of_classifier
+    by_time = {
+        name: [accuracy(read, images, labels, (t,), args) for t in args.times]
+        for name, read in readers.items()
+    }
+    averaged = {
+        name: accuracy(read, images, labels, tuple(args.average), args) for name, read in readers.items()
+    }
+    write(args, by_time, averaged, len(images))
+
+
+@th.no_grad()
+def accuracy(read, images: th.Tensor, labels: th.Tensor, times: tuple[int, ...], args) -> float:
+    """The share of images [N, C, H, W] whose label [N] read(images, times, random) -> scores [b, classes]
+    puts first; an image's noise is the same in every call."""
+    right = 0
+    for first in range(0, len(images), args.batch_size):
+        part = images[first : first + args.batch_size].to(dist_util.dev())
+        random = PerSample.derived(args.seed, range(first, first + len(part)), dist_util.dev())
+        best = read(part, times, random).argmax(dim=1).cpu()
+        right += int((best == labels[first : first + len(part)]).sum())
+    return right / len(images)
+
+
+def write(args, curves: dict[str, list[float]], averaged: dict[str, float], count: int) -> None:
+    """The plot, the table, and the summary."""
+    names = {"model": "MT-Diffusion", "classifier": "classifier on noised images"}
+    lines = [
+        Curve(names[name], args.times, [100 * value for value in values]) for name, values in curves.items()
+    ]
+    image, _ = line_plot(lines, "timestep t", "top-1 accuracy in %", args.title)
+    image.save(args.out)
+    stem = os.path.splitext(args.out)[0]
+    with open(stem + ".csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["t", *curves])
+        writer.writerows(zip(args.times, *curves.values(), strict=True))
+    summary = {"accuracy": averaged["model"], "times": args.average, "images": count}
+    if "classifier" in averaged:
+        summary["classifier_accuracy"] = averaged["classifier"]
+    summary["by_time"] = {
+        name: dict(zip(map(str, args.times), values, strict=True)) for name, values in curves.items()
+    }
+    with open(stem + ".json", "w") as file:
+        json.dump(summary, file, indent=1)
+    for name, share in averaged.items():
+        error = np.sqrt(share * (1 - share) / count)
+        print(f"{names[name]}, averaged over t = {args.average}: {share:.2%} +- {error:.2%} right ({count})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Draw folders of images as the rows of one sheet, column by column the same file name.
+
+    python experiments/sheet.py "photo=out/given/image" "truth=out/true/label_map" "joint model=out/label_map" \
+        --columns 8 --out docs/results/sheet.png
+
+Rows whose folders have the same names show the same scenes (every k-th, so that the columns span the set); a folder
+with other names, such as samples from nothing, shows its own first ones.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
+from guided_diffusion.figures import Row, contact_sheet
+from guided_diffusion.image_datasets import EXTENSIONS
+
+
+@exit_on_user_error()
+def main():
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    flags.add_argument("rows", nargs="+", metavar="TITLE=FOLDER")
+    flags.add_argument("--columns", type=int, default=8)
+    flags.add_argument("--out", required=True, help="the image")
+    args = flags.parse_args()
+    if args.columns < 1:
+        raise UserValueError("--columns must be at least 1")
+    rows = [row.partition("=") for row in args.rows]
+    if wrong := [title for title, equals, _ in rows if not equals]:
+        raise UserValueError(f"{wrong[0]}: rows are given as TITLE=FOLDER")
+    folders = {title: images_of(Path(folder)) for title, _, folder in rows}
+    first = next(iter(folders.values()))
+    shown = [sorted(first)[k * len(first) // args.columns] for k in range(min(args.columns, len(first)))]
+    sheet = contact_sheet(
+        [row(title, files, shown, args.columns) for title, files in folders.items()], tile=96
+    )
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(args.out)
+    print(f"{len(rows)} rows in {args.out}")
+
+
+def images_of(folder: Path) -> dict[str, Path]:
+    """The images of a folder by name. UserFileError where there are none."""
+    files = {path.name: path for path in folder.glob("*") if path.suffix.lower().lstrip(".") in EXTENSIONS}
+    if not files:
+        raise UserFileError(f"no images in {folder}")
+    return files
+
+
+def row(title: str, files: dict[str, Path], shown: list[str], columns: int) -> Row:
+    """The images `shown` of a folder, or its first ones where it has others."""
+    names = shown if set(shown) <= set(files) else sorted(files)[:columns]
+    images = [np.asarray(Image.open(files[name]).convert("RGB")) for name in names]
+    return Row(title, np.stack(images))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Models in and out: from ADM's checkpoints and back to them, and safetensors files that describe
+themselves.
+
+A safetensors file has the model's flags in its metadata, under `mt_diffusion`: {"kind": "joint" or "adm",
+"flags": ...} as JSON. A .pt file has its flags beside it: a joint model in config.yaml, ADM's as words
+for its scripts in NAME.flags.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch as th
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .. import checkpoint_util, dist_util
+from ..errors import UserError, UserFileError
+from ..script_util import NUM_CLASSES, create_model_and_diffusion, model_and_diffusion_defaults
+from .model import CONFIG_NAME, JointModel, mt_defaults, read_config, take_over, write_config
+
+KINDS = ("joint", "adm")
+_METADATA = "mt_diffusion"
+_STEM = "input_blocks.0.0.weight"  # the convolution that reads the latent, and X modalities
+_LABELS = "label_emb.weight"
+
+
+@dataclass(frozen=True)
+class Package:
+    """Weights, and what is known about them.
+
+    kind: `joint` (a model of mt_image_train.py), `adm` (a single-task one), None if the file does not
+    say; flags: those of `mt_defaults` or `model_and_diffusion_defaults` that are known.
+    """
+
+    weights: dict[str, th.Tensor]
+    kind: str | None
+    flags: dict
+    source: str
+
+
+def read(path: str, weights: str = "ema") -> Package:
+    """A run folder, a checkpoint*.pt, a .safetensors file, or ADM's .pt, with or without a config.yaml
+    beside it.
+
+    weights: which of a complete checkpoint, as in `JointModel.load`. UserError for anything else.
+    """
+    if str(path).endswith(".safetensors"):
+        return _read_safetensors(path)
+    is_run = os.path.isdir(path) or os.path.basename(path).startswith("checkpoint")
+    if is_run or (Path(path).parent / CONFIG_NAME).exists():
+        model = JointModel.load(path, weights)
+        return Package(model.network.state_dict(), "joint", model.flags, str(path))
+    state = dist_util.load_state_dict(path, map_location="cpu")
+    if not isinstance(state, Mapping) or not all(isinstance(value, th.Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no weights (a dict of tensors by name)")
+    return Package(dict(state), None, {}, str(path))
+
+
+def _read_safetensors(path):
+    if not os.path.isfile(path):
+        raise UserFileError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    return Package(state, about.get("kind"), about.get("flags", {}), str(path))
+
+
+def write(package: Package, path: str) -> list[str]:
+    """Write weights and flags to `path`, .safetensors or .pt; the names of the files written.
+
+    UserError for another ending, or where a config.yaml of another model lies beside a .pt.
+    """
+    target = Path(path)
+    if target.suffix not in (".pt", ".safetensors"):
+        raise UserError(f"{path}: the name must end in .pt or .safetensors")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix == ".safetensors":
+        about = json.dumps({"kind": package.kind, "flags": package.flags})
+        temporary = target.with_suffix(".tmp")
+        # Tensors that share memory, or are views, cannot be stored.
+        state = {name: value.detach().clone().contiguous() for name, value in package.weights.items()}
+        save_file(state, temporary, metadata={"format": "pt", _METADATA: about})
+        os.replace(temporary, target)
+        return [str(target)]
+    beside = target.parent / CONFIG_NAME if package.kind == "joint" else target.with_suffix(".flags")
+    if package.kind == "joint":
+        if beside.exists() and read_config(beside) != package.flags:
+            raise UserError(f"{beside} describes another model: choose another folder for {target.name}")
+        write_config(package.flags, beside)
+    else:
+        beside.write_text(adm_words(package.flags) + "\n")
+    checkpoint_util.save_atomic(package.weights, str(target))
+    return [str(target), str(beside)]
+
+
+def joint_model(package: Package) -> JointModel:
+    """The model of a `joint` package, in evaluation mode on the CPU. UserError if weights and flags do
+    not fit.
+    """
+    model = JointModel.from_flags({**mt_defaults(), **package.flags})
+    checkpoint_util.load_weights(model.network, package.weights, package.source)
+    model.network.eval()
+    return model
+
+
+def from_adm(package: Package, flags: Mapping) -> tuple[Package, list[str]]:
+    """A joint model that begins with ADM's weights, and the names of its parts that are fresh.
+
+    flags: of `model_and_diffusion_defaults` and `mt_defaults`, over those of the package. Heads begin at
+    ADM's initialisation, the input channels of X modalities at zero, so that the noise it predicts
+    without modalities is ADM's. UserError where the weights belong to another model, or know classes and
+    no modality is a label.
+    """
+    flags = {**package.flags, **flags}
+    if _LABELS in package.weights:
+        flags["num_classes"] = len(package.weights[_LABELS])
+    known = mt_defaults()
+    model = JointModel.from_flags({**known, **{name: flags[name] for name in known if name in flags}})
+    if model.tasks.num_classes is None and _LABELS in package.weights:
+        raise UserError(
+            f"{package.source} is class-conditional ({flags['num_classes']} classes): one modality must be a "
+            "label, as in --modalities label:X"
+        )
+    fresh, _ = take_over(model.network, package.weights, package.source)
+    return Package(model.network.state_dict(), "joint", model.flags, package.source), fresh
+
+
+def to_adm(package: Package, class_cond: bool | None = None) -> Package:
+    """The single-task part of a joint model, as ADM's create_model_and_diffusion reads it.
+
+    Heads are dropped, and the input channels of X modalities, which leaves the network as it is for their
+    null input. class_cond: keep the class embedding (default: if the network saw the label, variant X);
+    without it the network is the one for no label. UserError if there are no classes to keep.
+    """
+    model = joint_model(package)
+    label = next((m for m in model.tasks if m.kind == "label"), None)
+    if class_cond and label is None:
+        raise UserError(f"{package.source} knows no classes: leave out --class_cond")
+    keep = label is not None and label.as_input if class_cond is None else class_cond
+    state = {
+        name: value for name, value in model.network.state_dict().items() if not name.startswith("heads.")
+    }
+    if not keep:
+        state.pop(_LABELS, None)
+    state[_STEM] = state[_STEM][:, : model.tasks.image_channels].clone()
+    defaults = model_and_diffusion_defaults()
+    flags = {name: model.flags[name] for name in defaults if name in model.flags} | {"class_cond": keep}
+    if not keep:
+        flags["num_classes"] = defaults["num_classes"]
+    single, _ = create_model_and_diffusion(**flags)
+    checkpoint_util.load_weights(single, state, package.source)
+    return Package(state, "adm", flags, package.source)
+
+
+def adm_words(flags: Mapping) -> str:
+    """The flags as words for ADM's scripts, without those at their defaults."""
+    defaults = model_and_diffusion_defaults()
+    return " ".join(f"--{name}={value}" for name, value in flags.items() if value != defaults[name])
+
+
+def obstacles(flags: Mapping) -> list[str]:
+    """What upstream has as constants where these flags say otherwise: what must be changed there first."""
+    found = []
+    if flags["class_cond"] and flags["num_classes"] != NUM_CLASSES:
+        found.append(
+            f"NUM_CLASSES in its script_util.py is {NUM_CLASSES}, here {flags['num_classes']} (its scripts take no "
+            "--num_classes)"
+        )
+    if flags["image_channels"] != 3:
+        found.append(f"its create_model makes networks of 3 channels, here {flags['image_channels']}")
+    return found

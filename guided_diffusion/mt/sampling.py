@@ -1,0 +1,307 @@
+"""The sampler catalogue, and sampling in any direction (paper Algorithm 1).
+
+A sampler is a function (diffusion, model, z, randn_like, ...) -> generator of step dicts, from t = T-1 down
+to 0: `sample` is z_{t-1}, `pred_xstart` the predicted image, `joint` the network's JointOutput where there
+are modalities. All work in the moving frame y_t = z_t - shift_t, which is a plain DDPM; fewer steps come from
+a respaced diffusion. A new sampler is a new function in SAMPLERS.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch as th
+from tqdm.auto import tqdm
+
+from ..errors import UserValueError
+from ..gaussian_diffusion import GaussianDiffusion, _encodings
+from ..seeding import PerSample
+from .denoiser import JointDenoiser
+from .modalities import one_hot
+from .modality_set import Batch, MultiTask, Values
+
+Edit = Callable[[th.Tensor, int], th.Tensor]
+
+
+def _steps(diffusion, z):
+    for i in reversed(range(diffusion.num_timesteps)):
+        yield i, th.full((len(z),), i, device=z.device)
+
+
+def _keep(z, i):
+    return z
+
+
+def ddpm(
+    diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, repeats: int = 1, **kwargs
+) -> Iterator[dict]:
+    """Ancestral sampling (Ho et al. 2020).
+
+    edit(z, i): changes z_i after the step to it, i = -1 being the image.
+    repeats > 1 goes back one step and down again that often (RePaint's resampling, Lugmayr et al. 2022), so
+    that an edit harmonises.
+    """
+    for i, t in _steps(diffusion, z):
+        for again in reversed(range(repeats if i else 1)):
+            out = diffusion.p_sample(model, z, t, randn_like=randn_like, **kwargs)
+            out["sample"] = edit(out["sample"], i - 1)
+            if again:
+                # q(y_t | y_{t-1}), in the moving frame.
+                encodings = _encodings(out)
+                y = diffusion.to_frame(out["sample"], t - 1, encodings)
+                beta = float(diffusion.betas[i])
+                y = (1 - beta) ** 0.5 * y + beta**0.5 * randn_like(y)
+                z = diffusion.from_frame(y, t, encodings)
+        yield out
+        z = out["sample"]
+
+
+def ddim(
+    diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, eta: float = 0.0, **kwargs
+) -> Iterator[dict]:
+    """DDIM (Song et al. 2020), deterministic at eta = 0."""
+    for i, t in _steps(diffusion, z):
+        out = diffusion.ddim_sample(model, z, t, eta=eta, randn_like=randn_like, **kwargs)
+        out["sample"] = edit(out["sample"], i - 1)
+        yield out
+        z = out["sample"]
+
+
+def _predict(diffusion, model, z, t, cond_fn=None, **kwargs):
+    """p_mean_variance with guidance in the score, and the encodings of the moving frame."""
+    out = diffusion.p_mean_variance(model, z, t, **kwargs)
+    if cond_fn is not None:
+        out = diffusion.condition_score(cond_fn, out, z, t, model_kwargs=kwargs.get("model_kwargs"))
+    return out, _encodings(out)
+
+
+def _combine(weights, states):
+    """The weighted sum of (prediction, encodings) pairs: a multistep method extrapolates both, or it is of
+    first order in the modalities."""
+    predictions, encodings = zip(*states, strict=True)
+    total = sum(w * p for w, p in zip(weights, predictions, strict=True))
+    if not encodings[0]:
+        return total, None
+    return total, {
+        name: sum(w * e[name] for w, e in zip(weights, encodings, strict=True)) for name in encodings[0]
+    }
+
+
+def plms(
+    diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, clip_denoised=True, **kwargs
+) -> Iterator[dict]:
+    """Pseudo linear multistep (Liu et al. 2022): Adams-Bashforth on the noise, Heun's method for the first
+    step.
+
+    Deterministic. The extrapolated image is clipped like a predicted one.
+    """
+    kwargs["clip_denoised"] = clip_denoised
+    history: list[tuple] = []
+
+    def state(z, t):
+        out, encodings = _predict(diffusion, model, z, t, **kwargs)
+        y = diffusion.to_frame(z, t, encodings)
+        return out, (diffusion._predict_eps_from_xstart(y, t, out["pred_xstart"]), encodings)
+
+    def step(z, i, t, noise, encodings):
+        # The deterministic DDIM step along `noise`, whose image is clipped too: near abar = 0 an extrapolated
+        # one may be far off.
+        abar, abar_prev = diffusion.alphas_cumprod[i], diffusion.alphas_cumprod_prev[i]
+        y = diffusion.to_frame(z, t, encodings)
+        x_start = (y - (1 - abar) ** 0.5 * noise) / abar**0.5
+        if clip_denoised:
+            x_start = x_start.clamp(-1, 1)
+            noise = (y - abar**0.5 * x_start) / (1 - abar) ** 0.5
+        return diffusion.from_frame(
+            abar_prev**0.5 * x_start + (1 - abar_prev) ** 0.5 * noise, t - 1, encodings
+        )
+
+    for i, t in _steps(diffusion, z):
+        out, now = state(z, t)
+        if i == 0:
+            slope = now  # the last step ends at the predicted image itself
+        elif not history:
+            _, after = state(step(z, i, t, *now), t - 1)
+            slope = _combine((1 / 2, 1 / 2), (now, after))
+        else:
+            weights = {
+                1: (3 / 2, -1 / 2),
+                2: (23 / 12, -16 / 12, 5 / 12),
+                3: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+            }
+            slope = _combine(weights[len(history)], (now, *reversed(history)))
+        history = [*history, now][-3:]
+        out["sample"] = edit(step(z, i, t, *slope), i - 1)
+        yield out
+        z = out["sample"]
+
+
+def dpm_solver_pp(
+    diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, **kwargs
+) -> Iterator[dict]:
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order in the predicted image. Deterministic."""
+    abar, abar_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
+    log_snr = np.log(abar / (1 - abar)) / 2  # lambda
+    previous = None
+    for i, t in _steps(diffusion, z):
+        out, encodings = _predict(diffusion, model, z, t, **kwargs)
+        now = out["pred_xstart"], encodings
+        if i == 0:
+            z = now[0]  # lambda is infinite at the image: the first-order step
+        else:
+            h = log_snr[i - 1] - log_snr[i]
+            x_start, encodings = now
+            if previous is not None:
+                # Even timesteps grow in lambda towards the image: never extrapolate further than half the
+                # last step.
+                r = max((log_snr[i] - log_snr[i + 1]) / h, 1.0)
+                x_start, encodings = _combine((1 + 1 / (2 * r), -1 / (2 * r)), (now, previous))
+            sigma_ratio = ((1 - abar_prev[i]) / (1 - abar[i])) ** 0.5
+            y = (
+                sigma_ratio * diffusion.to_frame(z, t, encodings)
+                - abar_prev[i] ** 0.5 * np.expm1(-h) * x_start
+            )
+            z = diffusion.from_frame(y, t - 1, encodings)
+        previous = now
+        out["sample"] = z = edit(z, i - 1)
+        yield out
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "plms": plms, "dpm++": dpm_solver_pp}
+
+
+@dataclass(frozen=True)
+class Known:
+    """Pixels of the image that are given: values [B, C, H, W] in [-1, 1] and where, bool [B, 1, H, W].
+
+    They are pasted at the end. every_step also replaces them, noised, at each step (RePaint), `repeats` times
+    with resampling (ddpm only).
+    """
+
+    values: th.Tensor
+    where: th.Tensor
+    every_step: bool = False
+    repeats: int = 1
+
+    def __post_init__(self):
+        if self.where.dtype != th.bool or self.where.shape != (len(self.values), 1, *self.values.shape[2:]):
+            raise UserValueError(
+                f"known pixels are marked by bool [B, 1, H, W] for values {list(self.values.shape)}, "
+                f"not {self.where.dtype} {list(self.where.shape)}"
+            )
+        if self.repeats < 1 or (self.repeats > 1 and not self.every_step):
+            raise UserValueError("resampling repeats steps at least once, and needs every_step")
+
+
+@dataclass(frozen=True)
+class JointSample:
+    """images [B, C, H, W] in [-1, 1] (clipped if asked), and the modalities' values by name, given ones
+    included."""
+
+    images: th.Tensor
+    values: Values
+
+
+def joint_sample(
+    diffusion: GaussianDiffusion,
+    tasks: MultiTask,
+    network,
+    shape: tuple[int, ...],
+    random: PerSample,
+    *,
+    given: Values | None = None,
+    strength: float | dict[str, float] = 1.0,
+    known: Known | None = None,
+    sampler: str = "ddpm",
+    order: str = "posterior",
+    clip_denoised: bool = True,
+    cond_fn=None,
+    guidance: float = 1.0,
+    model_kwargs: dict | None = None,
+    unconditional: dict | None = None,
+    absent: Sequence[str] = (),
+    progress: bool = False,
+) -> JointSample:
+    """Images of `shape` [B, C, H, W] and the modalities that are not given, by any sampler of SAMPLERS.
+
+    random: one generator per sample, so that a sample does not depend on the batch. given, strength, order,
+    guidance, unconditional, absent: see JointDenoiser. model_kwargs: the network's conditioning beside the
+    modalities (`context`), which cond_fn gets too. cond_fn: as ADM's, called in the moving frame: it sees the
+    noised image alone, for which its classifier was trained. known: pixels to restore around. UserValueError
+    for an unknown sampler, shapes that do not fit, or resampling with a sampler that cannot.
+    """
+    if sampler not in SAMPLERS:
+        raise UserValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    if len(random) != shape[0]:
+        raise UserValueError(f"{len(random)} generators for {shape[0]} samples")
+    if known is not None and known.values.shape != tuple(shape):
+        raise UserValueError(f"known pixels are {list(known.values.shape)}, the samples {list(shape)}")
+    device = next(network.parameters()).device
+    noise = random.randn(shape[1:]).to(device)
+    # Algorithm 1 to the letter starts from random modalities; otherwise they are first estimated.
+    initial = {}
+    if order == "paper":
+        for m in tasks:
+            draw = random.randn(m.shape).to(device)
+            initial[m.name] = draw.softmax(dim=1) if m.kind == "label" else draw
+    denoiser = JointDenoiser(tasks, network, given, strength, order, initial, guidance, unconditional, absent)
+    last = th.full((shape[0],), diffusion.num_timesteps - 1, device=device)
+    # Where atil_T is not negligible the known shift is part of z_T.
+    z = diffusion.from_frame(noise, last, tasks.encode(network, Batch(dict(given or {})), noise))
+    options = (
+        {"edit": _replace_known(diffusion, denoiser, known, random)} if known and known.every_step else {}
+    )
+    if known is not None and known.repeats > 1:
+        if sampler != "ddpm":
+            raise UserValueError(f"resampling goes back by random steps: it works with ddpm, not {sampler}")
+        options["repeats"] = known.repeats
+    with th.no_grad():
+        steps = SAMPLERS[sampler](
+            diffusion,
+            denoiser,
+            z,
+            random.randn_like,
+            clip_denoised=clip_denoised,
+            cond_fn=_in_frame(cond_fn, denoiser) if cond_fn is not None else None,
+            model_kwargs=model_kwargs,
+            **options,
+        )
+        for out in tqdm(steps, total=diffusion.num_timesteps, disable=not progress, desc=sampler):
+            images = out["sample"]
+    if clip_denoised:
+        images = images.clamp(-1, 1)
+    if known is not None:
+        images = th.where(known.where, known.values, images)
+    return JointSample(images, dict(denoiser.estimates))
+
+
+def _in_frame(cond_fn, denoiser):
+    """cond_fn of y_t = z_t - shift_t, by the encodings of the same step; its gradient is that in z_t."""
+
+    def guide(z, timesteps, **kwargs):
+        return cond_fn(z - denoiser.tasks.shift(denoiser.encodings, timesteps), timesteps, **kwargs)
+
+    return guide
+
+
+def random_labels(tasks: MultiTask, random: PerSample, names: Collection[str] | None = None) -> Values:
+    """Uniformly drawn classes, one-hot [B, classes], of the labels `names`: by default of those that have
+    to be given, since the network cannot do without them or nothing tells them."""
+    return {
+        m.name: one_hot(random.randint(m.shape[0]), m.shape[0])
+        for m in tasks
+        if m.kind == "label" and (m.required or m.head == "none" if names is None else m.name in names)
+    }
+
+
+def _replace_known(diffusion, denoiser, known, random):
+    """An edit that puts the known pixels, noised to step i, into z_i."""
+
+    def edit(z, i):
+        target = known.values
+        if i >= 0:
+            t = th.full((len(z),), i, device=z.device)
+            target = diffusion.q_sample(known.values, t, random.randn_like(z), denoiser.encodings)
+        return th.where(known.where, target, z)
+
+    return edit

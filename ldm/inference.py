@@ -1,0 +1,208 @@
+"""What the scripts that sample latent diffusion models share: loading a model, its samplers, images as files."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from PIL import Image
+
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserError, UserFileError, UserValueError
+from guided_diffusion.figures import to_uint8
+from guided_diffusion.mt.files import read_labels, read_vectors
+from guided_diffusion.mt.model import read_config
+from ldm.data.folders import read_images as read_sources
+from ldm.models.diffusion.conditioning import select
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.joint import JointLatentDiffusion
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.util import instantiate_from_config
+
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm++": DPMSolverSampler}
+PRECISIONS = ("full", "autocast")
+
+
+def load_model(config: Mapping, checkpoint: str | Path) -> LatentDiffusion:
+    """The model of a configuration (`model` with target and params) with a checkpoint's weights, for sampling
+    on this process's device."""
+    if not Path(checkpoint).exists():
+        raise UserFileError(f"there is no checkpoint {checkpoint}")
+    if not isinstance(config.get("model"), Mapping) or "params" not in config["model"]:
+        raise UserError("the configuration has no section `model` with target and params")
+    params = dict(config["model"]["params"])
+    # The checkpoint holds every part: their own files are not needed.
+    for part in ("first_stage_config", "cond_stage_config"):
+        if isinstance(params.get(part), Mapping) and "ckpt_path" in (params[part].get("params") or {}):
+            inner = {key: value for key, value in params[part]["params"].items() if key != "ckpt_path"}
+            params[part] = {**params[part], "params": inner}
+    params.pop("ckpt_path", None)
+    model = instantiate_from_config({**config["model"], "params": params})
+    if not isinstance(model, LatentDiffusion):
+        raise UserValueError(
+            f"{config['model']['target']} is no latent diffusion model: it cannot be sampled here"
+        )
+    model.init_from_ckpt(checkpoint)
+    return model.to(dist_util.dev()).eval()
+
+
+def locate(resume: str) -> tuple[Path, Path]:
+    """(the run's folder, the checkpoint) of -r: a folder with checkpoints/last.ckpt or model.ckpt, or a
+    checkpoint in one."""
+    path = Path(resume)
+    if path.is_dir():
+        for name in ("checkpoints/last.ckpt", "model.ckpt"):
+            if (path / name).is_file():
+                return path, path / name
+        raise UserFileError(f"--resume: {path} has no checkpoints/last.ckpt")
+    if not path.is_file():
+        raise UserFileError(f"--resume: there is no folder or checkpoint {path}")
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent, path
+
+
+def configurations(run: Path) -> list[Path]:
+    """The run's model configuration: the newest configs/*-project.yaml, or config.yaml."""
+    found = sorted((run / "configs").glob("*-project.yaml"))[-1:] or sorted(run.glob("config.yaml"))
+    if not found:
+        raise UserFileError(f"--resume: {run} has neither configs/*-project.yaml nor config.yaml")
+    return found
+
+
+def merged_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> dict:
+    """YAML files merged from left to right, then `overrides` (a.b.c=value), as plain values."""
+    wrong = [text for text in overrides if "=" not in text or text.startswith("-")]
+    if wrong:
+        raise UserValueError(f"unknown argument {wrong[0]!r}: overrides are written key.key=value")
+    parts = [OmegaConf.create(read_config(path)) for path in paths]
+    return OmegaConf.to_container(
+        OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides))), resolve=True
+    )
+
+
+def precision(name: str):
+    """A context: float32, or on CUDA float16 by autocast (`autocast`)."""
+    if name == "autocast" and dist_util.dev().type == "cuda":
+        return torch.autocast("cuda", dtype=torch.float16)
+    return contextlib.nullcontext()
+
+
+def own_share(count: int) -> range:
+    """The numbers of the samples that this rank makes, of `count` in all."""
+    return range(dist_util.get_rank(), count, dist_util.get_world_size())
+
+
+def batches(numbers: Sequence[int], size: int) -> list[list[int]]:
+    """`numbers` in runs of at most `size`."""
+    if size < 1:
+        raise UserValueError(f"the batch size must be at least 1, not {size}")
+    return [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
+
+
+def names_of(model: LatentDiffusion) -> list[str]:
+    """What the model generates."""
+    return model.names if isinstance(model, JointLatentDiffusion) else [model.first_stage_key]
+
+
+def own_name(name: str, model: LatentDiffusion) -> str:
+    """A name of the command line as the model knows it: `image` is the image, whatever its key."""
+    return model.first_stage_key if name == "image" else name
+
+
+def names_wanted(want: str, given: Mapping, model: LatentDiffusion) -> list[str]:
+    """The names of --want, by default all that are not given."""
+    names = names_of(model)
+    asked = [own_name(name.strip(), model) for name in want.split(",") if name.strip()]
+    wanted = asked or [n for n in names if n not in given]
+    for name in wanted:
+        if name not in names:
+            raise UserValueError(f"--want {name}: this model has {', '.join(names)}")
+        if name in given:
+            raise UserValueError(f"--want {name}: that is given already")
+    if not wanted:
+        raise UserValueError("everything is given: nothing is left to sample")
+    return wanted
+
+
+def read_given(
+    specs: Sequence[str],
+    model: LatentDiffusion,
+    readers: Mapping[str, Callable] | None = None,
+    size: tuple[int, int] | None = None,
+) -> dict:
+    """What --given NAME=SOURCE says: images [N, C, H, W] of `size` (default: the model's), labels [N, classes],
+    vectors [N, D], or images to read these off. NAME `image` is the image. readers: (source, model) -> value, for
+    other names."""
+    values, readers = {}, readers or {}
+    takes = [*(names_of(model) if isinstance(model, JointLatentDiffusion) else []), *readers]
+    for spec in specs:
+        name, found, source = spec.partition("=")
+        if not found or not source:
+            raise UserValueError(f"--given {spec}: expected NAME=FILE_OR_FOLDER")
+        name = own_name(name, model)
+        if name in values:
+            raise UserValueError(f"--given {spec}: {name} is given twice")
+        if name not in takes:
+            raise UserValueError(f"--given {spec}: this model takes {', '.join(takes) or 'nothing'}")
+        values[name] = readers.get(name, lambda s, m, n=name: _read_value(n, s, m, size))(source, model)
+    return values
+
+
+def _read_value(name, source, model, size):
+    kind = "image" if name == model.first_stage_key else model.tasks[name].kind
+    if kind == "label":
+        return read_labels(source, model.tasks[name])
+    if kind == "vector" and Path(source).suffix in (".npy", ".npz"):
+        return read_vectors(source, model.tasks[name])
+    return read_model_images(source, model, size)
+
+
+def read_model_images(
+    source: str, model: LatentDiffusion, size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Images [N, C, H, W] in [-1, 1] of `size`, or of the model's."""
+    return read_sources(source, size or image_size(model))
+
+
+def image_size(model: LatentDiffusion) -> tuple[int, int]:
+    """(height, width) of the images that the model draws."""
+    latent = torch.zeros(1, *model.latent_shape, device=model.device)
+    return tuple(model.decode_first_stage(latent).shape[2:])
+
+
+def take(values, numbers: Sequence[int]):
+    """The values of these samples, repeated in turn."""
+    return select(values, torch.tensor(numbers) % len(values))
+
+
+def gathered(arrays: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The labels and vectors of all ranks, {name: {number: row}}, in the order of their numbers."""
+    ranks = [arrays]
+    if dist_util.get_world_size() > 1:
+        ranks = [None] * dist_util.get_world_size()
+        dist.all_gather_object(ranks, arrays)
+    names = {name for rank in ranks for name in rank}
+    merged = {name: {k: v for rank in ranks for k, v in rank.get(name, {}).items()} for name in names}
+    return {name: np.stack([rows[k] for k in sorted(rows)]) for name, rows in merged.items()}
+
+
+def save_images(images: torch.Tensor, folder: Path, numbers: Sequence[int], digits: int = 6) -> None:
+    """PNG files NUMBER.png of images [B, 1 or 3, H, W] in [-1, 1]. UserError if they are not finite."""
+    if not bool(images.isfinite().all()):
+        raise UserError("the samples are not finite: the model or the sampler diverged")
+    folder.mkdir(parents=True, exist_ok=True)
+    for pixels, number in zip(to_uint8(images.clamp(-1, 1).float()), numbers, strict=True):
+        Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).save(
+            folder / f"{number:0{digits}}.png"
+        )
+
+
+def read_images(folder: Path, numbers: Iterable[int], digits: int = 6) -> np.ndarray:
+    """What `save_images` wrote, uint8 [N, H, W, C]."""
+    images = [np.asarray(Image.open(folder / f"{number:0{digits}}.png")) for number in numbers]
+    stacked = np.stack(images)
+    return stacked if stacked.ndim == 4 else stacked[..., None]
