@@ -215,7 +215,7 @@ def memory_table(trained: int, frozen: int, steps: Mapping, samples: int) -> str
 
 
 def time_table(steps: Mapping, encoding: Work, reading: Work, samples: int, utilisation: float) -> str:
-    """Seconds for an update by strategy. The encodings are in float32 always, as MultiTask has them."""
+    """Seconds for an update by strategy. The encodings are in float32 always, as ModalitySet has them."""
     rows = []
     encodings = encoding * (BATCH + BATCH / samples)  # of every sample, and once in a batch of the null input
     for strategy in STRATEGIES:

@@ -21,7 +21,6 @@ from guided_diffusion import cli, dist_util
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Curve, line_plot
 from guided_diffusion.image_datasets import hold_out, open_dataset
-from guided_diffusion.mt.denoiser import predict_modalities
 from guided_diffusion.mt.guidance import classifier_flags, load_classifier
 from guided_diffusion.mt.model import JointModel
 from guided_diffusion.script_util import add_dict_to_argparser
@@ -57,7 +56,7 @@ def main():
     dist_util.setup_dist()
     model = JointModel.load(args.model_path, args.weights)
     model.network.to(dist_util.dev())
-    label = next((m for m in model.tasks if m.kind == "label" and m.head != "none"), None)
+    label = next((m for m in model.modalities if m.kind == "label" and m.head != "none"), None)
     if label is None:
         raise UserValueError(f"{args.model_path} predicts no label")
     size, channels, classes = model.flags["image_size"], model.flags["image_channels"], label.shape[0]
@@ -70,7 +69,7 @@ def main():
         raise UserValueError(f"{args.data_dir} has no labelled images")
 
     def of_model(part, times, random):
-        read = predict_modalities(model.diffusion, model.tasks, model.network, part, None, times, random)
+        read = model.predict(part, times=times, random=random)
         return read[label.name]
 
     readers = {"model": of_model}
@@ -82,7 +81,7 @@ def main():
             for step in times:
                 t = th.full((len(part),), step, device=part.device)
                 noised = model.diffusion.q_sample(part, t, random.randn_like(part))
-                total = total + classifier(noised, model.tasks.timesteps(t)).softmax(dim=1)
+                total = total + classifier(noised, model.modalities.timesteps(t)).softmax(dim=1)
             return total
 
         readers["classifier"] = of_classifier

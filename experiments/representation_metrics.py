@@ -153,7 +153,7 @@ class Bench:
         rows = torch.cat([rows, torch.zeros_like(rows[:1])]).to(self.model.device)
         z = rows.new_zeros(len(rows), *self.model.latent_shape)
         t = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        output, _ = Denoiser(self.model)(z, t, context=self.model.tasks.tokens(rows))
+        output, _ = Denoiser(self.model)(z, t, context=self.model.modalities.tokens(rows))
         output = output.float().flatten(1).cpu()
         return output[:-1], output[:-1] - output[-1:]
 

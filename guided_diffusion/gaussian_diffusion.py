@@ -15,7 +15,6 @@ import torch as th
 from tqdm.auto import tqdm
 
 from .losses import discretized_gaussian_log_likelihood, normal_kl
-from .mt.aggregation import JointOutput
 from .nn import mean_flat
 
 
@@ -78,12 +77,21 @@ class GaussianDiffusion:
     """Training and sampling for one noise schedule.
 
     betas: float [T] in (0, 1], from t = 0 on; model_mean_type, model_var_type, loss_type: the enums above;
-    rescale_timesteps: the model is called with t * 1000 / T; aggregation: an `Aggregation`, where modalities
-    are diffused with the image. Tables are NumPy float64 attributes under upstream's names.
+    rescale_timesteps: the model is called with t * 1000 / T. Tables are NumPy float64 attributes under upstream's
+    names.
+
+    aggregation: where modalities are diffused with the image, what shifts the latent (mt/aggregation.py).
     """
 
     def __init__(
-        self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False, aggregation=None
+        self,
+        *,
+        betas,
+        model_mean_type,
+        model_var_type,
+        loss_type,
+        rescale_timesteps=False,
+        aggregation=None,
     ):
         self.aggregation = aggregation
         self.model_mean_type = model_mean_type
@@ -125,7 +133,13 @@ class GaussianDiffusion:
             _extract_into_tensor(self.log_one_minus_alphas_cumprod, t, x_start.shape),
         )
 
-    def q_sample(self, x_start, t, noise=None, encodings=None):
+    def q_sample(
+        self,
+        x_start,
+        t,
+        noise=None,
+        encodings=None,
+    ):
         """A sample of q(x_t | x_0): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; noise is drawn unless given.
 
         encodings: modality name -> e_i shaped like x_start; their shift is added (paper equation 4).
@@ -133,71 +147,68 @@ class GaussianDiffusion:
         if noise is None:
             noise = th.randn_like(x_start)
         _expect_shape("noise", noise, x_start)
-        signal = _at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-        y_t = signal + _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
-        return self.from_frame(y_t, t, encodings)
+        x_t = _at(self.sqrt_alphas_cumprod, t, x_start) * x_start
+        x_t = x_t + _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        if encodings:
+            x_t = self.aggregation.from_frame(x_t, t, encodings)
+        return x_t
 
-    # The moving frame: y_t = z_t - sum_i atil_t^i e_i is a plain DDPM, whatever the modalities.
+    def q_posterior_mean_variance(
+        self,
+        x_start,
+        x_t,
+        t,
+        encodings=None,
+    ):
+        """(mean, variance, clipped log variance) of q(x_{t-1} | x_t, x_0).
 
-    def to_frame(self, z_t, t, encodings):
-        """y_t of the latent z_t, given encodings (None or empty: z_t itself)."""
-        return z_t - self.aggregation.shift(encodings, t) if encodings else z_t
-
-    def from_frame(self, y_t, t, encodings):
-        """z_t of y_t, the inverse of `to_frame`; t = -1 is the image itself."""
-        return y_t + self.aggregation.shift(encodings, t) if encodings else y_t
-
-    def q_posterior_mean_variance(self, x_start, x_t, t, encodings=None):
-        """(mean, variance, clipped log variance) of q(x_{t-1} | x_t, x_0), and of the modalities (paper
-        equation 5)."""
+        encodings: the posterior is that of z_t, given the modalities (paper equation 5).
+        """
         _expect_shape("x_t", x_t, x_start)
-        y_t = self.to_frame(x_t, t, encodings)
-        mean = _at(self.posterior_mean_coef1, t, x_t) * x_start + _at(self.posterior_mean_coef2, t, x_t) * y_t
-        mean = self.from_frame(mean, t - 1, encodings)
+        if encodings:
+            x_t = self.aggregation.to_frame(x_t, t, encodings)
+        mean = _at(self.posterior_mean_coef1, t, x_t) * x_start + _at(self.posterior_mean_coef2, t, x_t) * x_t
+        if encodings:
+            mean = self.aggregation.from_frame(mean, t - 1, encodings)
         variance = _extract_into_tensor(self.posterior_variance, t, x_t.shape)
         log_variance = _extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape)
         return mean, variance, log_variance
 
     # The reverse process
 
-    def p_mean_variance(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, encodings=None
-    ):
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
         """What the model says of x_{t-1} given x = x_t: a dict of `mean`, `variance`, `log_variance`,
         `pred_xstart`.
 
         denoised_fn is applied to the predicted x_0, then clip_denoised clips that to [-1, 1]. ValueError if
         the model's output does not have the shape that the variance type asks for.
 
-        With modalities x is z_t and `mean` that of z_{t-1}. Their encodings are given, or the model returns a
-        `JointOutput` with its estimates; the result has that under `joint`.
+        With an aggregation x is z_t and `mean` that of z_{t-1}, where the model returns a `JointOutput` with the
+        modalities' encodings; the result has that under `joint`.
         """
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        joint = output if isinstance(output, JointOutput) else JointOutput(output, encodings)
-        output, variance, log_variance = self._model_variance(joint.output, x, t)
-        y = self.to_frame(x, t, joint.encodings)
+        joint = None
+        if self.aggregation is not None:  # from here on x is y_t, which is a plain DDPM
+            output, x, joint = self.aggregation.opened(output, x, t)
+        output, variance, log_variance = self._model_variance(output, x, t)
 
         def process(x_start):
-            if joint.score is not None:
-                # eps - sqrt(1 - abar_t) score, in terms of x_0.
-                gain = self.sqrt_recipm1_alphas_cumprod * self.sqrt_one_minus_alphas_cumprod
-                x_start = x_start + _at(gain, t, x) * joint.score
             if denoised_fn is not None:
                 x_start = denoised_fn(x_start)
             return x_start.clamp(-1, 1) if clip_denoised else x_start
 
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
-            mean, pred_xstart = output, process(self._predict_xstart_from_xprev(y, t, output))
-            if joint.score is not None:
-                mean = mean + variance * joint.score
+            mean, pred_xstart = output, process(self._predict_xstart_from_xprev(x, t, output))
         else:
             if self.model_mean_type is ModelMeanType.EPSILON:
-                output = self._predict_xstart_from_eps(y, t, output)
+                output = self._predict_xstart_from_eps(x, t, output)
             pred_xstart = process(output)
-            mean, _, _ = self.q_posterior_mean_variance(pred_xstart, y, t)
-        mean = self.from_frame(mean, t - 1, joint.encodings)
+            mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         out = {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
-        return {**out, "joint": joint} if joint.encodings or joint.predictions else out
+        if joint is not None:
+            out["mean"] = self.aggregation.from_frame(mean, t - 1, joint.encodings)
+            out["joint"] = joint
+        return out
 
     def _model_variance(self, output, x, t):
         """Split the model's output: (prediction, variance, log variance), all shaped like x."""
@@ -255,18 +266,22 @@ class GaussianDiffusion:
 
         cond_fn(x, timesteps, **model_kwargs) returns that gradient, shaped like x.
         """
+        if "joint" in p_mean_var:  # it knows images, not latents with modalities
+            x = self.aggregation.to_frame(x, t, p_mean_var["joint"].encodings)
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
 
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         """p_mean_variance's result with eps - sqrt(1 - abar_t) * gradient in place of eps (Song 2020)."""
+        if "joint" in p_mean_var:
+            x = self.aggregation.to_frame(x, t, p_mean_var["joint"].encodings)
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        encodings = _encodings(p_mean_var)
-        y = self.to_frame(x, t, encodings)
-        eps = self._predict_eps_from_xstart(y, t, p_mean_var["pred_xstart"])
+        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         eps = eps - _at(self.sqrt_one_minus_alphas_cumprod, t, x) * gradient
-        pred_xstart = self._predict_xstart_from_eps(y, t, eps)
-        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t, **_given(encodings))
+        pred_xstart = self._predict_xstart_from_eps(x, t, eps)
+        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
+        if "joint" in p_mean_var:
+            mean = self.aggregation.from_frame(mean, t - 1, p_mean_var["joint"].encodings)
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
 
     # Samplers. Noise is drawn at every step, also where it has no weight: seeded results depend on that
@@ -311,14 +326,17 @@ class GaussianDiffusion:
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        x_start, encodings = out["pred_xstart"], _encodings(out)
+        if "joint" in out:
+            x = self.aggregation.to_frame(x, t, out["joint"].encodings)
+        x_start = out["pred_xstart"]
         # After clipping or guidance, the noise that belongs to the predicted x_0.
-        eps = self._predict_eps_from_xstart(self.to_frame(x, t, encodings), t, x_start)
+        eps = self._predict_eps_from_xstart(x, t, x_start)
         abar, abar_prev = _at(self.alphas_cumprod, t, x), _at(self.alphas_cumprod_prev, t, x)
         sigma = eta * ((1 - abar_prev) / (1 - abar)).sqrt() * (1 - abar / abar_prev).sqrt()
         noise = randn_like(x)
         sample = x_start * abar_prev.sqrt() + (1 - abar_prev - sigma**2).sqrt() * eps
-        sample = self.from_frame(sample, t - 1, encodings)
+        if "joint" in out:
+            sample = self.aggregation.from_frame(sample, t - 1, out["joint"].encodings)
         sample = sample + _unless_first(t, x) * sigma * noise
         return _step(sample, out)
 
@@ -332,12 +350,16 @@ class GaussianDiffusion:
         if eta != 0.0:
             raise ValueError("the reverse DDIM step is deterministic: eta must be 0")
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        x_start, encodings = out["pred_xstart"], _encodings(out)
-        eps = self._predict_eps_from_xstart(self.to_frame(x, t, encodings), t, x_start)
+        if "joint" in out:
+            x = self.aggregation.to_frame(x, t, out["joint"].encodings)
+        x_start = out["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, x_start)
         abar_next = _at(self.alphas_cumprod_next, t, x)
-        y_next = x_start * abar_next.sqrt() + (1 - abar_next).sqrt() * eps
-        t_next = (t + 1).clamp(max=self.num_timesteps - 1)
-        return {"sample": self.from_frame(y_next, t_next, encodings), "pred_xstart": x_start}
+        sample = x_start * abar_next.sqrt() + (1 - abar_next).sqrt() * eps
+        if "joint" in out:
+            t_next = (t + 1).clamp(max=self.num_timesteps - 1)
+            sample = self.aggregation.from_frame(sample, t_next, out["joint"].encodings)
+        return {"sample": sample, "pred_xstart": x_start}
 
     def p_sample_loop_progressive(
         self,
@@ -408,15 +430,14 @@ class GaussianDiffusion:
 
     # Losses and the bound
 
-    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None, encodings=None):
+    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
         """One term of the variational bound in bits per dimension: `output` [B] and `pred_xstart`.
 
         At t = 0 the negative log likelihood of the 8-bit image, else KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1}
         | x_t)).
         """
-        given = _given(encodings)
-        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t, **given)
-        out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs, **given)
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
         divergence = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
         likelihood = discretized_gaussian_log_likelihood(
             x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
@@ -424,26 +445,22 @@ class GaussianDiffusion:
         nats = th.where(t == 0, -mean_flat(likelihood), mean_flat(divergence))
         return {"output": nats / math.log(2.0), "pred_xstart": out["pred_xstart"]}
 
-    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None, encodings=None):
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """The loss at given timesteps: a dict of tensors [B] with `loss` and its parts `mse`, `vb` where they
         exist.
-
-        With encodings the model sees z_t; everything else happens in the moving frame (the heads' losses are
-        in multitask.py).
 
         The variance, where learned, is trained by the bound alone: the mean it is evaluated with is detached.
         """
         if noise is None:
             noise = th.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise=noise)
-        z_t = self.from_frame(x_t, t, encodings)
         if self.loss_type.is_vb():
-            bound = self._vb_terms_bpd(model, x_start, z_t, t, False, model_kwargs, **_given(encodings))
+            bound = self._vb_terms_bpd(model, x_start, x_t, t, False, model_kwargs)
             scale = self.num_timesteps if self.loss_type is LossType.RESCALED_KL else 1
             return {"loss": bound["output"] * scale}
 
         terms = {}
-        output = model(z_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
         if self._learns_variance:
             output, raw_variance = self._split_learned(output, x_t)
             frozen = th.cat([output.detach(), raw_variance], dim=1)
@@ -462,11 +479,10 @@ class GaussianDiffusion:
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
 
-    def _prior_bpd(self, x_start, encodings=None):
+    def _prior_bpd(self, x_start):
         """KL(q(x_{T-1} | x_0) || N(0, I)) in bits per dimension: [B]."""
         t = th.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
-        mean = self.from_frame(mean, t, encodings)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
     @th.no_grad()
@@ -491,20 +507,11 @@ class GaussianDiffusion:
         return {"total_bpd": result["vb"].sum(dim=1) + prior, "prior_bpd": prior, **result}
 
 
-def _encodings(out):
-    """The modalities' encodings in a result of p_mean_variance, None where there are none."""
-    return out["joint"].encodings if "joint" in out else None
-
-
-def _given(encodings):
-    """The keyword for `encodings` if there are any: subclasses of single-task code need not know it."""
-    return {"encodings": encodings} if encodings else {}
-
-
 def _step(sample, out):
-    """A sampler's result: x_{t-1}, the predicted x_0 and, where there are modalities, what the network said
-    of them."""
-    return {"sample": sample} | {key: out[key] for key in ("pred_xstart", "joint") if key in out}
+    """A sampler's result: x_{t-1} and the predicted x_0; what the model said of modalities stays in it."""
+    if "joint" in out:
+        return {"sample": sample, "pred_xstart": out["pred_xstart"], "joint": out["joint"]}
+    return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
 
 def _extract_into_tensor(arr, timesteps, broadcast_shape):

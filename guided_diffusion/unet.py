@@ -11,7 +11,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .fp16_util import convert_module_to_f16, convert_module_to_f32
-from .mt.heads import Features, Heads
 from .nn import avg_pool_nd, checkpoint, conv_nd, linear, normalization, timestep_embedding, zero_module
 
 
@@ -378,10 +377,12 @@ class UNetModel(_Encoder):
     by class.
 
     attention_resolutions: the downsampling factors at which attention is used; channel_mult: width of each
-    level as a multiple of model_channels (fractions allowed); num_classes: makes `y` a required input;
-    modalities: what it predicts beside its output (modalities.py), each with a head of its own; the remaining
-    arguments are passed to the blocks. image_size is kept for callers, the network works at any size
+    level as a multiple of model_channels (fractions allowed); num_classes: makes `y` a required input; the
+    remaining arguments are passed to the blocks. image_size is kept for callers, the network works at any size
     divisible by its stride.
+
+    heads: a module (middle block's output, last features) -> predictions by name, returned beside the output;
+    presence: a module of `present` -> what is added to the timestep embedding (both: mt/heads.py).
     """
 
     def __init__(
@@ -405,10 +406,12 @@ class UNetModel(_Encoder):
         use_scale_shift_norm=False,
         resblock_updown=False,
         use_new_attention_order=False,
-        modalities=(),
+        heads=None,
+        presence=None,
     ):
         super().__init__()
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        del options["heads"], options["presence"]  # registered last, so that the others keep their order
         self._configure(**options)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, self.time_embed_dim)
@@ -417,10 +420,8 @@ class UNetModel(_Encoder):
         self.out = nn.Sequential(
             normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
         )
-        if modalities:
-            self.heads = Heads(
-                modalities, middle_channels=self._skip_channels[-1], last_channels=ch, dims=dims
-            )
+        self.heads = heads
+        self.presence = presence
 
     def _build_decoder(self):
         """Make output_blocks, the encoder's mirror image; returns the width of the features they give."""
@@ -447,20 +448,29 @@ class UNetModel(_Encoder):
     def _torso(self):
         return [*super()._torso(), self.output_blocks]
 
-    def forward(self, x, timesteps, y=None):
+    def forward(
+        self,
+        x,
+        timesteps,
+        y=None,
+        present=None,
+    ):
         """x [B, in_channels, ...], timesteps [B], y exactly if class-conditional -> [B, out_channels, ...].
 
-        y: class indices int64 [B], or class probabilities float [B, classes], where zeros mean no class. With
-        modalities: (that output, the heads' predictions by name).
+        y: class indices int64 [B], or class probabilities float [B, classes], where zeros mean no class;
+        present: what `presence` takes. With heads: (that output, their predictions by name).
         """
-        return self._predict(x, self._embed(timesteps, y))
+        emb = self._embed(timesteps, y)
+        if present is not None:
+            emb = emb + self.presence(present)
+        return self._predict(x, emb)
 
     def _predict(self, x, *conditioning):
         skips, middle = self._encode(x, *conditioning)
         last = self._decode(middle, skips, *conditioning).type(x.dtype)
-        if not self.modalities:
-            return self._read_out(last)
-        return self._read_out(last), self.heads(Features(middle.type(x.dtype), last))
+        if self.heads is not None:
+            return self._read_out(last), self.heads(middle.type(x.dtype), last)
+        return self._read_out(last)
 
     def _read_out(self, last):
         return self.out(last)
@@ -471,7 +481,9 @@ class UNetModel(_Encoder):
             raise ValueError("labels y must be given exactly when the model is class-conditional")
         if y is None:
             return emb
-        return emb + (y @ self.label_emb.weight if y.is_floating_point() else self.label_emb(y))
+        if y.is_floating_point():
+            return emb + y @ self.label_emb.weight
+        return emb + self.label_emb(y)
 
     def _decode(self, h, skips, *conditioning):
         for block in self.output_blocks:

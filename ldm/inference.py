@@ -153,11 +153,11 @@ def read_given(
 
 
 def _read_value(name, source, model, size):
-    kind = "image" if name == model.first_stage_key else model.tasks[name].kind
+    kind = "image" if name == model.first_stage_key else model.modalities[name].kind
     if kind == "label":
-        return read_labels(source, model.tasks[name])
+        return read_labels(source, model.modalities[name])
     if kind == "vector" and Path(source).suffix in (".npy", ".npz"):
-        return read_vectors(source, model.tasks[name])
+        return read_vectors(source, model.modalities[name])
     return read_model_images(source, model, size)
 
 

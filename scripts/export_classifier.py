@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
 def main():
     args = parser().parse_args()
     model = JointModel.load(args.model_path, args.weights)
-    label = next((m for m in model.tasks if m.head == "classifier"), None)
+    label = next((m for m in model.modalities if m.head == "classifier"), None)
     if label is None:
         raise UserValueError(f"{args.model_path} has no classifier: its modalities have no head: classifier")
     if os.path.basename(args.out).startswith("checkpoint") or not args.out.endswith(".pt"):

@@ -17,10 +17,8 @@ import torch.distributed as dist
 from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.mt.bound import multitask_bound
-from guided_diffusion.mt.modality_set import derive_values
+from guided_diffusion.mt.modality_set import batch_of
 from guided_diffusion.mt.model import JointModel
-from guided_diffusion.mt.training import batch_of
 from guided_diffusion.script_util import str2bool
 from guided_diffusion.seeding import PerSample
 
@@ -52,8 +50,7 @@ def main():
     logger.configure(dir=args.log_dir)
     model = JointModel.load(args.model_path, args.weights)
     model.network.to(dist_util.dev())
-    diffusion = model.respaced(args.steps)
-    labelled = any(m.kind == "label" for m in model.tasks)
+    labelled = model.modalities.first("label") is not None
     dataset = open_dataset(
         args.data_dir,
         model.flags["image_size"],
@@ -66,7 +63,7 @@ def main():
     parts = []
     for first in range(0, len(own), args.batch_size):
         indices = own[first : first + args.batch_size]
-        parts.append(bound_of(dataset, indices, model, diffusion, args))
+        parts.append(bound_of(dataset, indices, model, args))
         logger.log(f"{min(first + args.batch_size, len(own))} of {len(own)} images")
     every = [parts]
     if dist_util.get_world_size() > 1:
@@ -81,10 +78,11 @@ def main():
             # L1 is a sum over timesteps, L2 a mean.
             by_image = values.sum(axis=1) if name == "L1" else values
             logger.log(f"{name}: {by_image.mean():.5f} bits per dimension")
-        logger.log(f"{count} images, {diffusion.num_timesteps} steps, saved to {path}")
+        steps = terms["L1"].shape[1]
+        logger.log(f"{count} images, {steps} steps, saved to {path}")
 
 
-def bound_of(dataset, indices, model: JointModel, diffusion, args) -> dict[str, np.ndarray]:
+def bound_of(dataset, indices, model: JointModel, args) -> dict[str, np.ndarray]:
     """Every term [b] or [b, T] for the images with these indices."""
     items = [dataset[index] for index in indices]
     images = th.stack([th.from_numpy(image) for image, _ in items]).to(dist_util.dev())
@@ -93,8 +91,8 @@ def bound_of(dataset, indices, model: JointModel, diffusion, args) -> dict[str, 
         for key in items[0][1]
     }
     random = PerSample.derived(args.seed, indices, dist_util.dev())
-    batch = derive_values(model.tasks, images, batch_of(model.tasks, cond), random)
-    bound = multitask_bound(diffusion, model.tasks, model.network, images, batch, args.clip_denoised, random)
+    batch = model.derived(images, batch_of(model.modalities, cond), random)
+    bound = model.bound(batch, args.steps, clip_denoised=args.clip_denoised, random=random)
     terms = {"L0": bound.L0, "L1": bound.L1}
     terms |= {f"L2_{name}": values for name, values in bound.L2.items()}
     terms |= {"L3": bound.L3, "total": bound.total}

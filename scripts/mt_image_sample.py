@@ -25,12 +25,11 @@ import torch.distributed as dist
 from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
-from guided_diffusion.mt.denoiser import predict_modalities
 from guided_diffusion.mt.files import GivenImages, read_images, read_labels, read_vectors
 from guided_diffusion.mt.guidance import ClassGuidance, classifier_flags, classifier_guide
 from guided_diffusion.mt.modalities import Modality
 from guided_diffusion.mt.model import JointModel
-from guided_diffusion.mt.sampling import SAMPLERS, Known, joint_sample, random_labels
+from guided_diffusion.mt.sampling import SAMPLERS, Known, random_labels
 from guided_diffusion.script_util import add_dict_to_argparser, str2bool
 from guided_diffusion.seeding import PerSample
 
@@ -124,7 +123,7 @@ def main():
     args.drawn = {spec.partition("=")[0] for spec in args.given if spec.endswith("=random")}
     given, holes = read_given([s for s in args.given if not s.endswith("=random")], model, guidance)
     for name in args.drawn:
-        if name in given or name not in model.tasks.modalities or model.tasks[name].kind != "label":
+        if name in given or name not in model.modalities.names or model.modalities[name].kind != "label":
             raise UserValueError(f"--given {name}=random: only a label of the model is drawn, and only once")
     absent = names_of(args.without)
     wanted = names_wanted(args.want, given, holes, absent, model)
@@ -160,7 +159,7 @@ def read_given(
 ) -> tuple[dict[str, th.Tensor], dict[str, th.Tensor]]:
     """(values by name [N, ...], known pixels by name bool [N, 1, H, W]) of --given NAME=FILE."""
     size, channels = model.flags["image_size"], model.flags["image_channels"]
-    modalities: dict[str, Modality] = dict(model.tasks.modalities)
+    modalities: dict[str, Modality] = {m.name: m for m in model.modalities}
     if guidance is not None:
         modalities[guidance.target.name] = guidance.target
     values, known = {}, {}
@@ -198,7 +197,7 @@ def names_of(text: str) -> list[str]:
 def names_wanted(want: str, given: dict, holes: dict, absent: list[str], model: JointModel) -> list[str]:
     """The names of --want, by default all that the model can tell and that are not given, and an image with
     holes."""
-    names = ["image", *(m.name for m in model.tasks if m.head != "none" and m.name not in absent)]
+    names = ["image", *(m.name for m in model.modalities if m.head != "none" and m.name not in absent)]
     wanted = names_of(want) or [n for n in names if n not in given or (n == "image" and n in holes)]
     for name in wanted:
         if name in given and name not in holes:
@@ -226,37 +225,31 @@ def sample(
         if guidance is not None or args.guidance_scale != 1 or absent:
             raise UserValueError("the image is given: there is nothing to guide, and nothing to leave out")
         images = given.pop("image")
-        values = predict_modalities(
-            model.diffusion, model.tasks, model.network, images, given, args.times, random
-        )
+        values = model.predict(images, given, times=args.times, random=random)
         return {"image": images, **values}
     known = None
     for name, where in holes.items():
         every_step = args.replace_known or name == "image"
         known = Known(given[name], where, every_step, args.resample)
     given.pop("image", None)
-    strength = {m.name: args.strength for m in model.tasks}
+    strength = {m.name: args.strength for m in model.modalities}
     cond_fn, extra = None, {}
     if guidance is not None:
         target, label = guidance.target.name, guidance.choose(given, random)
         extra["classes"] = label.argmax(dim=1)
-        given.pop(target, None) if target not in model.tasks.modalities else None
+        given.pop(target, None) if target not in model.modalities.names else None
         if guidance.classifier is None:
             given[target], strength[target] = label, guidance.scale
         else:
             cond_fn = classifier_guide(guidance.classifier, extra["classes"], guidance.scale)
-            if target in model.tasks.modalities and guidance.target.as_input:
+            if target in model.modalities.names and guidance.target.as_input:
                 given[target] = label  # as in ADM, network and classifier are told the same
-    names = args.drawn | {m.name for m in model.tasks if m.kind == "label" and m.required}
-    for name, label in random_labels(model.tasks, random, names - {*given, *absent}).items():
+    names = args.drawn | {m.name for m in model.modalities if m.kind == "label" and m.required}
+    for name, label in random_labels(model.modalities, random, names - {*given, *absent}).items():
         given[name], extra["classes"] = label, label.argmax(dim=1)
-    shape = (len(indices), *(model.flags[k] for k in ("image_channels", "image_size", "image_size")))
-    result = joint_sample(
-        model.respaced(args.steps),
-        model.tasks,
-        model.network,
-        shape,
+    result = model.sample(
         random,
+        args.steps,
         given=given,
         strength=strength,
         known=known,
@@ -295,10 +288,10 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
         raise UserError(f"the samples of {', '.join(bad)} are not finite: the model or the sampler diverged")
     images = to_uint8(th.from_numpy(arrays["image"]))
     stored, rows = {}, []
-    for name in ["image", *model.tasks.modalities]:
+    for name in ["image", *model.modalities.names]:
         if name not in arrays:
             continue
-        is_image = name == "image" or model.tasks[name].kind == "image"
+        is_image = name == "image" or model.modalities[name].kind == "image"
         value = to_uint8(th.from_numpy(arrays[name])) if is_image else arrays[name]
         if is_image:
             rows.append(
@@ -322,7 +315,9 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
 def captions(arrays: dict, model: JointModel) -> list[str]:
     """The most probable labels of the samples in the image."""
     labels = [
-        arrays[m.name][:SHEET].argmax(axis=1) for m in model.tasks if m.kind == "label" and m.name in arrays
+        arrays[m.name][:SHEET].argmax(axis=1)
+        for m in model.modalities
+        if m.kind == "label" and m.name in arrays
     ]
     return [" ".join(map(str, numbers)) for numbers in zip(*labels, strict=True)]
 

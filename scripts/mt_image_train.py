@@ -31,8 +31,8 @@ from guided_diffusion.mt.model import (
     parse_flags,
     write_config,
 )
-from guided_diffusion.mt.sampling import joint_sample, random_labels
-from guided_diffusion.mt.training import MultiTaskTrainLoop
+from guided_diffusion.mt.sampling import random_labels
+from guided_diffusion.mt.training import JointTrainLoop
 from guided_diffusion.seeding import PerSample
 
 GRID = 12  # samples drawn at every save
@@ -90,8 +90,8 @@ def main():
     th.manual_seed(flags["seed"])  # the same fresh weights everywhere
     model = JointModel.from_flags(flags)
     prepare(model, flags, begun=bool(checkpoint_of(resume)))
-    for m in model.tasks:
-        if m.kind != "label" and m.derive is None:
+    for m in model.modalities:
+        if m.data_key != "y" and m.derive is None:
             raise UserValueError(
                 f"modality {m.name}: the data bring images and labels only, no {m.kind} beside them"
             )
@@ -104,11 +104,9 @@ def main():
     if device.type == "cuda":
         model.network.to(memory_format=th.channels_last)
     images, cond = held_out
-    MultiTaskTrainLoop(
-        tasks=model.tasks,
+    JointTrainLoop(
         held_out=(images.to(device), {key: value.to(device) for key, value in cond.items()}),
-        model=model.network,
-        diffusion=model.diffusion,
+        model=model,
         data=lambda step: load_stream(
             dataset, flags["batch_size"], flags["seed"], start_step=step, num_workers=flags["num_workers"]
         ),
@@ -131,7 +129,6 @@ def main():
                 "lr_anneal_steps",
                 "iterations",
                 "seed",
-                "single_task_probability",
                 "precision",
                 "max_nonfinite",
                 "progress",
@@ -203,7 +200,7 @@ def prepare(model: JointModel, flags: dict, begun: bool) -> None:
     if flags["train"] not in ("all", "heads"):
         raise UserValueError(f"train must be all or heads, not {flags['train']!r}")
     if flags["train"] == "heads":
-        if not any(m.head != "none" for m in model.tasks):
+        if not any(m.head != "none" for m in model.modalities):
             raise UserValueError("--train heads: this model has no heads")
         if flags["weight_decay"]:
             raise UserValueError("--train heads: weight_decay would change the U-Net, which is to stay")
@@ -215,25 +212,24 @@ def describe(model: JointModel, images: int, held_out: int) -> None:
     """Log the sizes, and for every modality how far its shift may carry an error of its prediction."""
     weights = sum(p.numel() for p in model.network.parameters())
     logger.log(f"{weights / 1e6:.2f} M parameters, {images} images, {held_out} held out")
-    if model.diffusion.aggregation is not None:
-        logger.log(model.diffusion.aggregation.report(model.diffusion.alphas_cumprod))
+    if report := model.report():
+        logger.log(report)
 
 
-def draw_samples(loop: MultiTaskTrainLoop, model: JointModel, flags: dict) -> None:
+def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
     """Joint samples of the averaged weights, by rank 0: samplesNNNNNN.png beside the checkpoint of that
     number, and in TensorBoard."""
     if not flags["sample_steps"] or dist_util.get_rank() != 0:
         return
-    shape = (GRID, flags["image_channels"], flags["image_size"], flags["image_size"])
-    diffusion = model.respaced(min(flags["sample_steps"], model.diffusion.num_timesteps))
+    steps = min(flags["sample_steps"], model.diffusion.num_timesteps)
     loop.model.eval()
-    with loop.ema_weights() as network:
+    with loop.ema_weights():
         random = PerSample.derived(flags["seed"], range(GRID), dist_util.dev())
-        given = random_labels(model.tasks, random)
-        sample = joint_sample(diffusion, model.tasks, network, shape, random, given=given, sampler="dpm++")
+        given = random_labels(model.modalities, random)
+        sample = model.sample(random, steps, given=given, sampler="dpm++")
     loop.model.train()
-    rows = [Row("image", to_uint8(sample.images), _captions(model.tasks, sample.values))]
-    rows += [Row(m.name, to_uint8(sample.values[m.name])) for m in model.tasks if m.kind == "image"]
+    rows = [Row("image", to_uint8(sample.images), _captions(model.modalities, sample.values))]
+    rows += [Row(m.name, to_uint8(sample.values[m.name])) for m in model.modalities if m.kind == "image"]
     sheet = contact_sheet(rows)
     number = loop.step + loop.resume_step
     sheet.save(os.path.join(logger.get_dir(), f"samples{number:06d}.png"))
@@ -242,8 +238,8 @@ def draw_samples(loop: MultiTaskTrainLoop, model: JointModel, flags: dict) -> No
             log.writer.add_image("samples", np.asarray(sheet), number, dataformats="HWC")
 
 
-def _captions(tasks, values):
-    labels = [values[m.name].argmax(dim=1).tolist() for m in tasks if m.kind == "label"]
+def _captions(modalities, values):
+    labels = [values[m.name].argmax(dim=1).tolist() for m in modalities if m.kind == "label"]
     return [" ".join(map(str, numbers)) for numbers in zip(*labels, strict=True)]
 
 

@@ -166,7 +166,7 @@ def read_off(args, drawing: Drawing, prompts: list[str]) -> dict[str, torch.Tens
     arrays = given.pop(model.first_stage_key)
     if args.baseline:
         raise UserValueError("--baseline draws images: leave it out where they are given")
-    if images := [name for name in drawing.wanted if model.tasks[name].kind == "image"]:
+    if images := [name for name in drawing.wanted if model.modalities[name].kind == "image"]:
         raise UserValueError(f"--want {images[0]}: scripts/sample_diffusion.py draws images of images")
     found: dict[str, list[torch.Tensor]] = {name: [] for name in drawing.wanted}
     for numbers in inference.batches(range(len(arrays)), args.n_samples):

@@ -15,7 +15,7 @@ from guided_diffusion.gaussian_diffusion import (
 )
 from guided_diffusion.mt.aggregation import Aggregation
 from guided_diffusion.mt.modalities import Modality
-from guided_diffusion.mt.modality_set import MultiTask
+from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
 T = 1000
@@ -92,8 +92,8 @@ class GaussianPair(_Oracle):
         mean, var = (self.mean, self.spread**2) if end is None else (self.z_mean[end], self.z_var[end])
         return mean + np.sqrt(var / self.z_var[start]) * (z - self.z_mean[start])
 
-    def tasks(self, pixels=(1, 1, 1)):
-        return MultiTask([Modality("e", "image", pixels)], pixels[0])
+    def modalities(self, pixels=(1, 1, 1)):
+        return ModalitySet([Modality("e", "image", pixels)], pixels[0])
 
 
 class LabelledMixture(_Oracle):
@@ -121,14 +121,14 @@ class LabelledMixture(_Oracle):
             logits = th.cat([p, 1 - p], dim=1).clamp(min=1e-30).log()
         return eps.reshape(-1, 1, 1, 1), {"label": logits}
 
-    def tasks(self):
+    def modalities(self):
         def encode(value):
             return (value @ self.codes).reshape(-1, 1, 1, 1)
 
         label = Modality(
             "label", "label", (len(self.means),), encoder=encode, head="middle", likelihood="categorical"
         )
-        return MultiTask([label], 1)
+        return ModalitySet([label], 1)
 
     def sample(self, count, generator):
         k = th.multinomial(self.prior, count, replacement=True, generator=generator)

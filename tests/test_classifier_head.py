@@ -2,10 +2,10 @@
 
 import pytest
 import torch as th
+from guided_diffusion.mt.classifier_head import predicted_image
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelMeanType
-from guided_diffusion.mt.classifier_head import predicted_image
 from guided_diffusion.mt.denoiser import JointDenoiser, predict_modalities
 from guided_diffusion.mt.modalities import one_hot, parse_modalities
 from guided_diffusion.mt.modality_set import Batch, multitask_losses
@@ -47,7 +47,11 @@ def test_head_is_adms_classifier_under_its_names():
     """Its state dict is EncoderUNetModel's; a classifier's weights load into it and give its logits."""
     model = joint()
     head = model.network.heads["label"]
-    flags = {**model.tasks["label"].classifier.flags, "classifier_use_fp16": False, "num_classes": CLASSES}
+    flags = {
+        **model.modalities["label"].classifier.flags,
+        "classifier_use_fp16": False,
+        "num_classes": CLASSES,
+    }
     classifier = create_classifier(**flags).eval()
     with th.no_grad():
         for parameter in classifier.parameters():
@@ -90,8 +94,8 @@ def test_loss_is_the_cross_entropy_of_the_predicted_image(rescale):
     model = joint(rescale=rescale)
     images, batch, noise = labelled()
     t = th.tensor([0, 200, 500, 800])
-    terms = multitask_losses(model.diffusion, model.tasks, model.network, images, batch, t, noise)
-    z = model.diffusion.q_sample(images, t, noise, model.tasks.encode(model.network, batch, images))
+    terms = multitask_losses(model.diffusion, model.modalities, model.network, images, batch, t, noise)
+    z = model.diffusion.q_sample(images, t, noise, model.modalities.encode(model.network, batch, images))
     timesteps = t.float() if rescale else t  # 1000 steps: the same numbers
     eps, _ = model.network(z, timesteps, y=th.zeros(4, CLASSES))
     abar = th.from_numpy(model.diffusion.alphas_cumprod)[t].float().reshape(4, 1, 1, 1)
@@ -102,7 +106,7 @@ def test_loss_is_the_cross_entropy_of_the_predicted_image(rescale):
     th.testing.assert_close(terms["loss"], terms["mse"] + 0.1 * terms["KL_label"])
     # Sampling reads the same, whether a label is given or not.
     for given in (None, batch.values):
-        out = JointDenoiser(model.tasks, model.network, given, strength=0.0)(z, timesteps)
+        out = JointDenoiser(model.modalities, model.network, given, strength=0.0)(z, timesteps)
         th.testing.assert_close(out.predictions["label"], logits, rtol=1e-3, atol=1e-3)
 
 
@@ -110,7 +114,7 @@ def gradients(detach, loss_weight=0.1):
     model = joint(detach=detach, loss_weight=loss_weight)
     images, batch, noise = labelled()
     t = th.tensor([20, 200, 400, 600])
-    terms = multitask_losses(model.diffusion, model.tasks, model.network, images, batch, t, noise)
+    terms = multitask_losses(model.diffusion, model.modalities, model.network, images, batch, t, noise)
     terms["loss"].mean().backward()
     named = model.network.named_parameters()
     return {name: th.zeros_like(p) if p.grad is None else p.grad for name, p in named}
@@ -134,11 +138,11 @@ def test_given_label_conditions_through_the_predicted_image():
     images, batch, noise = labelled(2)
     t = th.full((2,), 300)
     z = model.diffusion.q_sample(images, t, noise)
-    score = JointDenoiser(model.tasks, model.network, batch.values, 2.0)(z, t).score
+    score = JointDenoiser(model.modalities, model.network, batch.values, 2.0)(z, t).score
 
     def log_p(z):
         with th.no_grad():
-            _, predictions = model.tasks.apply(model.network, z, t, {})
+            _, predictions = model.modalities.apply(model.network, z, t, {})
         return (predictions["label"].double().log_softmax(1) * batch.values["label"]).sum()
 
     direction = score / score.norm()  # the slope along it is its length
@@ -153,13 +157,13 @@ def test_network_may_see_the_label_too():
     images, batch, noise = labelled()
     t = th.full((4,), 300)
     z = model.diffusion.q_sample(images, t, noise)
-    shown, _ = model.tasks.apply(model.network, z, t, batch.values)
-    hidden, _ = model.tasks.apply(model.network, z, t, {})
+    shown, _ = model.modalities.apply(model.network, z, t, batch.values)
+    hidden, _ = model.modalities.apply(model.network, z, t, {})
     assert (shown - hidden).abs().max() > 1e-3
-    assert JointDenoiser(model.tasks, model.network, batch.values)(z, t).score is None
+    assert JointDenoiser(model.modalities, model.network, batch.values)(z, t).score is None
     for given in (None, batch.values):
         sample = joint_sample(
-            model.respaced(3), model.tasks, model.network, (4, *SHAPE), PerSample(range(4)), given=given
+            model.respaced(3), model.modalities, model.network, (4, *SHAPE), PerSample(range(4)), given=given
         )
         assert sample.images.isfinite().all()
         assert th.allclose(sample.values["label"].sum(1), th.ones(4), atol=1e-5)
@@ -169,7 +173,7 @@ def test_prediction_from_an_image_averages_the_times():
     model = joint()
     images, _, _ = labelled()
     one, two, both = (
-        predict_modalities(model.diffusion, model.tasks, model.network, images, times=times,
+        predict_modalities(model.diffusion, model.modalities, model.network, images, times=times,
                            random=PerSample(range(4)))["label"]
         for times in ((0,), (0, 0), (0, 300))
     )  # fmt: skip
@@ -180,9 +184,9 @@ def test_prediction_from_an_image_averages_the_times():
 
 def test_refusals():
     model = joint()
-    model.tasks.process = None
-    with pytest.raises(UserError, match="set MultiTask.process"):
-        model.tasks.apply(model.network, th.zeros(1, *SHAPE), th.zeros(1).long(), {})
+    model.modalities.process = None
+    with pytest.raises(UserError, match="set ModalitySet.process"):
+        model.modalities.apply(model.network, th.zeros(1, *SHAPE), th.zeros(1).long(), {})
     for options, message in (
         ({"classifier": {"width": 64}}, "options of the classifier need head: classifier"),
         ({"head": "classifier", "classifier": {"pools": 1}}, "unknown option pools; known: attention_res"),

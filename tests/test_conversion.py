@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.mt import conversion
-from guided_diffusion.mt.modality_set import MultiTask
+from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.mt.model import JointModel, mt_defaults, read_config
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from tests.parity.weights import fill
@@ -58,7 +58,7 @@ def test_adm_in(tmp_path, inputs, modalities, class_cond):
             adm_in(tmp_path, class_cond, modalities)
         return
     single, model, fresh = adm_in(tmp_path, class_cond, modalities)
-    names = [m.name for m in model.tasks]
+    names = [m.name for m in model.modalities]
     assert fresh == [
         *([] if class_cond or "label" not in names else ["label_emb"]),
         *(f"heads.{n}" for n in names),
@@ -68,7 +68,7 @@ def test_adm_in(tmp_path, inputs, modalities, class_cond):
         shown["label"] = th.nn.functional.one_hot(y, 5).float()
     if class_cond and not shown:
         return  # ADM's network is never without a class
-    out, predictions = model.tasks.apply(model.network, z, t, shown)
+    out, predictions = model.modalities.apply(model.network, z, t, shown)
     assert th.allclose(out, single(z, t, **({"y": y} if shown else {})), atol=1e-6)
     assert set(predictions) == set(names)
 
@@ -96,7 +96,7 @@ def test_adm_out(inputs, modalities, class_cond):
     single.load_state_dict(made.weights)
     shown = {"label": th.nn.functional.one_hot(y, 5).float()} if class_cond else {}
     model.network.eval()
-    expected, _ = model.tasks.apply(model.network, z, t, shown)
+    expected, _ = model.modalities.apply(model.network, z, t, shown)
     assert th.allclose(single.eval()(z, t, **({"y": y} if class_cond else {})), expected, atol=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_a_file_describes_its_model(tmp_path, suffix, modalities):
     again = conversion.read(path)
     assert again.kind == "joint" and again.flags == model.flags
     loaded = conversion.joint_model(again)
-    assert isinstance(loaded.tasks, MultiTask) and loaded.tasks.peaks == model.tasks.peaks
+    assert isinstance(loaded.modalities, ModalitySet) and loaded.modalities.peaks == model.modalities.peaks
     own = model.network.state_dict()
     assert all(th.equal(value, own[name]) for name, value in loaded.network.state_dict().items())
 

@@ -60,20 +60,20 @@ def test_classifier_sees_the_noised_image_without_the_shift(sampler):
     model, classifier = joint(), Linear(th.tensor([1.0, -1.0]))
     latents, shifts = [], []
     network = model.network
-    shift = type(model.tasks).shift
+    shift = type(model.modalities).shift
 
     def spy(encodings, timesteps):
-        shifts.append(shift(model.tasks, encodings, timesteps))
+        shifts.append(shift(model.modalities, encodings, timesteps))
         return shifts[-1]
 
-    model.tasks.shift = spy
+    model.modalities.shift = spy
     network.register_forward_pre_hook(
         lambda _m, args: latents.append(args[0].clone()) if len(args[0]) == 2 else None
     )
     guide = classifier_guide(classifier, th.tensor([0, 1]), 1.0)
     sample = joint_sample(
         model.respaced(3),
-        model.tasks,
+        model.modalities,
         network,
         (2, *SHAPE),
         PerSample(range(2)),
@@ -95,14 +95,19 @@ def test_scale_0_is_no_guidance_and_more_is_more():
     def brightness(scale, sampler):
         guide = classifier_guide(Linear(th.tensor([0.1, -0.1])), target, scale)
         sample = joint_sample(
-            model.respaced(6), model.tasks, model.network, (4, *SHAPE), PerSample(range(4)), sampler=sampler,
+            model.respaced(6), model.modalities, model.network, (4, *SHAPE), PerSample(range(4)), sampler=sampler,
             cond_fn=guide,
         )  # fmt: skip
         return sample.images
 
     for sampler in ("ddpm", "ddim"):
         plain = joint_sample(
-            model.respaced(6), model.tasks, model.network, (4, *SHAPE), PerSample(range(4)), sampler=sampler
+            model.respaced(6),
+            model.modalities,
+            model.network,
+            (4, *SHAPE),
+            PerSample(range(4)),
+            sampler=sampler,
         ).images
         assert th.allclose(brightness(0.0, sampler), plain, atol=1e-3)
         assert plain.mean() < brightness(1.0, sampler).mean()
@@ -110,13 +115,13 @@ def test_scale_0_is_no_guidance_and_more_is_more():
 
 def test_labels_are_drawn_for_each_sample_by_itself():
     spec = {"label": {"variant": "X", "null_probability": 0.0}}
-    tasks = joint(spec).tasks
-    whole = random_labels(tasks, PerSample(range(40)))["label"]
-    part = random_labels(tasks, PerSample(range(30, 40)))["label"]
+    modalities = joint(spec).modalities
+    whole = random_labels(modalities, PerSample(range(40)))["label"]
+    part = random_labels(modalities, PerSample(range(30, 40)))["label"]
     assert th.equal(whole[30:], part) and len(set(whole.argmax(1).tolist())) > 5
     assert (whole.sum(1) == 1).all()
-    assert not random_labels(joint("label:X").tasks, PerSample([0]))  # it can do without
-    assert list(random_labels(joint("label:X").tasks, PerSample([0]), {"label"})) == ["label"]
+    assert not random_labels(joint("label:X").modalities, PerSample([0]))  # it can do without
+    assert list(random_labels(joint("label:X").modalities, PerSample([0]), {"label"})) == ["label"]
 
 
 def train_both(folder, iterations):

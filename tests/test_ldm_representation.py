@@ -7,7 +7,7 @@ from PIL import Image
 
 from guided_diffusion.errors import UserError, UserValueError
 from guided_diffusion.mt.modalities import Modality
-from guided_diffusion.mt.modality_set import MultiTask
+from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -85,14 +85,14 @@ def test_the_preset_is_the_papers():
     model = small(JointLatentDiffusion, modalities={"representation": {"preset": "representation"}}, **TEXT)
     first, relu, last = model.model.heads["representation"]
     assert (first.in_features, first.out_features, last.out_features) == (64, 1024, 1024)
-    assert isinstance(relu, th.nn.ReLU) and model.tasks["representation"].likelihood == "gaussian"
-    assert model.tasks["representation"].loss_weight == 0.1
+    assert isinstance(relu, th.nn.ReLU) and model.modalities["representation"].likelihood == "gaussian"
+    assert model.modalities["representation"].loss_weight == 0.1
 
 
 @pytest.mark.parametrize("width, tokens", [(6, 1), (5, 1), (12, 2), (13, 3)])
 def test_a_vector_of_any_width_becomes_tokens(width, tokens):
     vector = Modality("clip", "vector", (width,), "unet", "middle")
-    context = MultiTask([vector], 2, context_dim=6).tokens(th.arange(2.0 * width).reshape(2, width))
+    context = ModalitySet([vector], 2, context_dim=6).tokens(th.arange(2.0 * width).reshape(2, width))
     assert context.shape == (2, tokens, 6)
     assert th.equal(context.flatten(1)[:, :width].flatten(), th.arange(2.0 * width))
     assert not context.flatten(1)[:, width:].any()
@@ -101,16 +101,16 @@ def test_a_vector_of_any_width_becomes_tokens(width, tokens):
 @th.no_grad()
 def test_it_is_encoded_through_the_cross_attention(model):
     vectors = th.randn(3, WIDTH) * th.tensor([[1.0], [0.1], [2.0]])
-    encoded = model.tasks._encode_vector(
-        Denoiser(model), model.tasks["representation"], vectors, maps_like(3), None
+    encoded = model.modalities._encode_vector(
+        Denoiser(model), model.modalities["representation"], vectors, maps_like(3), None
     )
     # eps at t = 0 is the U-Net's output.
     assert th.allclose(encoded, code_of(model, vectors), atol=1e-4)
     size = (encoded**2).mean(dim=(1, 2, 3)).sqrt()
     assert th.allclose(size, (vectors**2).mean(dim=1).sqrt(), rtol=1e-4)
     # The mean, which is the null input, does not enter the latent.
-    nothing = model.tasks._encode_vector(
-        Denoiser(model), model.tasks["representation"], 0 * vectors, maps_like(3), None
+    nothing = model.modalities._encode_vector(
+        Denoiser(model), model.modalities["representation"], 0 * vectors, maps_like(3), None
     )
     assert not nothing.any()
 
@@ -284,7 +284,7 @@ def test_steps_without_the_modality(batch):
     expected, _ = alone.p_losses(x, cond, t, noise)
     assert th.allclose(always.p_losses(x, cond, t, noise, random[0], batch)[0], expected, rtol=1e-5)
     assert not th.allclose(never.p_losses(x, cond, t, noise, random[1], batch)[0], expected, rtol=1e-3)
-    assert always.tasks.single_task and not never.tasks.single_task
+    assert always.modalities.single_task and not never.modalities.single_task
 
 
 # ------------------------------------------------------------------------------------------------------------ min-SNR

@@ -10,7 +10,7 @@ from guided_diffusion.gaussian_diffusion import ModelVarType
 from guided_diffusion.mt.bound import multitask_bound
 from guided_diffusion.mt.denoiser import JointDenoiser, predict_modalities
 from guided_diffusion.mt.modalities import Modality, RandomPatches, one_hot, parse_modalities
-from guided_diffusion.mt.modality_set import Batch, MultiTask, derive_values, multitask_losses
+from guided_diffusion.mt.modality_set import Batch, ModalitySet, derive_values, multitask_losses
 from guided_diffusion.seeding import PerSample
 from guided_diffusion.unet import UNetModel
 from tests.oracle import GaussianPair, LabelledMixture, process
@@ -19,25 +19,27 @@ SHAPE = (1, 8, 8)
 
 
 def small_model(spec="masked:U,label:U", fresh=False, classes=3):
-    """(tasks, network) of a tiny U-Net whose every weight matters, unless fresh."""
+    """(modalities, network) of a tiny U-Net whose every weight matters, unless fresh."""
     th.manual_seed(0)
-    tasks = MultiTask(parse_modalities(spec, SHAPE, classes), 1, classes if "label" in str(spec) else None)
+    modalities = ModalitySet(
+        parse_modalities(spec, SHAPE, classes), 1, classes if "label" in str(spec) else None
+    )
     network = UNetModel(
         8,
-        tasks.input_channels,
+        modalities.input_channels,
         32,
         1,
         1,
         (),
         channel_mult=(1, 2),
-        num_classes=tasks.num_classes,
-        modalities=tuple(tasks),
+        num_classes=modalities.num_classes,
+        modalities=tuple(modalities),
     )
     if not fresh:
         with th.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.05 * th.randn(parameter.shape))
-    return tasks, network.eval()
+    return modalities, network.eval()
 
 
 class Recorder(th.nn.Module):
@@ -59,9 +61,9 @@ class Recorder(th.nn.Module):
 
 def test_class_codes():
     """Centred over the classes, each of unit RMS; of the network as it is at z = 0, t = 0; without gradient, and left in its mode."""
-    tasks, network = small_model()
+    modalities, network = small_model()
     network.train()
-    codes = tasks.class_codes(network, tasks["label"], th.zeros(2, *SHAPE))
+    codes = modalities.class_codes(network, modalities["label"], th.zeros(2, *SHAPE))
     assert network.training and codes.shape == (3, *SHAPE) and not codes.requires_grad
     th.testing.assert_close(codes.square().mean((1, 2, 3)), th.ones(3))
     network.eval()
@@ -74,39 +76,39 @@ def test_class_codes():
 
 def test_class_codes_relative_to_the_null_input():
     """The encoding of no class is subtracted instead; then classes can be encoded a few at a time."""
-    tasks, network = small_model({"label": {"centre": "null"}})
+    modalities, network = small_model({"label": {"centre": "null"}})
     like = th.zeros(2, *SHAPE)
-    codes = tasks.class_codes(network, tasks["label"], like)
+    codes = modalities.class_codes(network, modalities["label"], like)
     raw, _ = network(th.zeros(4, *SHAPE), th.zeros(4), y=th.cat([th.eye(3), th.zeros(1, 3)]))
     centred = raw[:3] - raw[3:]
     th.testing.assert_close(
         codes, centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt(), rtol=1e-3, atol=1e-3
     )
-    some = tasks.class_codes(network, tasks["label"], like, th.tensor([2, 0]))
+    some = modalities.class_codes(network, modalities["label"], like, th.tensor([2, 0]))
     th.testing.assert_close(some, codes[[2, 0]], rtol=1e-4, atol=1e-4)
     values = th.tensor([[0.0, 0.2, 0.8], [0.0, 0.0, 0.0]])
-    encoded = tasks.encode(network, Batch({"label": values}), like)["label"]
+    encoded = modalities.encode(network, Batch({"label": values}), like)["label"]
     th.testing.assert_close(encoded[0], 0.2 * codes[1] + 0.8 * codes[2], rtol=1e-3, atol=1e-4)
     assert encoded[1].abs().max() == 0
 
 
 def test_codes_of_a_fresh_network_are_zero():
-    tasks, network = small_model(fresh=True)
-    assert tasks.class_codes(network, tasks["label"], th.zeros(1, *SHAPE)).abs().max() == 0
+    modalities, network = small_model(fresh=True)
+    assert modalities.class_codes(network, modalities["label"], th.zeros(1, *SHAPE)).abs().max() == 0
 
 
 def test_encode():
     """Identity, mixtures of class codes, and callables; zeros where a value is missing; never a gradient."""
-    tasks, network = small_model()
+    modalities, network = small_model()
     image, label = th.randn(2, *SHAPE).requires_grad_(), th.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]])
     batch = Batch({"masked": image, "label": label}, {"masked": th.tensor([True, False])})
-    codes = tasks.class_codes(network, tasks["label"], image)
-    encodings = tasks.encode(network, batch, image)
+    codes = modalities.class_codes(network, modalities["label"], image)
+    encodings = modalities.encode(network, batch, image)
     assert th.equal(encodings["masked"][0], image[0]) and encodings["masked"][1].abs().max() == 0
     th.testing.assert_close(encodings["label"][0], (codes[0] + codes[2]) / 2)
     th.testing.assert_close(encodings["label"][1], codes[1])
     assert not any(e.requires_grad for e in encodings.values())
-    again = tasks.encode(network, batch, image, {"label": 2 * codes})
+    again = modalities.encode(network, batch, image, {"label": 2 * codes})
     th.testing.assert_close(again["label"], 2 * encodings["label"])
 
 
@@ -115,7 +117,7 @@ def test_an_encoder_must_reach_the_latent():
     with pytest.raises(
         UserError, match=r"modality clip: its encoding has shape \(2, 5\), the latent \(2, 1, 8, 8\)"
     ):
-        MultiTask([clip], 1).encode(None, Batch({"clip": th.zeros(2, 5)}), th.zeros(2, *SHAPE))
+        ModalitySet([clip], 1).encode(None, Batch({"clip": th.zeros(2, 5)}), th.zeros(2, *SHAPE))
 
 
 # Equation 6
@@ -128,15 +130,15 @@ def batch_for(images, present=None):
 
 def test_equation_6():
     """MSE(eps) + sum of lambda_i KL_i, at the z_t of equation 4."""
-    tasks, network = small_model({"masked": {"loss_weight": 0.3}, "label": {"loss_weight": 2.0}})
-    diffusion = process(peaks=tasks.peaks)
+    modalities, network = small_model({"masked": {"loss_weight": 0.3}, "label": {"loss_weight": 2.0}})
+    diffusion = process(peaks=modalities.peaks)
     images, noise = th.rand(4, *SHAPE) * 2 - 1, th.randn(4, *SHAPE)
     t, batch = th.tensor([0, 100, 500, 999]), batch_for(images)
-    terms = multitask_losses(diffusion, tasks, network, images, batch, t, noise)
+    terms = multitask_losses(diffusion, modalities, network, images, batch, t, noise)
     # By hand
     abar = th.from_numpy(diffusion.alphas_cumprod)[t].float().reshape(4, 1, 1, 1)
     atil = th.from_numpy(diffusion.aggregation.coefficients)[:, t].float().reshape(2, 4, 1, 1, 1)
-    e = tasks.encode(network, batch, images)
+    e = modalities.encode(network, batch, images)
     z = abar.sqrt() * images + atil[0] * e["masked"] + atil[1] * e["label"] + (1 - abar).sqrt() * noise
     eps, predictions = network(z, t, y=th.zeros(4, 3))
     mse = (eps - noise).square().mean((1, 2, 3))
@@ -153,30 +155,30 @@ def test_equation_6():
 
 def test_missing_values_concern_their_sample_alone():
     """No shift and no loss for that sample and modality; every other number stays."""
-    tasks, network = small_model()
-    diffusion = process(peaks=tasks.peaks)
+    modalities, network = small_model()
+    diffusion = process(peaks=modalities.peaks)
     images, noise, t = th.rand(4, *SHAPE) * 2 - 1, th.randn(4, *SHAPE), th.tensor([100, 200, 300, 400])
-    whole = multitask_losses(diffusion, tasks, network, images, batch_for(images), t, noise)
+    whole = multitask_losses(diffusion, modalities, network, images, batch_for(images), t, noise)
     there = th.tensor([True, False, True, True])
     partly = multitask_losses(
-        diffusion, tasks, network, images, batch_for(images, {"label": there}), t, noise
+        diffusion, modalities, network, images, batch_for(images, {"label": there}), t, noise
     )
     assert partly["KL_label"][1] == 0 and whole["KL_label"][1] > 0
     for key in whole:
         th.testing.assert_close(partly[key][there], whole[key][there])
     alone = Batch({"masked": images.roll(1, -1)})
-    without = multitask_losses(diffusion, tasks, network, images, alone, t, noise)
+    without = multitask_losses(diffusion, modalities, network, images, alone, t, noise)
     for key in ("mse", "KL_masked", "loss"):
         th.testing.assert_close(partly[key][1], without[key][1])
 
 
 def test_encodings_are_under_stop_gradient():
     """The class embedding reaches the loss through the encoder alone in variant U, hence gets no gradient."""
-    tasks, network = small_model("label:U")
-    diffusion = process(peaks=tasks.peaks)
+    modalities, network = small_model("label:U")
+    diffusion = process(peaks=modalities.peaks)
     images = th.rand(4, *SHAPE)
     batch = Batch({"label": one_hot(th.tensor([0, 1, 2, 0]), 3)})
-    losses = multitask_losses(diffusion, tasks, network, images, batch, th.full((4,), 300))
+    losses = multitask_losses(diffusion, modalities, network, images, batch, th.full((4,), 300))
     losses["loss"].mean().backward()
     gradient = network.label_emb.weight.grad
     assert gradient is None or gradient.abs().max() == 0
@@ -186,12 +188,12 @@ def test_encodings_are_under_stop_gradient():
 def test_null_inputs_of_x_modalities():
     """In training an X value is replaced by zeros with its null probability, one draw per sample; its shift and loss stay."""
     twin = Modality("twin", "image", SHAPE, as_input=True, null_probability=0.25)
-    tasks, network = MultiTask([twin], 1), Recorder(twin=th.zeros(1, *SHAPE))
+    modalities, network = ModalitySet([twin], 1), Recorder(twin=th.zeros(1, *SHAPE))
     images = th.rand(2000, *SHAPE)
     batch = Batch({"twin": th.ones(2000, *SHAPE)})
     losses = multitask_losses(
-        process(peaks=tasks.peaks),
-        tasks,
+        process(peaks=modalities.peaks),
+        modalities,
         network,
         images,
         batch,
@@ -206,11 +208,11 @@ def test_null_inputs_of_x_modalities():
 
 def test_derived_values():
     """Masked copies are made from the images, unless the data bring them."""
-    tasks = MultiTask(parse_modalities("masked", SHAPE), 1)
+    modalities = ModalitySet(parse_modalities("masked", SHAPE), 1)
     images = th.rand(3, *SHAPE) + 0.1
-    made = derive_values(tasks, images, Batch({}), PerSample([1, 2, 3])).values["masked"]
+    made = derive_values(modalities, images, Batch({}), PerSample([1, 2, 3])).values["masked"]
     assert th.equal(made, RandomPatches(size=2)(images, PerSample([1, 2, 3])))
-    own = derive_values(tasks, images, Batch({"masked": -images}), PerSample([1, 2, 3])).values["masked"]
+    own = derive_values(modalities, images, Batch({"masked": -images}), PerSample([1, 2, 3])).values["masked"]
     assert th.equal(own, -images)
 
 
@@ -220,22 +222,22 @@ def test_derived_values():
 def test_estimates_are_encoded_in_the_same_pass():
     """Order `posterior` encodes this pass's expectations; `paper` those of the step before, starting from the initial ones."""
     prediction, start = th.full((1, *SHAPE), 0.3), th.full((2, *SHAPE), 0.9)
-    tasks = MultiTask([Modality("twin", "image", SHAPE)], 1)
+    modalities = ModalitySet([Modality("twin", "image", SHAPE)], 1)
     z, t = th.randn(2, *SHAPE), th.tensor([5, 5])
     network = Recorder(twin=prediction)
-    assert th.equal(JointDenoiser(tasks, network)(z, t).encodings["twin"], prediction.expand(2, *SHAPE))
-    literal = JointDenoiser(tasks, network, order="paper", initial={"twin": start})
+    assert th.equal(JointDenoiser(modalities, network)(z, t).encodings["twin"], prediction.expand(2, *SHAPE))
+    literal = JointDenoiser(modalities, network, order="paper", initial={"twin": start})
     assert th.equal(literal(z, t).encodings["twin"], start)
     assert th.equal(literal(z, t).encodings["twin"], prediction.expand(2, *SHAPE))
 
 
 def test_unknown_labels_enter_as_probabilities():
     """The expectation of the encoding, not that of the likeliest class; and no averaging over steps."""
-    tasks, network = small_model("label")
-    denoiser = JointDenoiser(tasks, network)
+    modalities, network = small_model("label")
+    denoiser = JointDenoiser(modalities, network)
     for _ in range(2):
         out = denoiser(3 * th.randn(2, *SHAPE), th.tensor([400, 400]))
-        codes = tasks.class_codes(network, tasks["label"], th.zeros(1, *SHAPE))
+        codes = modalities.class_codes(network, modalities["label"], th.zeros(1, *SHAPE))
         expected = th.einsum("bk,kchw->bchw", out.predictions["label"].softmax(1), codes)
         th.testing.assert_close(out.encodings["label"], expected)
         th.testing.assert_close(denoiser.estimates["label"], out.predictions["label"].softmax(1))
@@ -243,12 +245,12 @@ def test_unknown_labels_enter_as_probabilities():
 
 def test_given_x_values_are_shown_and_unknown_ones_are_not():
     """An unknown X modality keeps the null input at every step: predictions are never fed back."""
-    tasks = MultiTask(
+    modalities = ModalitySet(
         [Modality("twin", "image", SHAPE, as_input=True), Modality("mask", "image", SHAPE, as_input=True)], 1
     )
     network = Recorder(twin=th.ones(1, *SHAPE), mask=th.ones(1, *SHAPE))
     value = th.rand(2, *SHAPE)
-    denoiser = JointDenoiser(tasks, network, {"mask": value})
+    denoiser = JointDenoiser(modalities, network, {"mask": value})
     for _ in range(3):
         out = denoiser(th.randn(2, *SHAPE), th.tensor([5, 5]))
         shown = network.seen[-1][0]
@@ -265,9 +267,9 @@ def test_given_values_are_encoded_once():
         calls.append(value)
         return value[:, :, None, None].expand(-1, -1, 8, 8)
 
-    tasks = MultiTask([Modality("clip", "vector", (1,), encoder=encode, head="middle")], 1)
+    modalities = ModalitySet([Modality("clip", "vector", (1,), encoder=encode, head="middle")], 1)
     for given, expected in (({"clip": th.ones(2, 1)}, 1), (None, 3)):
-        denoiser = JointDenoiser(tasks, Recorder(clip=th.zeros(1, 1)), given, strength=0.0)
+        denoiser = JointDenoiser(modalities, Recorder(clip=th.zeros(1, 1)), given, strength=0.0)
         calls.clear()
         for _ in range(3):
             denoiser(th.randn(2, *SHAPE), th.tensor([5, 5]))
@@ -280,7 +282,7 @@ def test_score_of_a_label(strength):
     network = LabelledMixture(process(peaks={"label": 0.5}))
     z, t = th.linspace(-1, 1, 9).reshape(-1, 1, 1, 1), th.full((9,), 300)
     given = {"label": one_hot(th.zeros(9, dtype=th.long), 2)}
-    score = JointDenoiser(network.tasks(), network, given, strength)(z, t).score
+    score = JointDenoiser(network.modalities(), network, given, strength)(z, t).score
     step = 1e-2
     up, down = (network(z + h, t)[1]["label"].log_softmax(1)[:, 0] for h in (step, -step))
     scale = strength if isinstance(strength, float) else 3.0
@@ -297,7 +299,7 @@ def test_bayes_gives_the_conditional_noise():
     for step in (0, 30, 300, 900):
         t = th.full((7,), step)
         out = diffusion.p_mean_variance(
-            JointDenoiser(network.tasks(), network, given), z, t, clip_denoised=False
+            JointDenoiser(network.modalities(), network, given), z, t, clip_denoised=False
         )
         a, s, b = (float(v[step]) for v in (network.signal, network.sigma, network.shift))
         mean, spread = network.x_given_e(e), network.spread_given_e
@@ -305,7 +307,7 @@ def test_bayes_gives_the_conditional_noise():
         x_start = mean + a * spread**2 / (a**2 * spread**2 + s**2) * (y - a * mean)
         th.testing.assert_close(out["pred_xstart"], x_start.float(), rtol=2e-3, atol=2e-3)
         held = diffusion.p_mean_variance(
-            JointDenoiser(network.tasks(), network, given, strength=0.0), z, t, clip_denoised=False
+            JointDenoiser(network.modalities(), network, given, strength=0.0), z, t, clip_denoised=False
         )
         if step == 300:
             assert (held["pred_xstart"] - x_start).abs().max() > 0.05
@@ -316,29 +318,29 @@ def test_variance_is_interpolated_between_bins():
     network = Recorder()
     network.heads = {"twin": th.nn.Module()}
     network.heads["twin"].register_buffer("variance", th.tensor([0.01, 1.0, 4.0, 4.0]))
-    tasks = MultiTask([Modality("twin", "image", SHAPE)], 1, steps=400)
-    read = tasks.variance(network, "twin", th.tensor([0, 50, 100, 150, 250, 399]))
+    modalities = ModalitySet([Modality("twin", "image", SHAPE)], 1, steps=400)
+    read = modalities.variance(network, "twin", th.tensor([0, 50, 100, 150, 250, 399]))
     assert read.tolist() == pytest.approx([0.01, 0.01, 0.1, 1.0, 4.0, 4.0], rel=1e-4)
-    rescaled = MultiTask([Modality("twin", "image", SHAPE)], 1, steps=400, rescaled=True)
+    rescaled = ModalitySet([Modality("twin", "image", SHAPE)], 1, steps=400, rescaled=True)
     again = rescaled.variance(network, "twin", rescaled.timesteps(th.tensor([0, 50, 100, 150, 250, 399])))
     th.testing.assert_close(again, read)
 
 
 def test_refusals():
-    tasks, network = small_model()
+    modalities, network = small_model()
     with pytest.raises(UserError, match="unknown order 'random': choose posterior or paper"):
-        JointDenoiser(tasks, network, order="random")
+        JointDenoiser(modalities, network, order="random")
     with pytest.raises(UserError, match="unknown modality 'depth'; this model has masked, label"):
-        JointDenoiser(tasks, network, {"depth": th.zeros(1, *SHAPE)})
+        JointDenoiser(modalities, network, {"depth": th.zeros(1, *SHAPE)})
     with pytest.raises(UserError, match="unknown modality 'depth'; this model has none"):
-        JointDenoiser(MultiTask([], 1), network, {"depth": th.zeros(1, *SHAPE)})
+        JointDenoiser(ModalitySet([], 1), network, {"depth": th.zeros(1, *SHAPE)})
     with pytest.raises(UserError, match=r"modality masked: expected values of shape \[B, 1, 8, 8\]"):
-        JointDenoiser(tasks, network, {"masked": th.zeros(1, 3, 8, 8)})
+        JointDenoiser(modalities, network, {"masked": th.zeros(1, 3, 8, 8)})
     images = th.zeros(1, *SHAPE)
     with pytest.raises(UserError, match="needs the full process of 1000 steps, not one of 10"):
-        predict_modalities(process(steps=10, peaks=tasks.peaks), tasks, network, images)
+        predict_modalities(process(steps=10, peaks=modalities.peaks), modalities, network, images)
     with pytest.raises(UserError, match=r"time 1000 is outside 0\.\.999"):
-        predict_modalities(process(peaks=tasks.peaks), tasks, network, images, times=(1000,))
+        predict_modalities(process(peaks=modalities.peaks), modalities, network, images, times=(1000,))
 
 
 def test_prediction_from_an_image():
@@ -347,12 +349,12 @@ def test_prediction_from_an_image():
     network = LabelledMixture(diffusion, means=(-0.2, 0.2), spread=0.3)
     x = th.linspace(-0.5, 0.5, 11).reshape(-1, 1, 1, 1)
     predicted = predict_modalities(
-        diffusion, network.tasks(), network, x, times=(0, 1), random=PerSample(range(11))
+        diffusion, network.modalities(), network, x, times=(0, 1), random=PerSample(range(11))
     )
     density = network.prior * (-((x.reshape(-1, 1) - network.means) ** 2) / (2 * 0.3**2)).exp()
     th.testing.assert_close(predicted["label"], density / density.sum(1, keepdim=True), rtol=0, atol=0.03)
     given = {"label": one_hot(th.zeros(11, dtype=th.long), 2)}
-    assert predict_modalities(diffusion, network.tasks(), network, x, given)["label"] is given["label"]
+    assert predict_modalities(diffusion, network.modalities(), network, x, given)["label"] is given["label"]
 
 
 # The bound
@@ -370,7 +372,7 @@ def pair_bound(kappa):
     x = eight_bit(network.mean + network.spread * th.randn(8, *SHAPE))
     e = eight_bit(0.5 * x - 0.1 + 0.15 * th.randn(8, *SHAPE))
     random = PerSample.derived(1, range(8))
-    bound = multitask_bound(diffusion, network.tasks(SHAPE), network, x, Batch({"e": e}), False, random)
+    bound = multitask_bound(diffusion, network.modalities(SHAPE), network, x, Batch({"e": e}), False, random)
     width = math.log(2 / 255)
     bits_x = -(th.distributions.Normal(network.mean, network.spread).log_prob(x) + width) / math.log(2)
     bits_e = -(th.distributions.Normal(0.5 * x - 0.1, 0.15).log_prob(e) + width) / math.log(2)
@@ -417,18 +419,18 @@ def test_bound_of_a_worse_network_is_larger():
         batch = Batch({"label": one_hot(k, 2)})
         x = eight_bit(x.reshape(-1, 1, 1, 1))
         random = PerSample.derived(0, range(200))
-        bounds.append(multitask_bound(diffusion, network.tasks(), network, x, batch, random=random))
+        bounds.append(multitask_bound(diffusion, network.modalities(), network, x, batch, random=random))
     good, bad = bounds
     assert bad.L2["label"].mean() > good.L2["label"].mean() and bad.L1.mean() > good.L1.mean()
 
 
 def test_bound_of_missing_values():
     """A missing value costs nothing."""
-    tasks, network = small_model()
-    diffusion = process(steps=4, peaks=tasks.peaks)
+    modalities, network = small_model()
+    diffusion = process(steps=4, peaks=modalities.peaks)
     images = eight_bit(th.rand(4, *SHAPE) * 2 - 1)
     batch = batch_for(images, {"label": th.tensor([True, False, True, True])})
-    bound = multitask_bound(diffusion, tasks, network, images, batch)
+    bound = multitask_bound(diffusion, modalities, network, images, batch)
     assert bound.L2["label"][1].abs().max() == 0 and bound.L2["label"][0].min() > 0
     assert set(bound.L2) == {"masked", "label"} and bound.total.shape == (4,)
 
@@ -448,21 +450,23 @@ def test_prior_counts_the_shift_that_is_left_at_the_end():
 
 
 def with_process(spec, classes=3):
-    tasks, network = small_model(spec, classes=classes)
-    tasks.process = process(peaks=tasks.peaks)
-    return tasks, network
+    modalities, network = small_model(spec, classes=classes)
+    modalities.process = process(peaks=modalities.peaks)
+    return modalities, network
 
 
 def test_a_condition_alone_is_adms_class_conditional_model():
     """Encoder and head `none`: the losses are training_losses with y, the samples' noise the network's with y, bit for bit."""
     spec = {"label": {"variant": "X", "encoder": "none", "head": "none", "null_probability": 0.0}}
-    tasks, network = with_process(spec)
+    modalities, network = with_process(spec)
     assert not hasattr(network, "heads") or not len(network.heads)
     labels = th.tensor([0, 2, 1, 1])
     images, noise = th.rand(4, *SHAPE) * 2 - 1, th.randn(4, *SHAPE)
     t, batch = th.tensor([0, 100, 500, 999]), Batch({"label": one_hot(labels, 3)})
-    diffusion = process(peaks=tasks.peaks) if tasks.peaks else process()
-    ours = multitask_losses(diffusion, tasks, network, images, batch, t, noise, random=PerSample(range(4)))
+    diffusion = process(peaks=modalities.peaks) if modalities.peaks else process()
+    ours = multitask_losses(
+        diffusion, modalities, network, images, batch, t, noise, random=PerSample(range(4))
+    )
 
     def adm(x, timesteps, y):
         output = network(x, timesteps, y=y)
@@ -470,7 +474,7 @@ def test_a_condition_alone_is_adms_class_conditional_model():
 
     theirs = diffusion.training_losses(adm, images, t, model_kwargs={"y": labels}, noise=noise)
     assert set(ours) == set(theirs) and all(th.equal(ours[key], theirs[key]) for key in theirs)
-    out = JointDenoiser(tasks, network, batch.values)(images, t)
+    out = JointDenoiser(modalities, network, batch.values)(images, t)
     assert th.equal(out.output, adm(images, t, labels)) and not out.encodings
 
 
@@ -484,49 +488,49 @@ def test_only_makes_the_other_samples_modalities_missing():
 
 def test_guidance_towards_a_given_u_modality():
     """free + s (given - free), where free is the noise of the image alone: without the given modality's shift."""
-    tasks, network = with_process("label:U")
-    tasks.single_task = True
+    modalities, network = with_process("label:U")
+    modalities.single_task = True
     z, t = th.randn(2, *SHAPE), th.tensor([400, 400])
     given = {"label": one_hot(th.tensor([0, 2]), 3)}
-    shift = tasks.process.aggregation.shift(tasks.encode(network, Batch(given), z), t)
+    shift = modalities.process.aggregation.shift(modalities.encode(network, Batch(given), z), t)
     assert shift.abs().max() > 0.1
-    eps, _ = tasks.apply(network, z, t, {})
-    free, _ = tasks.apply(network, z - shift, t, {})
+    eps, _ = modalities.apply(network, z, t, {})
+    free, _ = modalities.apply(network, z - shift, t, {})
     for scale in (0.0, 1.0, 3.0):
-        out = JointDenoiser(tasks, network, given, strength=0.0, guidance=scale)(z, t)
+        out = JointDenoiser(modalities, network, given, strength=0.0, guidance=scale)(z, t)
         th.testing.assert_close(out.output, free + scale * (eps - free))
-    tasks.single_task = False
+    modalities.single_task = False
     with pytest.raises(UserError, match="trained with --single_task_probability"):
-        JointDenoiser(tasks, network, given, guidance=2.0)
+        JointDenoiser(modalities, network, given, guidance=2.0)
 
 
 def test_guidance_towards_a_given_x_modality():
     """The same, where free is the noise at the null input."""
-    tasks, network = with_process("label:X")
+    modalities, network = with_process("label:X")
     z, t = th.randn(2, *SHAPE), th.tensor([400, 400])
     given = {"label": one_hot(th.tensor([0, 2]), 3)}
-    eps, _ = tasks.apply(network, z, t, given)
-    free, _ = tasks.apply(network, z, t, {})
+    eps, _ = modalities.apply(network, z, t, given)
+    free, _ = modalities.apply(network, z, t, {})
     assert (eps - free).abs().max() > 1e-3
     for scale in (0.0, 1.0, 3.0):
-        out = JointDenoiser(tasks, network, given, guidance=scale)(z, t)
+        out = JointDenoiser(modalities, network, given, guidance=scale)(z, t)
         th.testing.assert_close(out.output, free + scale * (eps - free))
 
 
 def test_absent_modalities_are_neither_estimated_nor_in_the_latent():
-    tasks, network = with_process("masked:U,label:U")
+    modalities, network = with_process("masked:U,label:U")
     z, t = th.randn(2, *SHAPE), th.tensor([400, 400])
-    denoiser = JointDenoiser(tasks, network, absent=["label"])
+    denoiser = JointDenoiser(modalities, network, absent=["label"])
     out = denoiser(z, t)
     assert list(out.encodings) == ["masked"] and list(denoiser.estimates) == ["masked"]
     for names, given in ((["depth"], None), (["label"], {"label": th.zeros(2, 3)})):
         with pytest.raises(UserError, match="cannot be left out"):
-            JointDenoiser(tasks, network, given, absent=names)
+            JointDenoiser(modalities, network, given, absent=names)
 
 
 def test_indices_undo_timesteps():
     for steps in (40, 1000, 4000):
         for rescaled in (False, True):
-            tasks = MultiTask([], 1, steps=steps, rescaled=rescaled)
+            modalities = ModalitySet([], 1, steps=steps, rescaled=rescaled)
             t = th.arange(steps)
-            assert th.equal(tasks.indices(tasks.timesteps(t)), t)
+            assert th.equal(modalities.indices(modalities.timesteps(t)), t)

@@ -54,7 +54,7 @@ def test_flags_are_adms_and_the_modalities():
 )
 def test_network_has_the_inputs_and_heads_of_its_modalities(modalities, channels, classes, heads):
     model = small(modalities=modalities)
-    assert list(model.tasks.modalities) == heads
+    assert list(model.modalities.names) == heads
     state = model.network.state_dict()
     assert state["input_blocks.0.0.weight"].shape[1] == channels
     assert {name.split(".")[1] for name in state if name.startswith("heads.")} == set(heads)
@@ -102,7 +102,7 @@ def test_model_is_loaded_from_every_file_of_a_run(trained):
         model = JointModel.load(str(trained / path), weights)
         assert not model.network.training
         state = model.network.state_dict()
-        assert model.flags["diffusion_steps"] == 40 and list(model.tasks.modalities) == ["masked", "label"]
+        assert model.flags["diffusion_steps"] == 40 and list(model.modalities.names) == ["masked", "label"]
         if expected:
             assert all(th.equal(state[key], value) for key, value in files[expected].items())
 

@@ -13,7 +13,7 @@ from guided_diffusion.mt.aggregation import JointOutput
 from guided_diffusion.mt.bound import multitask_bound
 from guided_diffusion.mt.denoiser import JointDenoiser
 from guided_diffusion.mt.modalities import Modality
-from guided_diffusion.mt.modality_set import Batch, MultiTask, multitask_losses
+from guided_diffusion.mt.modality_set import Batch, ModalitySet, multitask_losses
 from guided_diffusion.mt.sampling import SAMPLERS, joint_sample
 from guided_diffusion.seeding import PerSample
 from tests.oracle import process
@@ -39,8 +39,8 @@ class Toy(th.nn.Module):
         return output, {name: th.sin(2 * x) for name in self.names}
 
 
-def image_tasks(*names):
-    return MultiTask([Modality(name, "image", SHAPE) for name in names], 3)
+def image_modalities(*names):
+    return ModalitySet([Modality(name, "image", SHAPE) for name in names], 3)
 
 
 def diffusion_and_data(name):
@@ -56,7 +56,7 @@ def diffusion_and_data(name):
 def test_no_modality_matches_the_recorded_single_task(name):
     """A joint model of no modalities gives the numbers recorded from upstream, and the bits of the plain model."""
     diffusion, model, data = diffusion_and_data(name)
-    joint = JointDenoiser(MultiTask([], data["x0"].shape[1]), model)
+    joint = JointDenoiser(ModalitySet([], data["x0"].shape[1]), model)
     x_t = diffusion.q_sample(data["x0"], data["t"], data["noise"], encodings={})
     agree(x_t, data["q_sample"], "q_sample")
     for clip in (False, True):
@@ -86,14 +86,14 @@ def test_sampling_with_no_modality_has_the_same_bits(sampler, loop, peaks):
     th.manual_seed(3)
     with th.no_grad():
         *_, last = SAMPLERS[sampler](
-            diffusion, JointDenoiser(MultiTask([], 3), network), noise, th.randn_like, clip_denoised=True
+            diffusion, JointDenoiser(ModalitySet([], 3), network), noise, th.randn_like, clip_denoised=True
         )
     assert th.equal(last["sample"], plain) and set(last) == {"sample", "pred_xstart"}
 
 
 def test_joint_sample_with_no_modality_has_the_same_bits():
     diffusion, network = process(steps=12), Toy()
-    joint = joint_sample(diffusion, MultiTask([], 3), network, (2, *SHAPE), PerSample([5, 6]))
+    joint = joint_sample(diffusion, ModalitySet([], 3), network, (2, *SHAPE), PerSample([5, 6]))
     random = PerSample([5, 6])
     noise = random.randn(SHAPE)
     plain = diffusion.p_sample_loop(network, noise.shape, noise=noise, randn_like=random.randn_like)
@@ -105,7 +105,7 @@ def test_sampling_with_given_zeros_has_the_same_bits(sampler):
     """An encoding of zeros (no value) shifts nothing."""
     diffusion, network, noise = process(steps=12, peaks={"e": 0.5}), Toy(names=("e",)), th.randn(2, *SHAPE)
     plain = process(steps=12)
-    given = JointDenoiser(image_tasks("e"), network, {"e": th.zeros(2, *SHAPE)}, strength=0.0)
+    given = JointDenoiser(image_modalities("e"), network, {"e": th.zeros(2, *SHAPE)}, strength=0.0)
     results = []
     for process_, model in ((diffusion, given), (plain, lambda x, t: network(x, t)[0])):
         th.manual_seed(4)
@@ -122,12 +122,12 @@ def test_losses_without_values_have_the_same_bits(variance):
     x, noise, t = th.rand(3, *SHAPE) * 2 - 1, th.randn(3, *SHAPE), th.tensor([0, 400, 999])
     plain = process(model_var_type=variance).training_losses(Toy(learned), x, t, noise=noise)
     nothing = multitask_losses(
-        process(model_var_type=variance), MultiTask([], 3), Toy(learned), x, Batch({}), t, noise
+        process(model_var_type=variance), ModalitySet([], 3), Toy(learned), x, Batch({}), t, noise
     )
     diffusion, network = process(model_var_type=variance, peaks={"e": 0.5}), Toy(learned, ("e",))
-    absent = multitask_losses(diffusion, image_tasks("e"), network, x, Batch({}), t, noise)
+    absent = multitask_losses(diffusion, image_modalities("e"), network, x, Batch({}), t, noise)
     missing = Batch({"e": th.zeros(3, *SHAPE)}, {"e": th.zeros(3, dtype=th.bool)})
-    missing = multitask_losses(diffusion, image_tasks("e"), network, x, missing, t, noise)
+    missing = multitask_losses(diffusion, image_modalities("e"), network, x, missing, t, noise)
     assert missing.pop("KL_e").abs().max() == 0
     for terms in (nothing, absent, missing):
         assert set(terms) == set(plain)
@@ -137,7 +137,7 @@ def test_losses_without_values_have_the_same_bits(variance):
 def test_bound_with_no_modality_has_the_single_task_terms():
     diffusion, network, x = process(steps=20), Toy(), th.rand(2, *SHAPE) * 2 - 1
     zeros = SimpleNamespace(randn_like=th.zeros_like)
-    bound = multitask_bound(diffusion, MultiTask([], 3), network, x, Batch({}), random=zeros)
+    bound = multitask_bound(diffusion, ModalitySet([], 3), network, x, Batch({}), random=zeros)
     terms = [
         diffusion._vb_terms_bpd(network, x, diffusion.q_sample(x, t, th.zeros_like(x)), t)["output"]
         for t in th.arange(20)[:, None].expand(20, 2)

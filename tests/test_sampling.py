@@ -7,7 +7,7 @@ import torch as th
 from guided_diffusion.errors import UserError
 from guided_diffusion.mt.denoiser import JointDenoiser
 from guided_diffusion.mt.modalities import one_hot, parse_modalities
-from guided_diffusion.mt.modality_set import MultiTask
+from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.mt.sampling import SAMPLERS, Known, joint_sample
 from guided_diffusion.seeding import PerSample
 from guided_diffusion.unet import UNetModel
@@ -38,12 +38,12 @@ def test_samples_have_the_right_distribution(sampler, given, betas):
     # Ancestral sampling with the small variance is too narrow by O(1 / steps).
     steps = 500 if sampler == "ddpm" else 200
     diffusion, network = process(betas, steps, peaks=PEAK), GaussianPair(process(betas, peaks=PEAK))
-    tasks, values = network.tasks((1, 64, 64)), None
+    modalities, values = network.modalities((1, 64, 64)), None
     mean, spread = network.mean, network.spread
     if given is not None:
         values = {"e": th.full((2, 1, 64, 64), given)}
         mean, spread = network.x_given_e(given), network.spread_given_e
-    denoiser = JointDenoiser(tasks, network, values)
+    denoiser = JointDenoiser(modalities, network, values)
     # Multistep noise extrapolation needs the clipping where abar_T is nearly 0.
     out = run(sampler, diffusion, denoiser, th.randn(2, 1, 64, 64), clip_denoised=sampler == "plms")[-1]
     assert float(out["sample"].mean()) == pytest.approx(mean, abs=0.015)
@@ -65,7 +65,7 @@ def error(sampler, steps, betas="linear", given=None, **options):
         values = {"e": th.full_like(start, given)}
         network.forward = lambda z, t: (known_eps(network, z, t, given), {"e": 0 * z})
         flow = known_flow(network, given)
-    out = run(sampler, diffusion, JointDenoiser(network.tasks(), network, values, 0.0), start, **options)
+    out = run(sampler, diffusion, JointDenoiser(network.modalities(), network, values, 0.0), start, **options)
     return float((out[-2]["sample"] - flow(start, 999, 0)).abs().max())
 
 
@@ -98,7 +98,7 @@ def test_second_order_in_the_modality():
     diffusion = process(steps=20, peaks=PEAK)
     network = GaussianPair(process(peaks=PEAK), spread=0.8)
     start = th.linspace(-2, 2, 64).reshape(-1, 1, 1, 1)
-    out = run("dpm++", diffusion, JointDenoiser(network.tasks(), network), start)[-1]["sample"]
+    out = run("dpm++", diffusion, JointDenoiser(network.modalities(), network), start)[-1]["sample"]
     assert (out - network.flow(start, 999, None)).abs().max() < 0.008
 
 
@@ -116,7 +116,9 @@ def test_clipping_holds_the_image_in_range(sampler, betas):
     """Far starts at few steps: with clipping every latent stays of the size of noise."""
     diffusion, network = process(betas, 6, peaks=PEAK), GaussianPair(process(betas, peaks=PEAK))
     start = th.linspace(-5, 5, 64).reshape(-1, 1, 1, 1)
-    for out in run(sampler, diffusion, JointDenoiser(network.tasks(), network), start, clip_denoised=True):
+    for out in run(
+        sampler, diffusion, JointDenoiser(network.modalities(), network), start, clip_denoised=True
+    ):
         assert out["sample"].abs().max() < 8
     assert out["sample"].abs().max() <= 1 + 1e-5
 
@@ -126,7 +128,8 @@ def test_deterministic_samplers(sampler):
     diffusion, network = process(steps=8, peaks=PEAK), GaussianPair(process(peaks=PEAK))
     z = th.randn(4, 1, 1, 1)
     first, second = (
-        run(sampler, diffusion, JointDenoiser(network.tasks(), network), z)[-1]["sample"] for _ in range(2)
+        run(sampler, diffusion, JointDenoiser(network.modalities(), network), z)[-1]["sample"]
+        for _ in range(2)
     )
     assert th.equal(first, second)
 
@@ -138,7 +141,7 @@ def test_steps_are_network_passes(sampler, steps):
     diffusion, network = process(steps=steps, peaks=PEAK), GaussianPair(process(peaks=PEAK))
     calls = []
     network.register_forward_hook(lambda *_: calls.append(1))
-    out = run(sampler, diffusion, JointDenoiser(network.tasks(), network), th.randn(2, 1, 1, 1))
+    out = run(sampler, diffusion, JointDenoiser(network.modalities(), network), th.randn(2, 1, 1, 1))
     assert len(out) == steps
     assert len(calls) == steps + (sampler == "plms" and steps > 1)
 
@@ -157,7 +160,12 @@ def test_guidance_on_top():
     for sampler in SAMPLERS:
         plain, guided = (
             run(
-                sampler, diffusion, JointDenoiser(network.tasks(), network), z, cond_fn=fn, clip_denoised=True
+                sampler,
+                diffusion,
+                JointDenoiser(network.modalities(), network),
+                z,
+                cond_fn=fn,
+                clip_denoised=True,
             )[-1]
             for fn in (None, guide)
         )
@@ -185,7 +193,7 @@ def mixture_samples(
     values = None if given is None else {"label": one_hot(th.full((count,), given), 2)}
     first = th.rand(count, 1)
     initial = {"label": th.cat([first, 1 - first], 1)}
-    denoiser = JointDenoiser(network.tasks(), network, values, strength, order, initial)
+    denoiser = JointDenoiser(network.modalities(), network, values, strength, order, initial)
     x = run(sampler, diffusion, denoiser, th.randn(count, 1, 1, 1), clip_denoised=True)[-1][
         "sample"
     ].flatten()
@@ -243,27 +251,27 @@ def test_what_the_literal_order_does():
 
 @pytest.fixture(scope="module")
 def model():
-    """(tasks, network, diffusion) of a tiny U-Net with a masked image (X) and a label (U)."""
+    """(modalities, network, diffusion) of a tiny U-Net with a masked image (X) and a label (U)."""
     th.manual_seed(0)
-    tasks = MultiTask(parse_modalities("masked:X,label:U", SHAPE, 3), 1, 3)
-    network = UNetModel(8, 2, 32, 1, 1, (), channel_mult=(1, 2), num_classes=3, modalities=tuple(tasks))
+    modalities = ModalitySet(parse_modalities("masked:X,label:U", SHAPE, 3), 1, 3)
+    network = UNetModel(8, 2, 32, 1, 1, (), channel_mult=(1, 2), num_classes=3, modalities=tuple(modalities))
     with th.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * th.randn(parameter.shape))
-    return tasks, network.eval(), process("cosine", 8, peaks=tasks.peaks)
+    return modalities, network.eval(), process("cosine", 8, peaks=modalities.peaks)
 
 
 @every
 @pytest.mark.parametrize("order", ["posterior", "paper"])
 def test_a_sample_does_not_depend_on_its_batch(model, sampler, order):
     """The same image alone, in pairs and in a batch of five: within 1/255; given a label too."""
-    tasks, network, diffusion = model
+    modalities, network, diffusion = model
     label = one_hot(th.tensor([0, 1, 2, 0, 1]), 3)
 
     def sample(indices):
         return joint_sample(
             diffusion,
-            tasks,
+            modalities,
             network,
             (len(indices), *SHAPE),
             PerSample.derived(7, indices),
@@ -287,14 +295,14 @@ def test_a_sample_does_not_depend_on_its_batch(model, sampler, order):
     [*((name, step, 1) for name in SAMPLERS for step in (False, True)), ("ddpm", True, 3)],
 )
 def test_known_pixels_come_back_exactly(model, sampler, every_step, repeats):
-    tasks, network, diffusion = model
+    modalities, network, diffusion = model
     values, where = th.rand(3, *SHAPE) * 2 - 1, th.rand(3, 1, 8, 8) < 0.5
     known = Known(values, where, every_step, repeats)
     options = dict(sampler=sampler, given={"masked": values * where})
     sample = joint_sample(
-        diffusion, tasks, network, values.shape, PerSample([1, 2, 3]), known=known, **options
+        diffusion, modalities, network, values.shape, PerSample([1, 2, 3]), known=known, **options
     )
-    free = joint_sample(diffusion, tasks, network, values.shape, PerSample([1, 2, 3]), **options)
+    free = joint_sample(diffusion, modalities, network, values.shape, PerSample([1, 2, 3]), **options)
     assert th.equal(sample.images[where], values[where])
     assert (sample.images[~where] - values[~where]).abs().max() > 0.1
     # Pasted at the end alone, the rest is what it would have been; replaced at each step, the rest knows of it.
@@ -305,7 +313,7 @@ def test_known_pixels_come_back_exactly(model, sampler, every_step, repeats):
 def test_known_pixels_are_noised_in_the_moving_frame(repeats):
     """Replaced at each step, they enter the network with the mean and variance of equation 4."""
     diffusion, network = process("cosine", 20, peaks=PEAK), GaussianPair(process("cosine", peaks=PEAK))
-    tasks, shape, e = network.tasks((1, 32, 32)), (4, 1, 32, 32), 0.6
+    modalities, shape, e = network.modalities((1, 32, 32)), (4, 1, 32, 32), 0.6
     seen = {}
     network.register_forward_hook(
         lambda _, inputs, __: seen.setdefault(int(inputs[1][0]), []).append(inputs[0])
@@ -314,7 +322,7 @@ def test_known_pixels_are_noised_in_the_moving_frame(repeats):
     known = Known(th.full(shape, 0.4), where, every_step=True, repeats=repeats)
     joint_sample(
         diffusion,
-        tasks,
+        modalities,
         network,
         shape,
         PerSample(range(4)),
@@ -338,7 +346,7 @@ def test_resampling_keeps_the_marginals():
     network.register_forward_hook(
         lambda _, inputs, __: seen.setdefault(int(inputs[1][0]), []).append(inputs[0].detach())
     )
-    denoiser = JointDenoiser(network.tasks((1, 64, 64)), network, {"e": th.full((2, 1, 64, 64), e)})
+    denoiser = JointDenoiser(network.modalities((1, 64, 64)), network, {"e": th.full((2, 1, 64, 64), e)})
     out = run("ddpm", diffusion, denoiser, th.randn(2, 1, 64, 64), repeats=2)[-1]["sample"]
     mean, spread = network.x_given_e(e), network.spread_given_e
     assert float(out.mean()) == pytest.approx(mean, abs=0.02)
@@ -360,19 +368,19 @@ def test_start_includes_a_known_shift():
         seen, shape = [], (2, 1, 64, 64)
         network.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0].detach()))
         given = {"e": th.full(shape, 1.0)}
-        joint_sample(diffusion, network.tasks(shape[1:]), network, shape, PerSample([0, 1]), given=given)
+        joint_sample(diffusion, network.modalities(shape[1:]), network, shape, PerSample([0, 1]), given=given)
         expected = network.shift[-1] if centre is None else centre
         assert float(seen[0].mean()) == pytest.approx(expected, abs=0.05)
         assert float(seen[0].std()) == pytest.approx(1, abs=0.04)
 
 
 def test_refusals(model):
-    tasks, network, diffusion = model
+    modalities, network, diffusion = model
     shape = (1, *SHAPE)
     known = Known(th.zeros(shape), th.ones(shape, dtype=th.bool), every_step=True, repeats=2)
     with pytest.raises(UserError, match=r"unknown sampler 'euler': choose one of ddpm, ddim, plms, dpm\+\+"):
-        joint_sample(diffusion, tasks, network, shape, PerSample([0]), sampler="euler")
+        joint_sample(diffusion, modalities, network, shape, PerSample([0]), sampler="euler")
     with pytest.raises(UserError, match="resampling goes back by random steps: it works with ddpm, not ddim"):
-        joint_sample(diffusion, tasks, network, shape, PerSample([0]), sampler="ddim", known=known)
+        joint_sample(diffusion, modalities, network, shape, PerSample([0]), sampler="ddim", known=known)
     with pytest.raises(UserError, match="unknown order 'literal'"):
-        joint_sample(diffusion, tasks, network, shape, PerSample([0]), order="literal")
+        joint_sample(diffusion, modalities, network, shape, PerSample([0]), order="literal")

@@ -12,8 +12,9 @@ from PIL import Image
 
 from guided_diffusion import checkpoint_util
 from guided_diffusion.checkpoint_util import find_complete_checkpoint, load_complete
+from guided_diffusion.mt.modality_set import batch_of
 from guided_diffusion.mt.model import JointModel, mt_defaults, read_config
-from guided_diffusion.mt.training import batch_of, measure_variance
+from guided_diffusion.mt.training import measure_variance
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from tests.conftest import script_path
 from tests.mt_driver import MODEL, TRAIN, Started, digits, refusal, run, same, train
@@ -225,8 +226,8 @@ def test_data_of_every_kind_train(tmp_path, class_folder, kind):
     train(source, tmp_path / "run", "--image_channels", channels, "--iterations", 1)
     model = JointModel.load(str(tmp_path / "run"))
     assert model.flags["image_channels"] == channels
-    assert model.tasks["masked"].shape == (channels, 8, 8)
-    assert model.tasks["label"].shape == ((3,) if kind == "folder" else (10,))
+    assert model.modalities["masked"].shape == (channels, 8, 8)
+    assert model.modalities["label"].shape == ((3,) if kind == "folder" else (10,))
 
 
 def test_one_or_no_image_can_be_held_out(tmp_path):
@@ -258,7 +259,7 @@ def test_flags_win_over_the_file_and_the_result_is_kept(data, tmp_path):
     assert merged["iterations"] == 1 and merged["modalities"]["masked"]["null_probability"] == 0.3  # the file
     assert merged["weight_decay"] == 0.0 and merged["seed"] == 0  # the defaults
     assert set(mt_defaults()) < set(merged)
-    assert JointModel.load(str(tmp_path / "run")).tasks["masked"].null_probability == 0.3
+    assert JointModel.load(str(tmp_path / "run")).modalities["masked"].null_probability == 0.3
 
 
 @pytest.mark.parametrize(
@@ -347,11 +348,11 @@ def test_nothing_changes_for_a_finished_run(data, tmp_path):
 class Constant(th.nn.Module):
     """A network whose head for masked images is wrong by exactly `error` at every pixel."""
 
-    def __init__(self, tasks, error):
+    def __init__(self, modalities, error):
         super().__init__()
-        self.tasks, self.error = tasks, error
+        self.modalities, self.error = modalities, error
         self.heads = th.nn.ModuleDict({"masked": th.nn.Module()})
-        self.heads["masked"].register_buffer("variance", th.zeros(tasks["masked"].variance_bins))
+        self.heads["masked"].register_buffer("variance", th.zeros(modalities["masked"].variance_bins))
 
     def forward(self, z, timesteps, **kwargs):
         # Images of zeros have masked copies of zeros, whatever the mask.
@@ -367,8 +368,8 @@ def joint(**changes):
 
 def test_variance_is_the_mean_squared_error_at_every_timestep():
     model = joint(modalities="masked:U", diffusion_steps=64)
-    network = Constant(model.tasks, lambda t: 0.1 + t / 64)
-    measure_variance(model.diffusion, model.tasks, network, th.zeros(64, 1, 8, 8), {})
+    network = Constant(model.modalities, lambda t: 0.1 + t / 64)
+    measure_variance(model.diffusion, model.modalities, network, th.zeros(64, 1, 8, 8), {})
     variance = network.heads["masked"].variance
     # Bin k holds t = 2k and 2k + 1.
     low, high = ((0.1 + th.arange(start, 64, 2) / 64) ** 2 for start in (0, 1))
@@ -378,8 +379,8 @@ def test_variance_is_the_mean_squared_error_at_every_timestep():
 
 def test_bins_without_a_image_take_the_next_lower_ones_value():
     model = joint(modalities="masked:U", diffusion_steps=64)
-    network = Constant(model.tasks, lambda t: 0.1 + t / 64)
-    measure_variance(model.diffusion, model.tasks, network, th.zeros(2, 1, 8, 8), {})
+    network = Constant(model.modalities, lambda t: 0.1 + t / 64)
+    measure_variance(model.diffusion, model.modalities, network, th.zeros(2, 1, 8, 8), {})
     variance = network.heads["masked"].variance.tolist()
     assert 2 <= len(set(variance)) <= 8  # two images, four passes
     assert variance == sorted(variance) and all(0.1**2 - 1e-6 <= v <= 1.1**2 for v in variance)
@@ -400,8 +401,8 @@ def test_variance_is_in_the_checkpoint_and_in_the_loaded_model(data, tmp_path):
 
 
 def test_unlabelled_images_are_marked_absent():
-    tasks = joint().tasks
-    batch = batch_of(tasks, {"y": th.tensor([3, -1, 9]), "position": th.arange(3)})
+    modalities = joint().modalities
+    batch = batch_of(modalities, {"y": th.tensor([3, -1, 9]), "position": th.arange(3)})
     assert list(batch.values) == ["label"]
     assert batch.values["label"].argmax(dim=1)[[0, 2]].tolist() == [3, 9]
     assert batch.values["label"][1].tolist() == [0] * 10 and batch.present["label"].tolist() == [
@@ -409,7 +410,7 @@ def test_unlabelled_images_are_marked_absent():
         False,
         True,
     ]
-    assert not batch_of(joint(modalities="masked:X").tasks, {}).values
+    assert not batch_of(joint(modalities="masked:X").modalities, {}).values
 
 
 def test_stray_half_written_files_are_no_checkpoints(one_rank):
@@ -435,8 +436,8 @@ def test_single_task_steps_alone_are_single_task_training(data, tmp_path):
     )
     assert all(same(alone[name], joined[name]) for name in alone)
     assert not all(same(alone[name], never[name]) for name in alone)
-    assert JointModel.load(str(tmp_path / "joint")).tasks.single_task
-    assert not JointModel.load(str(tmp_path / "never")).tasks.single_task
+    assert JointModel.load(str(tmp_path / "joint")).modalities.single_task
+    assert not JointModel.load(str(tmp_path / "never")).modalities.single_task
 
 
 def test_single_task_steps_are_drawn_for_each_sample(data, tmp_path):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from guided_diffusion.errors import UserError
 from guided_diffusion.mt.heads import Features, Heads
 from guided_diffusion.mt.modalities import Modality, parse_modalities
-from guided_diffusion.mt.modality_set import MultiTask
+from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.unet import UNetModel
 
 SHAPE = (2, 8, 8)
@@ -125,23 +125,23 @@ def test_soft_labels(inputs):
 def test_x_inputs(inputs):
     """X modalities widen the input by their channels; U modalities do not, and the null input is zeros."""
     x, t = inputs
-    tasks = MultiTask(parse_modalities("masked:X,label:X", SHAPE, 3), 2, 3)
-    assert tasks.input_channels == 4
-    assert MultiTask(BOTH, 2, 3).input_channels == 2
-    model = unet(tuple(tasks), in_channels=4)
+    modalities = ModalitySet(parse_modalities("masked:X,label:X", SHAPE, 3), 2, 3)
+    assert modalities.input_channels == 4
+    assert ModalitySet(BOTH, 2, 3).input_channels == 2
+    model = unet(tuple(modalities), in_channels=4)
     values = {"masked": th.randn(4, *SHAPE), "label": th.eye(4, 3)}
-    shown, _ = tasks.apply(model, x, t, values)
-    hidden, _ = tasks.apply(model, x, t, {})
+    shown, _ = modalities.apply(model, x, t, values)
+    hidden, _ = modalities.apply(model, x, t, {})
     assert th.equal(shown, model(th.cat([x, values["masked"]], 1), t, y=values["label"])[0])
     assert th.equal(hidden, model(th.cat([x, th.zeros_like(x)], 1), t, y=th.zeros(4, 3))[0])
     assert (shown - hidden).abs().max() > 1e-3
 
 
 def test_u_values_never_reach_the_input(inputs):
-    tasks = MultiTask(BOTH, 2, 3)
+    modalities = ModalitySet(BOTH, 2, 3)
     model = unet(BOTH)
     values = {"masked": th.randn(4, *SHAPE), "label": th.eye(4, 3)}
-    assert th.equal(tasks.apply(model, *inputs, values)[0], tasks.apply(model, *inputs, {})[0])
+    assert th.equal(modalities.apply(model, *inputs, values)[0], modalities.apply(model, *inputs, {})[0])
 
 
 def test_half_precision_heads_return_the_inputs_type(inputs):
@@ -164,9 +164,9 @@ def test_refusals(inputs):
     ):
         unet(num_classes=None)(*inputs, y=th.zeros(4, dtype=th.long))
     with pytest.raises(UserError, match="modality names must differ: masked, masked"):
-        MultiTask([BOTH[0], BOTH[0]], 2)
+        ModalitySet([BOTH[0], BOTH[0]], 2)
     other = Modality("kind", "label", (4,), encoder="unet", head="middle", likelihood="categorical")
     with pytest.raises(
         UserError, match="the network has one class input: at most one modality can be a label"
     ):
-        MultiTask([BOTH[1], other], 2)
+        ModalitySet([BOTH[1], other], 2)

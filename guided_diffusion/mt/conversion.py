@@ -19,7 +19,15 @@ from safetensors.torch import save_file
 from .. import checkpoint_util, dist_util
 from ..errors import UserError, UserFileError
 from ..script_util import NUM_CLASSES, create_model_and_diffusion, model_and_diffusion_defaults
-from .model import CONFIG_NAME, JointModel, mt_defaults, read_config, take_over, write_config
+from .model import (
+    CONFIG_NAME,
+    JointModel,
+    mt_defaults,
+    read_config,
+    take_over,
+    with_former_defaults,
+    write_config,
+)
 
 KINDS = ("joint", "adm")
 _METADATA = "mt_diffusion"
@@ -103,7 +111,7 @@ def joint_model(package: Package) -> JointModel:
     """The model of a `joint` package, in evaluation mode on the CPU. UserError if weights and flags do
     not fit.
     """
-    model = JointModel.from_flags({**mt_defaults(), **package.flags})
+    model = JointModel.from_flags(with_former_defaults(package.flags))
     checkpoint_util.load_weights(model.network, package.weights, package.source)
     model.network.eval()
     return model
@@ -122,12 +130,13 @@ def from_adm(package: Package, flags: Mapping) -> tuple[Package, list[str]]:
         flags["num_classes"] = len(package.weights[_LABELS])
     known = mt_defaults()
     model = JointModel.from_flags({**known, **{name: flags[name] for name in known if name in flags}})
-    if model.tasks.num_classes is None and _LABELS in package.weights:
+    if model.modalities.num_classes is None and _LABELS in package.weights:
         raise UserError(
             f"{package.source} is class-conditional ({flags['num_classes']} classes): one modality must be a "
             "label, as in --modalities label:X"
         )
     fresh, _ = take_over(model.network, package.weights, package.source)
+    model.modalities.refresh_codes(model.network, th.zeros(1, *model.shape))
     return Package(model.network.state_dict(), "joint", model.flags, package.source), fresh
 
 
@@ -139,16 +148,18 @@ def to_adm(package: Package, class_cond: bool | None = None) -> Package:
     without it the network is the one for no label. UserError if there are no classes to keep.
     """
     model = joint_model(package)
-    label = next((m for m in model.tasks if m.kind == "label"), None)
+    label = model.modalities.first("label")
     if class_cond and label is None:
         raise UserError(f"{package.source} knows no classes: leave out --class_cond")
     keep = label is not None and label.as_input if class_cond is None else class_cond
     state = {
-        name: value for name, value in model.network.state_dict().items() if not name.startswith("heads.")
+        name: value
+        for name, value in model.network.state_dict().items()
+        if not name.startswith(("heads.", "presence.", "codes."))
     }
     if not keep:
         state.pop(_LABELS, None)
-    state[_STEM] = state[_STEM][:, : model.tasks.image_channels].clone()
+    state[_STEM] = state[_STEM][:, : model.modalities.image_channels].clone()
     defaults = model_and_diffusion_defaults()
     flags = {name: model.flags[name] for name in defaults if name in model.flags} | {"class_cond": keep}
     if not keep:

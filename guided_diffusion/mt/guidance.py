@@ -9,7 +9,7 @@ import torch.nn as nn
 from .. import checkpoint_util, dist_util
 from ..errors import UserValueError
 from ..script_util import classifier_defaults, create_classifier
-from .modalities import Modality, one_hot
+from .modalities import LabelModality
 from .model import JointModel
 
 
@@ -60,7 +60,7 @@ class ClassGuidance:
     """Guidance of samples towards classes. target: the label, the model's own or (its `name` then being none
     of the model's) the classifier's alone; classifier: None for the model's own head."""
 
-    target: Modality
+    target: LabelModality
     classifier: nn.Module | None
     scale: float
 
@@ -73,7 +73,7 @@ class ClassGuidance:
         path = flags["classifier_path"]
         if not path:
             return None
-        label = next((m for m in model.tasks if m.kind == "label"), None)
+        label = model.modalities.first("label")
         if path == "own":
             if label is None or label.head == "none":
                 raise UserValueError("--classifier_path own: this model has no head for a label")
@@ -87,7 +87,7 @@ class ClassGuidance:
         classifier = load_classifier(path, flags, size, channels, classes)
         if label is None:
             # What the model does not know of, the network need not see: it is only read and drawn.
-            label = Modality("label", "label", (classes,), "none", "none", "categorical", as_input=True)
+            label = LabelModality("label", (classes,), "none", "none", as_input=True)
         elif label.shape[0] != classes:
             raise UserValueError(f"the model has {label.shape[0]} classes, the classifier {classes}")
         return cls(label, classifier, flags["classifier_scale"])
@@ -96,5 +96,4 @@ class ClassGuidance:
         """The labels to guide to, [B, classes]: the given ones, or drawn by `random` (PerSample)."""
         if self.target.name in given:
             return given[self.target.name]
-        classes = self.target.shape[0]
-        return one_hot(random.randint(classes), classes)
+        return self.target.draw(random)

@@ -1,23 +1,14 @@
-"""The decoder heads D_i: from the shared U-Net's features to a modality (paper section 3.3, appendix E)."""
+"""The decoder heads D_i: from the shared U-Net's features to a modality (paper sections 2.2.3, 2.2.4, E.3, E.4)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch as th
 import torch.nn as nn
 
-from ..errors import UserValueError
+from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType
 from ..nn import conv_nd, normalization, zero_module
-
-if TYPE_CHECKING:
-    from .modalities import Modality
-
-
-class Features(NamedTuple):
-    """What the shared U-Net offers its heads."""
-
-    middle: th.Tensor  # the middle block's output [B, C_m, h, w]
-    last: th.Tensor  # what the U-Net's own output layer reads [B, C, H, W]
+from ..script_util import create_classifier
 
 
 class OutputHead(nn.Sequential):
@@ -27,9 +18,9 @@ class OutputHead(nn.Sequential):
         convolution = zero_module(conv_nd(dims, channels, out_channels, 3, padding=1))
         super().__init__(normalization(channels), nn.SiLU(), convolution)
 
-    def forward(self, features: Features) -> th.Tensor:
+    def forward(self, middle: th.Tensor, last: th.Tensor) -> th.Tensor:
         """[B, out_channels, H, W]."""
-        return super().forward(features.last)
+        return super().forward(last)
 
 
 class MiddleHead(nn.Sequential):
@@ -43,40 +34,112 @@ class MiddleHead(nn.Sequential):
             last = zero_module(nn.Linear(hidden, out_features))
             super().__init__(nn.Linear(channels, hidden), nn.ReLU(), last)
 
-    def forward(self, features: Features) -> th.Tensor:
+    def forward(self, middle: th.Tensor, last: th.Tensor) -> th.Tensor:
         """[B, out_features]."""
-        return super().forward(features.middle.float().flatten(2).mean(dim=2))
+        return super().forward(middle.float().flatten(2).mean(dim=2))
 
 
 class Heads(nn.ModuleDict):
-    """One head per modality, by name; none where its head is `none`.
+    """One head per modality, by name.
 
-    Classifier heads read no features but the predicted image: `MultiTask.apply` calls them. Gaussian heads
-    carry `variance`: their squared error at each timestep, once measured.
+    heads: a Gaussian one also carries `variance` [bins], its squared error at each timestep, once measured.
+    Those that are neither an OutputHead nor a MiddleHead read the predicted image: `ModalitySet.apply` calls them.
     """
 
-    def __init__(
-        self, modalities: Sequence["Modality"], middle_channels: int, last_channels: int, dims: int = 2
-    ):
-        modalities = [m for m in modalities if m.head != "none"]
-        super().__init__({m.name: self._make(m, middle_channels, last_channels, dims) for m in modalities})
-        for modality in modalities:
-            if modality.likelihood == "gaussian":
-                self[modality.name].register_buffer("variance", th.ones(modality.variance_bins))
+    def __init__(self, heads: Mapping[str, nn.Module], variance_bins: Mapping[str, int]):
+        super().__init__(heads)
+        for name, bins in variance_bins.items():
+            self[name].register_buffer("variance", th.ones(bins))
 
-    @staticmethod
-    def _make(modality, middle_channels, last_channels, dims):
-        if modality.head == "out":
-            return OutputHead(last_channels, modality.shape[0], dims)
-        if modality.head == "middle":
-            return MiddleHead(middle_channels, modality.shape[0], modality.hidden)
-        if modality.head == "classifier":
-            return modality.classifier.build(modality.shape[0])
-        raise UserValueError(
-            f"modality {modality.name}: unknown head {modality.head!r}, choose out, middle or classifier"
-        )
+    def forward(self, middle: th.Tensor, last: th.Tensor) -> dict[str, th.Tensor]:
+        """The raw predictions: images [B, C, H, W], logits [B, classes], vectors [B, D].
 
-    def forward(self, features: Features) -> dict[str, th.Tensor]:
-        """The raw predictions: images [B, C, H, W], logits [B, classes], vectors [B, D]."""
-        feature_heads = (OutputHead, MiddleHead)
-        return {name: head(features) for name, head in self.items() if isinstance(head, feature_heads)}
+        middle: the middle block's output [B, C_m, h, w]; last: what the U-Net's own output layer reads
+        [B, C, H, W].
+        """
+        reading = (OutputHead, MiddleHead)
+        return {name: head(middle, last) for name, head in self.items() if isinstance(head, reading)}
+
+
+class Presence(nn.Module):
+    """Tells the network whose shifts are in the latent: one vector per modality, zero at first, which is added
+    to the timestep embedding where its modality is present."""
+
+    def __init__(self, names: Iterable[str], width: int):
+        super().__init__()
+        self.vectors = nn.ParameterDict([(name, nn.Parameter(th.zeros(width))) for name in names])
+
+    def forward(self, present: th.Tensor) -> th.Tensor:
+        """present [B, N], in the modalities' order -> [B, width]."""
+        vectors = th.stack(list(self.vectors.values()))
+        return present.to(vectors.dtype) @ vectors
+
+
+class Codes(nn.Module):
+    """Encodings by the U-Net that stand still between two refreshes, by modality: buffers [K, C, H, W].
+
+    They belong to the checkpoint: samples are drawn with the codes that the weights were trained with.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_buffer(name, th.zeros(shape))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+    def __getitem__(self, name: str) -> th.Tensor:
+        return self._buffers[name]
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """The classifier of a label's head `classifier` (E): ADM's flags classifier_*, with the paper's depth.
+
+    image_size, image_channels: of the image that it reads. detach: whether the label's loss stops at the
+    predicted image. It does by default: image and label are learned in sequence, and the way back into the
+    U-Net multiplies the gradient by sqrt(1 / abar_t - 1), which exceeds 100 where the image is all noise.
+    Conditioning on a given label differentiates through it in any case.
+    """
+
+    image_size: int = 64
+    image_channels: int = 3
+    width: int = 128
+    depth: int = 4
+    attention_resolutions: str = "32,16,8"
+    use_scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    pool: str = "attention"
+    channel_mult: str = ""
+    detach: bool = True
+
+    @property
+    def flags(self) -> dict:
+        """As flags of classifier_train.py; num_classes is the modality's."""
+        own = ("width", "depth", "attention_resolutions", "use_scale_shift_norm", "resblock_updown", "pool")
+        return {
+            "image_size": self.image_size,
+            "image_channels": self.image_channels,
+            **{f"classifier_{name}": getattr(self, name) for name in (*own, "channel_mult")},
+        }
+
+    def build(self, classes: int) -> nn.Module:
+        """An EncoderUNetModel with fresh weights: (images, timesteps) -> logits. UserValueError for
+        impossible options."""
+        return create_classifier(**self.flags, classifier_use_fp16=False, num_classes=classes)
+
+
+def predicted_image(process: GaussianDiffusion, output: th.Tensor, z: th.Tensor, t: th.Tensor) -> th.Tensor:
+    """What E's classifier reads: the clean image that the network's output [B, C or 2C, H, W] says is in
+    z_t, in [-1, 1]; t are indices of the full `process`.
+
+    No modality's shift is subtracted, so this is a function of z_t alone. Subtracting the true one would tell
+    the classifier the label: eps errs by what the network does not know of e_i, and in the moving frame that
+    error is the true encoding minus the expected one. Without it the image carries the expected encoding,
+    atil_t / sqrt(abar_t) E[e_i | z_t], which is what z_t knows of the label; it vanishes with t.
+    """
+    prediction = output[:, : z.shape[1]].float()
+    if process.model_mean_type is not ModelMeanType.START_X:
+        prediction = process._predict_xstart_from_eps(z, t, prediction)
+    return prediction.clamp(-1, 1)

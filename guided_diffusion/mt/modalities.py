@@ -1,12 +1,15 @@
-"""What is generated beside the image: one `Modality` each, in one place (paper section 3).
+"""What is generated beside the image: one class per kind of data (paper section 2.2).
 
-Values travel as tensors: images [B, C, H, W] in [-1, 1], labels as probability vectors [B, classes], vectors
-[B, D]. An all-zero value is the null input of every kind: a completely masked image, no label.
+Each kind says how it is encoded, expected, scored, read from data and files and written, so that a new kind is
+one class here. Values travel as tensors: images [B, C, H, W] in [-1, 1], labels as probability vectors
+[B, classes], vectors [B, D]. An all-zero value is the null input of every kind: a completely masked image, no
+label.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch as th
 import torch.nn.functional as F
@@ -15,89 +18,40 @@ from ..errors import UserValueError
 from ..losses import discretized_gaussian_log_likelihood
 from ..nn import mean_flat
 from ..seeding import PerSample
-from .classifier_head import ClassifierOptions
+from .heads import ClassifierOptions, MiddleHead, OutputHead
+from .masks import RandomPatches
 
 RESERVED = ("image", "arr_0", "y", "position")  # names with another meaning in batches and files
 
 
 @dataclass(frozen=True)
-class RandomPatches:
-    """Masks an image with square patches: the paper's masked-image data (appendix E.2).
-
-    Each image gets m ~ U{0..max_patches} patches of `size` x `size` pixels anywhere inside it; they may
-    overlap. With probability `complete` everything is masked. Masked pixels are 0, the middle of the range.
-    """
-
-    max_patches: int = 10
-    size: int = 16
-    complete: float = 0.0
-
-    def __post_init__(self):
-        if self.max_patches < 0 or self.size < 1 or not 0 <= self.complete <= 1:
-            raise UserValueError(
-                f"masks need max_patches of at least 0, size of at least 1 and complete a probability, got {self}"
-            )
-
-    def keep(self, height: int, width: int, random: PerSample, patches: int | None = None) -> th.Tensor:
-        """Which pixels stay: bool [B, 1, H, W]. `patches` fixes their number."""
-        if self.size > min(height, width):
-            raise UserValueError(f"patches of {self.size} pixels do not fit an image of {height} x {width}")
-        most = self.max_patches if patches is None else patches
-        count = random.randint(self.max_patches + 1) if patches is None else patches
-        top, left = (
-            random.randint(edge - self.size + 1, max(most, 1)) for edge in (height, width)
-        )  # [B, most]
-        rows, columns = (th.arange(edge, device=random.device) for edge in (height, width))
-        inside_rows = (rows >= top[..., None]) & (rows < top[..., None] + self.size)  # [B, most, H]
-        inside_columns = (columns >= left[..., None]) & (columns < left[..., None] + self.size)
-        used = th.arange(max(most, 1), device=random.device) < th.as_tensor(count).reshape(-1, 1).to(
-            random.device
-        )
-        covered = (inside_rows[..., :, None] & inside_columns[..., None, :] & used[..., None, None]).any(
-            dim=1
-        )
-        covered |= (random.rand() < self.complete).reshape(-1, 1, 1)
-        return ~covered[:, None]
-
-    def __call__(self, images: th.Tensor, random: PerSample) -> th.Tensor:
-        """Masked copies of images [B, C, H, W]."""
-        return images * self.keep(*images.shape[2:], random).to(images)
-
-
-@dataclass(frozen=True)
-class Modality:
+class Modality(ABC):
     """One kind of data beside the image.
 
-    name: unique; kind and shape: `image` (C, H, W), `label` (classes,), `vector` (D,). encoder E_i:
-    `identity` (the value lies in the diffusion space already), `unet` (the shared U-Net at z = 0, t = 0 fed
-    the value through its conditioning, a label's class embedding or a vector's cross-attention; centred and of
-    unit RMS, for a vector of the vector's own RMS), a callable value -> [B, C, H, W], or `none`
-    (the value does not enter the latent). head D_i: `out`, `middle` (`hidden` units in it) or `classifier`
-    (heads.py), or `none`: with neither it is a condition that the network sees, as in ADM. likelihood:
-    `gaussian` or `categorical`. loss_weight: lambda of equation 6. peak: kappa, the largest atil. as_input: variant X, the network also
-    sees the value, which is replaced by the null input with probability null_probability in training;
-    otherwise variant U. centre: what `unet` encodings are taken relative to: the `mean` over classes, or the
-    encoding of the `null` input (one forward pass less per class not in the batch). derive: makes the value
-    from the image; None if the data bring it. bounded: an image's values lie in [-1, 1], predictions are
-    clipped to that (latents are not bounded).
+    name: unique. encoder E_i: `identity`, `unet`, `none` (the value does not enter the latent), or a callable
+    value -> [B, C, H, W]. head D_i: see the kinds, or `none`: with neither it is a condition that the network
+    sees, as in ADM. loss_weight: lambda of equation 6. peak: kappa, the largest atil; None leaves it to
+    `with_peaks`. as_input: variant X, the network also sees the value, replaced by the null input with probability
+    null_probability in training; otherwise variant U.
     """
 
     name: str
-    kind: Literal["image", "label", "vector"]
     shape: tuple[int, ...]
     encoder: str | Callable[[th.Tensor], th.Tensor] = "identity"
-    head: Literal["out", "middle", "classifier", "none"] = "out"
-    likelihood: Literal["gaussian", "categorical"] = "gaussian"
+    head: str = "out"
     loss_weight: float = 0.1
-    peak: float = 0.5
+    peak: float | None = None
     as_input: bool = False
     null_probability: float = 0.1
-    hidden: int | None = None
-    centre: Literal["mean", "null"] = "mean"
-    derive: Callable[[th.Tensor, PerSample], th.Tensor] | None = None
-    classifier: ClassifierOptions = ClassifierOptions()
-    variance_bins: int = 32
-    bounded: bool = True
+
+    kind: ClassVar[str]
+    rank: ClassVar[int]  # of one value's shape
+    likelihood: ClassVar[Literal["gaussian", "categorical"]] = "gaussian"
+    encoders: ClassVar[tuple[str, ...]]
+    heads: ClassVar[tuple[str, ...]]
+    derive: ClassVar[Callable[[th.Tensor, PerSample], th.Tensor] | None] = None
+    input_channels: ClassVar[int] = 0  # of the network's input, beside the latent's
+    has_content_everywhere: ClassVar[bool] = False  # like an image, and unlike an abstract code
 
     def __post_init__(self):
         if not self.name.isidentifier() or hasattr(th.nn.ModuleDict, self.name) or self.name in RESERVED:
@@ -105,104 +59,328 @@ class Modality:
                 "the name must be one word of letters, digits and underscores, no method of a module and none of "
                 + ", ".join(RESERVED)
             )
-        rank = {"image": 3, "label": 1, "vector": 1}.get(self.kind)
-        if rank is None:
-            self._refuse(f"unknown kind {self.kind!r}, choose image, label or vector")
-        if len(self.shape) != rank or min(self.shape) < 1:
-            self._refuse(f"a {self.kind} needs a shape of {rank} positive numbers, got {self.shape}")
-        if self.encoder == "identity" and self.kind != "image":
-            self._refuse(f"a {self.kind} is not in the diffusion space: the encoder cannot be identity")
-        if self.encoder == "unet" and self.kind == "image":
+        if len(self.shape) != self.rank or min(self.shape) < 1:
+            self._refuse(f"kind {self.kind} needs a shape of {self.rank} positive numbers, got {self.shape}")
+        if not callable(self.encoder) and self.encoder not in (*self.encoders, "none"):
+            known = ", ".join((*self.encoders, "none"))
             self._refuse(
-                "the U-Net as encoder needs a conditioning input, which only a label or a vector has here"
+                f"unknown encoder {self.encoder!r} for kind {self.kind}: choose {known} or a callable"
             )
-        if not callable(self.encoder) and self.encoder not in ("identity", "unet", "none"):
-            self._refuse(f"unknown encoder {self.encoder!r}, choose identity, unet, none or a callable")
-        if (self.likelihood == "categorical") != (self.kind == "label"):
-            self._refuse(
-                f"the likelihood of a {self.kind} is {'categorical' if self.kind == 'label' else 'gaussian'}"
-            )
-        heads = {"image": ("out",), "vector": ("middle",), "label": ("middle", "classifier")}[self.kind]
-        if self.head not in (*heads, "none"):
-            self._refuse(f"the head of a {self.kind} is {' or '.join(heads)}, or none, not {self.head!r}")
+        if self.head not in (*self.heads, "none"):
+            known = ", ".join((*self.heads, "none"))
+            self._refuse(f"unknown head {self.head!r} for kind {self.kind}: choose {known}")
         if self.head == "none" and not self.as_input:
             self._refuse("without a head nothing tells the value: the network must see it (variant X)")
-        if self.as_input and self.kind == "vector":
-            self._refuse("this network has no input for a vector: use variant U")
         if not (self.loss_weight >= 0 and 0 <= self.null_probability <= 1):
             self._refuse("loss_weight must be at least 0 and null_probability a probability")
+
+    def _refuse(self, why):
+        raise UserValueError(f"modality {self.name}: {why}")
 
     @property
     def required(self) -> bool:
         """Whether the network never learns to do without the value: then sampling must be given one."""
         return self.as_input and self.null_probability == 0
 
-    def _refuse(self, why):
-        raise UserValueError(f"modality {self.name}: {why}")
+    @property
+    def aggregated(self) -> bool:
+        """Whether it enters the latent."""
+        return self.encoder != "none"
 
     def check(self, value: th.Tensor) -> th.Tensor:
-        """`value` itself if it is a batch of this modality; ValueError that says what is wrong otherwise."""
+        """`value` itself if it is a batch of this modality; UserValueError that says what is wrong otherwise."""
         if tuple(value.shape[1:]) != self.shape:
             self._refuse(
                 f"expected values of shape [B, {', '.join(map(str, self.shape))}], got {list(value.shape)}"
             )
         if not bool(value.isfinite().all()):
             self._refuse("the values contain NaN or infinity")
-        if self.kind == "label" and not bool(((value >= 0).all(1) & (value.sum(1) <= 1 + 1e-4)).all()):
-            self._refuse("labels must be probability vectors")
         return value
 
+    # In the network
+
+    @abstractmethod
+    def make_head(self, middle_channels: int, last_channels: int, dims: int) -> th.nn.Module:
+        """The module of `head`, fresh."""
+
+    def feed(self, value: th.Tensor | None, z: th.Tensor, channels: list, inputs: dict) -> None:
+        """Put the value (None: the null input) where the network sees it: variant X. channels: beside the
+        latent z [B, C, H, W]; inputs: further arguments of the network."""
+        self._refuse("this network has no input for it: use variant U")
+
+    # E_i
+
+    def constant_code(self, unet) -> th.Tensor | None:
+        """What its encoding by the U-Net needs whatever the value [K, C, H, W]; None if nothing.
+
+        unet: `UNetEncoder` of modality_set.py.
+        """
+        return None
+
+    def encode(self, value: th.Tensor, unet, code: th.Tensor | None) -> th.Tensor:
+        """e_i of a batch of values. code: `constant_code`, where it is there already."""
+        return value if self.encoder == "identity" else self.encoder(value)
+
+    # D_i and the likelihood
+
     def expectation(self, prediction: th.Tensor) -> th.Tensor:
-        """The head's output as a value: probabilities, a clipped image, the vector itself."""
-        if self.likelihood == "categorical":
-            return prediction.softmax(dim=1)
-        return prediction.clamp(-1, 1) if self.kind == "image" and self.bounded else prediction
+        """The head's output as a value."""
+        return prediction
 
     def loss(self, prediction: th.Tensor, value: th.Tensor) -> th.Tensor:
-        """KL(q(x_i) || p(x_i | z_t)) of equation 6 up to a constant: [B].
-
-        Cross-entropy, or the mean squared error.
-        """
-        if self.likelihood == "categorical":
-            return F.cross_entropy(prediction, value, reduction="none")
+        """KL(q(x_i) || p(x_i | z_t)) of equation 6 up to a constant: [B]."""
         return mean_flat((prediction - value) ** 2)
 
     def log_likelihood(
         self, prediction: th.Tensor, value: th.Tensor, variance: th.Tensor | None = None
     ) -> th.Tensor:
-        """log p(x_i | z_t) in nats, summed over the value, up to a constant: [B].
-
-        Gaussians need their variance [B].
-        """
-        if self.likelihood == "categorical":
-            return (prediction.log_softmax(dim=1) * value).sum(dim=1)
+        """log p(x_i | z_t) in nats, summed over the value, up to a constant: [B]. Gaussians need their
+        variance [B]."""
         return -((prediction - value) ** 2).flatten(1).sum(dim=1) / (2 * variance)
 
+    @abstractmethod
     def code_length(
         self, prediction: th.Tensor, value: th.Tensor, variance: th.Tensor | None = None
     ) -> th.Tensor:
-        """-log p(x_i | z_t) in nats with every constant: [B].
+        """-log p(x_i | z_t) in nats with every constant: [B]."""
 
-        Images are coded as 8-bit values, vectors by their density. The 0 of a masked pixel is a 257th value
-        that shares its bin with its two neighbours: the length of a masked image may be up to one bit per
-        pixel too short.
-        """
-        if self.likelihood == "categorical":
-            return -self.log_likelihood(prediction, value)
-        log_variance = variance.log().reshape(-1, *[1] * (value.dim() - 1)).expand_as(value)
-        if self.kind == "image":
-            nats = discretized_gaussian_log_likelihood(value, means=prediction, log_scales=0.5 * log_variance)
-            return -nats.flatten(1).sum(dim=1)
-        density = -0.5 * (
-            (prediction - value) ** 2 / log_variance.exp() + log_variance + th.tensor(2 * th.pi).log()
-        )
-        return -density.flatten(1).sum(dim=1)
+    # In data
+
+    @property
+    def data_key(self) -> str:
+        """Its name in the batches that data sets make."""
+        return self.name
+
+    def from_data(self, raw: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
+        """(values, which are there, bool [B], None for all) of a batch of data."""
+        return self.check(raw), None
+
+    def to_data(self, value: th.Tensor) -> th.Tensor:
+        """The inverse of `from_data`, where everything is there."""
+        return value
+
+    def start(self, random: PerSample, device) -> th.Tensor:
+        """A random value from which Algorithm 1 starts, [B, *shape]."""
+        return random.randn(self.shape).to(device)
+
+    def draw(self, random: PerSample) -> th.Tensor:
+        """A value drawn as the data have it, where that needs no model."""
+        self._refuse("only a label can be drawn at random")
+
+
+@dataclass(frozen=True)
+class ImageModality(Modality):
+    """A second image [C, H, W] of the same size, such as a masked copy, a depth map, the scene at night.
+
+    encoder: `identity` (it lies in the diffusion space already). head: `out`, the U-Net's output layer once more.
+    Gaussian. derive: makes the value from the image; None if the data bring it. bounded: values lie in [-1, 1],
+    predictions are clipped to that (latents are not bounded).
+    """
+
+    derive: Callable[[th.Tensor, PerSample], th.Tensor] | None = None
+    bounded: bool = True
+    variance_bins: int = 32
+
+    kind = "image"
+    rank = 3
+    encoders = ("identity",)
+    heads = ("out",)
+    has_content_everywhere = True
+
+    @property
+    def input_channels(self) -> int:
+        """See Modality."""
+        return self.shape[0] if self.as_input else 0
+
+    def make_head(self, middle_channels, last_channels, dims):
+        """See Modality."""
+        return OutputHead(last_channels, self.shape[0], dims)
+
+    def feed(self, value, z, channels, inputs):
+        """See Modality."""
+        channels.append(z.new_zeros(len(z), *self.shape) if value is None else value)
+
+    def expectation(self, prediction):
+        """The image, clipped where it is bounded."""
+        return prediction.clamp(-1, 1) if self.bounded else prediction
+
+    def code_length(self, prediction, value, variance=None):
+        """In 8-bit values. The 0 of a masked pixel is a 257th value that shares its bin with its two
+        neighbours: the length of a masked image may be up to one bit per pixel too short."""
+        log_scales = (0.5 * variance.log()).reshape(-1, *[1] * (value.dim() - 1)).expand_as(value)
+        nats = discretized_gaussian_log_likelihood(value, means=prediction, log_scales=log_scales)
+        return -nats.flatten(1).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class LabelModality(Modality):
+    """A class of `shape` = (classes,), as probabilities.
+
+    encoder: `unet`, the shared U-Net at z = 0, t = 0 fed the class embedding, centred and of unit RMS; a soft label
+    is the mixture of the classes' codes. centre: on the `mean` over classes, or on the encoding of the `null` input.
+    head: `middle` (M: one fully connected layer, `hidden` units between where given) or `classifier` (E: ADM's
+    classifier on the predicted image, `classifier`). Categorical.
+    """
+
+    encoder: str | Callable[[th.Tensor], th.Tensor] = "unet"
+    head: str = "middle"
+    centre: Literal["mean", "null"] = "mean"
+    hidden: int | None = None
+    classifier: ClassifierOptions = ClassifierOptions()
+
+    kind = "label"
+    rank = 1
+    likelihood = "categorical"
+    encoders = ("unet",)
+    heads = ("middle", "classifier")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.centre not in ("mean", "null"):
+            self._refuse(f"unknown centre {self.centre!r}: choose mean or null")
+
+    def check(self, value):
+        """See Modality; also that they are probabilities (all zero: no label)."""
+        super().check(value)
+        if not bool(((value >= 0).all(1) & (value.sum(1) <= 1 + 1e-4)).all()):
+            self._refuse("labels must be probability vectors")
+        return value
+
+    def make_head(self, middle_channels, last_channels, dims):
+        """See Modality."""
+        if self.head == "classifier":
+            return self.classifier.build(self.shape[0])
+        return MiddleHead(middle_channels, self.shape[0], self.hidden)
+
+    def feed(self, value, z, channels, inputs):
+        """See Modality."""
+        if value is not None:
+            inputs["y"] = value
+
+    def constant_code(self, unet):
+        """The codes of all classes. The U-Net's output is nearly the same for every class: without the centre
+        taken off, the class cannot be seen in the latent. In float32: the differences are small."""
+        if self.encoder != "unet":
+            return None
+        rows = th.eye(self.shape[0], device=unet.device)
+        if self.centre == "null":
+            rows = th.cat([rows, rows.new_zeros(1, rows.shape[1])])
+            raw = unet(y=rows)
+            return of_unit_rms(raw[:-1] - raw[-1:])
+        raw = unet(y=rows)
+        return of_unit_rms(raw - raw.mean(dim=0, keepdim=True))
+
+    def encode(self, value, unet, code):
+        """See Modality."""
+        if self.encoder != "unet":
+            return self.encoder(value)
+        code = self.constant_code(unet) if code is None else code
+        return th.einsum("bk,kchw->bchw", value.to(code), code).to(unet.dtype)
+
+    def expectation(self, prediction):
+        """The probabilities, not the likeliest class: equation 5 is linear in the code."""
+        return prediction.softmax(dim=1)
+
+    def loss(self, prediction, value):
+        """The cross-entropy."""
+        return F.cross_entropy(prediction, value, reduction="none")
+
+    def log_likelihood(self, prediction, value, variance=None):
+        """See Modality."""
+        return (prediction.log_softmax(dim=1) * value).sum(dim=1)
+
+    def code_length(self, prediction, value, variance=None):
+        """See Modality."""
+        return -self.log_likelihood(prediction, value)
+
+    @property
+    def data_key(self):
+        """ADM's name for classes."""
+        return "y"
+
+    def from_data(self, raw):
+        """int64 classes [B], -1 for none; or probabilities [B, classes]."""
+        if raw.is_floating_point():
+            return self.check(raw), None
+        return one_hot(raw, self.shape[0]), raw >= 0
+
+    def to_data(self, value):
+        """See Modality."""
+        return value.argmax(dim=1)
+
+    def start(self, random, device):
+        """See Modality."""
+        return super().start(random, device).softmax(dim=1)
+
+    def draw(self, random):
+        """A uniform class, one-hot [B, classes]."""
+        return one_hot(random.randint(self.shape[0]), self.shape[0])
+
+
+@dataclass(frozen=True)
+class VectorModality(Modality):
+    """D numbers, such as the CLIP representation of the image.
+
+    encoder: `unet`, the shared U-Net at z = 0, t = 0 fed the vector through its cross-attention, relative to the
+    null input. The direction is encoded, times the vector's RMS: an uncertain estimate, which lies near the mean
+    0, moves the latent little. head: `middle`, two layers with `hidden` ReLU units between. Gaussian. Variant U.
+    """
+
+    encoder: str | Callable[[th.Tensor], th.Tensor] = "unet"
+    head: str = "middle"
+    hidden: int | None = None
+    variance_bins: int = 32
+
+    kind = "vector"
+    rank = 1
+    encoders = ("unet",)
+    heads = ("middle",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.as_input:
+            self._refuse("this network has no input for a vector: use variant U")
+
+    def make_head(self, middle_channels, last_channels, dims):
+        """See Modality."""
+        return MiddleHead(middle_channels, self.shape[0], self.hidden)
+
+    def constant_code(self, unet):
+        """The raw code of the null input [1, C, H, W]."""
+        if self.encoder != "unet":
+            return None
+        return unet(context=unet.tokens(th.zeros(1, *self.shape, device=unet.device)))
+
+    def encode(self, value, unet, code):
+        """See Modality."""
+        if self.encoder != "unet":
+            return self.encoder(value)
+        rms = value.float().square().mean(dim=1, keepdim=True).sqrt()
+        rows = value.float() / rms.clamp(min=1e-12)
+        null = self.constant_code(unet) if code is None else code
+        raw = unet(context=unet.tokens(rows))
+        return (of_unit_rms(raw - null) * rms.reshape(-1, *[1] * (raw.dim() - 1))).to(unet.dtype)
+
+    def code_length(self, prediction, value, variance=None):
+        """By the density: a vector is not 8 bits deep."""
+        variance = variance[:, None]
+        nats = 0.5 * ((prediction - value) ** 2 / variance + (2 * th.pi * variance).log())
+        return nats.flatten(1).sum(dim=1)
+
+
+KINDS = {cls.kind: cls for cls in (ImageModality, LabelModality, VectorModality)}
+
+
+def of_unit_rms(codes: th.Tensor) -> th.Tensor:
+    """Codes [K, ...], each of RMS 1; a fresh network's, whose output layer is zero, stay zero."""
+    rms = codes.flatten(1).square().mean(dim=1).sqrt()
+    return codes / rms.clamp(min=1e-12).reshape(-1, *[1] * (codes.dim() - 1))
 
 
 def one_hot(labels: th.Tensor, classes: int) -> th.Tensor:
     """int64 labels [B] as float32 probability vectors [B, classes]; -1 (unlabelled) gives zeros.
 
-    ValueError outside -1..classes-1.
+    UserValueError outside -1..classes-1.
     """
     if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < classes:
         raise UserValueError(
@@ -212,6 +390,8 @@ def one_hot(labels: th.Tensor, classes: int) -> th.Tensor:
     return F.one_hot(labels.clamp(min=0), classes).float() * known
 
 
+# What a flag or a configuration file asks for
+
 PRESETS = ("masked", "label", "image", "representation")
 
 
@@ -219,25 +399,23 @@ def preset(name: str, kind: str, image_shape: tuple[int, int, int], num_classes:
     """A modality of the paper: `masked` (image), `label`, a second `image` or the `representation` of a CLIP
     ViT-H, 1024 numbers, for images of `image_shape`.
 
-    ValueError if `kind` is none of PRESETS, or a label is asked of data without labels.
+    UserValueError if `kind` is none of PRESETS, or a label is asked of data without labels.
     """
     if kind == "masked":
         # 16 pixels at 64, in proportion elsewhere.
-        patches = RandomPatches(size=max(1, round(image_shape[1] / 4)))
-        return Modality(name, "image", image_shape, derive=patches)
-    if kind == "label":
-        if not num_classes:
-            raise UserValueError(
-                f"modality {name}: the data have no labels; set --num_classes or give labelled data"
-            )
-        channels, size = image_shape[:2]
-        classifier = ClassifierOptions(size, channels)
-        return Modality(name, "label", (num_classes,), "unet", "middle", "categorical", classifier=classifier)
+        return ImageModality(name, image_shape, derive=RandomPatches(size=max(1, round(image_shape[1] / 4))))
     if kind == "image":
-        return Modality(name, "image", image_shape)
+        return ImageModality(name, image_shape)
     if kind == "representation":
-        return Modality(name, "vector", (1024,), "unet", "middle", hidden=1024)
-    raise UserValueError(f"modality {name}: unknown kind {kind!r}, choose one of {', '.join(PRESETS)}")
+        return VectorModality(name, (1024,), hidden=1024)
+    if kind != "label":
+        raise UserValueError(f"modality {name}: unknown kind {kind!r}, choose one of {', '.join(PRESETS)}")
+    if not num_classes:
+        raise UserValueError(
+            f"modality {name}: the data have no labels; set --num_classes or give labelled data"
+        )
+    channels, size = image_shape[:2]
+    return LabelModality(name, (num_classes,), classifier=ClassifierOptions(size, channels))
 
 
 def parse_modalities(
@@ -246,15 +424,13 @@ def parse_modalities(
     """The modalities that a flag or a configuration file asks for.
 
     spec: "masked:X,label:U" (names of presets with their variant, U unless given), or a mapping from a name
-    to a preset's name under `preset` and any fields of Modality to change; `variant: X` stands for as_input,
-    `patches` for those of RandomPatches, `classifier` for those of ClassifierOptions. Unless a peak is given,
-    it is 0.5 / N, where N of them enter the latent: the sum of their shifts stays at 0.5, above which several
-    modalities cost image quality. ValueError for anything unknown.
+    to a preset's name under `preset` and any fields of its class to change; `variant: X` stands for as_input,
+    `patches` for those of RandomPatches, `classifier` for those of ClassifierOptions. UserValueError for anything
+    unknown.
     """
-    spec = _as_mapping(spec)
-    peak = 0.5 / max(sum(options.get("encoder") != "none" for options in spec.values()), 1)
     return tuple(
-        _from_options(name, dict(options), image_shape, num_classes, peak) for name, options in spec.items()
+        _from_options(name, dict(options), image_shape, num_classes)
+        for name, options in _as_mapping(spec).items()
     )
 
 
@@ -278,12 +454,12 @@ def _as_mapping(spec):
     return spec
 
 
-def _from_options(name, options, image_shape, num_classes, peak):
+def _from_options(name, options, image_shape, num_classes):
     base = preset(name, options.pop("preset", name), image_shape, num_classes)
     variant = str(options.pop("variant", "U")).upper()
     if variant not in ("U", "X"):
         raise UserValueError(f"modality {name}: unknown variant {variant!r}, choose U or X")
-    changes = {"peak": peak, "as_input": variant == "X"}
+    changes: dict = {"as_input": variant == "X"}
     if "patches" in options:
         if not isinstance(base.derive, RandomPatches):
             raise UserValueError(f"modality {name}: only masked images have patches")
@@ -293,24 +469,16 @@ def _from_options(name, options, image_shape, num_classes, peak):
             raise UserValueError(f"modality {name}: options of the classifier need head: classifier")
         own = _known(name, options.pop("classifier"), ClassifierOptions)
         changes["classifier"] = replace(base.classifier, **own)
-    changes |= _known(name, options, Modality)
-    if base.kind == "vector" and "shape" in changes:
+    changes |= _known(name, options, type(base))
+    if isinstance(base, VectorModality) and "shape" in changes:
         changes.setdefault("hidden", changes["shape"][0])  # as wide as it is itself
     return replace(base, **changes)
 
 
 def _known(name, options, cls):
-    allowed = {f.name for f in fields(cls)} - {
-        "name",
-        "kind",
-        "derive",
-        "classifier",
-        "image_size",
-        "image_channels",
-    }
-    unknown = set(options) - allowed
-    if unknown:
+    allowed = {f.name for f in fields(cls)} - {"name", "derive", "classifier", "image_size", "image_channels"}
+    if unknown := sorted(set(options) - allowed):
         raise UserValueError(
-            f"modality {name}: unknown option {', '.join(sorted(unknown))}; known: {', '.join(sorted(allowed))}"
+            f"modality {name}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(allowed))}"
         )
     return {key: tuple(value) if key == "shape" else value for key, value in options.items()}

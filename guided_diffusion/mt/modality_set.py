@@ -1,18 +1,21 @@
-"""Several modalities in one diffusion: encode them, feed them, read them out (paper sections 3 and 4).
+"""The modalities of one network: encoded, fed and read out together (paper sections 2.2.2 to 2.2.4).
 
-`MultiTask` knows the modalities; it holds no weights. `multitask_losses` is equation 6. The bound behind it is
-in bound.py, the network as the samplers see it in denoiser.py.
+`ModalitySet` holds no weights. Equation 6 is in losses.py, the bound behind it in bound.py, the network as the
+samplers see it in denoiser.py.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch as th
+import torch.distributed as dist
 
 from ..errors import UserValueError
 from ..gaussian_diffusion import GaussianDiffusion
 from ..seeding import PerSample
-from .classifier_head import predicted_image
+from .aggregation import detectable_peak
+from .heads import Codes, Heads, Presence, predicted_image
 from .modalities import Modality
 
 Values = dict[str, th.Tensor]
@@ -20,18 +23,21 @@ Values = dict[str, th.Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Values of the modalities for B samples, and which of them are there.
+    """Values of the modalities for B samples, which of them are there, and the images they belong to.
 
     values: name -> tensor (modalities.py), zeros where missing; present: name -> bool [B], a name left out
-    means all.
+    means all; images: [B, C, H, W], where they are known.
     """
 
     values: Values
     present: dict[str, th.Tensor] = field(default_factory=dict)
+    images: th.Tensor | None = None
 
-    def only(self, where: th.Tensor) -> "Batch":
-        """The batch with every modality missing except `where`, bool [B]."""
-        return Batch(self.values, {name: self.present.get(name, where) & where for name in self.values})
+    def only(self, where: th.Tensor | Mapping[str, th.Tensor]) -> "Batch":
+        """The batch with every modality missing except `where`, bool [B], or by name."""
+        kept = {name: where[name] if isinstance(where, Mapping) else where for name in self.values}
+        present = {name: self.present.get(name, kept[name]) & kept[name] for name in self.values}
+        return replace(self, present=present)
 
     def mask(self, name: str, like: th.Tensor) -> th.Tensor | None:
         """1 where present, 0 elsewhere, shaped to multiply `like` [B, ...]; None if all are."""
@@ -39,59 +45,142 @@ class Batch:
         return None if present is None else present.to(like).reshape(-1, *[1] * (like.dim() - 1))
 
 
-class MultiTask:
-    """The modalities of one network.
+class UNetEncoder:
+    """The shared U-Net as an encoder (paper section 2.2.4, encoder 3): its output at z = 0, t = 0 for values fed
+    through its conditioning, without gradient, in evaluation mode.
 
-    modalities: in the order of the network's input channels; image_channels: those of the image itself;
-    num_classes: if the network takes `y`; context_dim: the width of its `context`, if it has cross-attention;
-    steps: the length T of the full process, and rescaled: whether the network is called with t * 1000 / T
-    (rescale_timesteps). ValueError for names that occur twice, two modalities that both need the network's
-    class input, or a vector that the U-Net is to encode without cross-attention. Set afterwards, where they
-    are needed: process, the full diffusion (for classifier heads, and for guidance in the moving frame);
-    single_task, whether the network also learned images without any modality (M*, E*).
+    like: a latent [B, C, H, W]; its device and dtype are those of encodings; shared: every rank asks for the same
+    values, and computes its part of them. float32; labels in bfloat16 on a GPU (cosine .9995 to float32, a vector's
+    .93).
     """
 
-    process: GaussianDiffusion | None = None
-    single_task = False
+    def __init__(self, modalities: "ModalitySet", network, like: th.Tensor, shared: bool = False):
+        self.modalities, self.network = modalities, network
+        self.size, self.device, self.dtype = like.shape[2:], like.device, like.dtype
+        self.shared = shared and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    @th.no_grad()
+    def __call__(self, **inputs: th.Tensor) -> th.Tensor:
+        """The network's output [K, C, H, W] for inputs [K, ...], by their names in its forward."""
+        count = len(next(iter(inputs.values())))
+        own = range(dist.get_rank(), count, dist.get_world_size()) if self.shared else range(count)
+        codes = th.zeros(count, self.modalities.image_channels, *self.size, device=self.device)
+        half = self.device.type == "cuda" and th.cuda.is_bf16_supported() and "context" not in inputs
+        was_training = self.network.training
+        self.network.eval()
+        with th.autocast(self.device.type, dtype=th.bfloat16, enabled=half):
+            for first in range(0, len(own), 256):
+                part = th.tensor(own[first : first + 256], device=self.device)
+                codes[part] = self._part(**{name: rows[part] for name, rows in inputs.items()})
+        self.network.train(was_training)
+        if self.shared:
+            dist.all_reduce(codes)
+        return codes
+
+    def _part(self, **inputs):
+        modalities, count = self.modalities, len(next(iter(inputs.values())))
+        z = th.zeros(count, modalities.input_channels, *self.size, device=self.device)
+        if modalities.num_classes is not None:
+            inputs.setdefault("y", z.new_zeros(count, modalities.num_classes))
+        output = self.network(z, th.zeros(count, dtype=th.long, device=self.device), **inputs)
+        output = output[0] if isinstance(output, tuple) else output
+        return output[:, : modalities.image_channels].float()
+
+    def tokens(self, value: th.Tensor) -> th.Tensor:
+        """A vector [B, D] as a context [B, S, context_dim]: cut into S tokens, the last filled up with zeros."""
+        width = self.modalities.context_dim
+        count = -(-value.shape[1] // width)
+        padded = th.nn.functional.pad(value, (0, count * width - value.shape[1]))
+        return padded.unflatten(1, (count, width))
+
+
+class ModalitySet:
+    """The modalities of one network.
+
+    modalities: in the order of the network's input channels; image_channels: those of the image itself; process:
+    the full diffusion; num_classes: if the network takes `y`; context_dim: the width of its `context`, if it has
+    cross-attention; presence: whether it is told which modalities are in the latent; single_task: whether it also
+    learned images without any modality (M*, E*). UserValueError for names that occur twice, two modalities that
+    need the network's one class input, or a vector that the U-Net is to encode without cross-attention.
+    """
 
     def __init__(
         self,
         modalities: Sequence[Modality],
         image_channels: int,
+        process: GaussianDiffusion | None = None,
+        *,
         num_classes: int | None = None,
-        steps: int = 1000,
-        rescaled: bool = False,
         context_dim: int | None = None,
+        presence: bool = False,
+        single_task: bool = False,
     ):
-        self.modalities = {m.name: m for m in modalities}
-        if len(self.modalities) != len(modalities):
+        self._by_name = {m.name: m for m in modalities}
+        if len(self._by_name) != len(modalities):
             raise UserValueError(f"modality names must differ: {', '.join(m.name for m in modalities)}")
-        if sum(m.kind == "label" for m in modalities) > 1:
+        if sum(m.data_key == "y" for m in modalities) > 1:
             raise UserValueError("the network has one class input: at most one modality can be a label")
         for m in modalities:
             if m.kind == "vector" and m.encoder == "unet" and context_dim is None:
                 raise UserValueError(
                     f"modality {m.name}: the U-Net has no cross-attention (context_dim) to encode a vector by"
                 )
-        self.image_channels = image_channels
+        self.image_channels, self.process = image_channels, process
         self.num_classes, self.context_dim = num_classes, context_dim
-        self.steps, self.rescaled = steps, rescaled
+        self.presence, self.single_task = presence and bool(self.aggregated), single_task
 
     def __iter__(self):
-        return iter(self.modalities.values())
+        return iter(self._by_name.values())
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
 
     def __getitem__(self, name: str) -> Modality:
-        return self.modalities[name]
+        return self._by_name[name]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all, in order."""
+        return list(self._by_name)
+
+    @property
+    def aggregated(self) -> list[str]:
+        """Names of those that enter the latent."""
+        return [m.name for m in self if m.aggregated]
+
+    def first(self, kind: str) -> Modality | None:
+        """The first modality of a kind (modalities.KINDS), None where there is none."""
+        return next((m for m in self if m.kind == kind), None)
 
     @property
     def input_channels(self) -> int:
         """Channels of the network's input: the latent's, and those of the X modalities that are images."""
-        return self.image_channels + sum(m.shape[0] for m in self if m.as_input and m.kind == "image")
+        return self.image_channels + sum(m.input_channels for m in self)
 
-    @property
-    def peaks(self) -> dict[str, float]:
-        """kappa of those that enter the latent, by name, for `Aggregation.named`."""
-        return {m.name: m.peak for m in self if m.encoder != "none"}
+    # Parts of the network
+
+    def make_heads(self, middle_channels: int, last_channels: int, dims: int = 2) -> Heads | None:
+        """The heads of all modalities, fresh; None if none has one."""
+        headed = [m for m in self if m.head != "none"]
+        made = {m.name: m.make_head(middle_channels, last_channels, dims) for m in headed}
+        bins = {m.name: m.variance_bins for m in headed if m.likelihood == "gaussian"}
+        return Heads(made, bins) if made else None
+
+    def make_presence(self, width: int) -> Presence | None:
+        """What tells the network which modalities are in the latent; None without `presence`."""
+        return Presence(self.aggregated, width) if self.presence else None
+
+    def make_codes(self, latent_shape: tuple[int, ...]) -> Codes | None:
+        """Where the codes of labels that the U-Net encodes stand still; None if there are none."""
+        labels = {
+            m.name: (m.shape[0], *latent_shape) for m in self if m.kind == "label" and m.encoder == "unet"
+        }
+        return Codes(labels) if labels else None
+
+    # The network with its modalities
 
     def apply(
         self,
@@ -100,25 +189,24 @@ class MultiTask:
         timesteps: th.Tensor,
         shown: Values,
         conditioning: Mapping | None = None,
+        present: th.Tensor | None = None,
         training: bool = False,
     ):
         """network(z, timesteps) with the X modalities of `shown`; those not shown get the null input.
 
-        conditioning: what else the network is called with, such as `context`. training: losses of classifier
-        heads stop at the predicted image where they say so. Returns (output, predictions).
+        conditioning: what else the network is called with, such as `context`; present: see `present_among`, None
+        for none. training: losses of classifier heads stop at the predicted image where they say so. Returns
+        (output, predictions by name).
         """
-        channels, conditioning = [z], dict(conditioning or {})
-        if self.num_classes is not None:
-            conditioning.setdefault("y", z.new_zeros(len(z), self.num_classes))
+        channels, inputs = [z], dict(conditioning or {})
         for m in self:
-            if not m.as_input:
-                continue
-            value = shown.get(m.name)
-            if m.kind == "image":
-                channels.append(z.new_zeros(len(z), *m.shape) if value is None else value)
-            elif value is not None:
-                conditioning["y"] = value
-        output = network(th.cat(channels, dim=1) if len(channels) > 1 else z, timesteps, **conditioning)
+            if m.as_input:
+                m.feed(shown.get(m.name), z, channels, inputs)
+        if self.num_classes is not None:
+            inputs.setdefault("y", z.new_zeros(len(z), self.num_classes))
+        if self.presence:
+            inputs["present"] = z.new_zeros(len(z), len(self.aggregated)) if present is None else present
+        output = network(th.cat(channels, dim=1) if len(channels) > 1 else z, timesteps, **inputs)
         output, predictions = output if isinstance(output, tuple) else (output, {})
         return output, {**predictions, **self._classify(network, output, z, timesteps, training)}
 
@@ -135,88 +223,58 @@ class MultiTask:
 
     def _need_process(self):
         if self.process is None:
-            raise UserValueError("this needs the full diffusion: set MultiTask.process")
+            raise UserValueError("this needs the full diffusion: give ModalitySet its process")
         return self.process
+
+    def present_among(self, names, like: th.Tensor, batch: Batch | None = None) -> th.Tensor | None:
+        """Which modalities' shifts are in latents [B, ...], as the network is told: [B, N] of 0 and 1; None
+        without `presence`. names: of those that are; batch: for which samples."""
+        if not self.presence:
+            return None
+        columns = []
+        for name in self.aggregated:
+            there = None if batch is None else batch.present.get(name)
+            column = like.new_full((len(like),), float(name in names))
+            columns.append(column if there is None else column * there.to(column))
+        return th.stack(columns, dim=1)
 
     # Encoders
 
     @th.no_grad()
-    def class_codes(
-        self, network, modality: Modality, like: th.Tensor, classes: th.Tensor | None = None
-    ) -> th.Tensor:
-        """The encodings of whole classes, [K, *like.shape[1:]]: of all, or of the indices `classes` [K]
-        (centre `null` only).
-
-        The U-Net's output at z = 0, t = 0, which is nearly the same for every class, is centred and brought
-        to unit RMS; without that the class cannot be seen in the latent. In float32 always: the differences
-        are small.
-        """
-        if modality.centre == "mean" or classes is None:
-            rows = th.eye(modality.shape[0], device=like.device)
-        else:
-            rows = th.nn.functional.one_hot(classes, modality.shape[0]).float()
-        if modality.centre == "null":
-            rows = th.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        raw = self._raw_codes(network, modality, rows, like)
-        if modality.centre == "null":
-            codes = raw[:-1] - raw[-1:]
-        else:
-            codes = raw - raw.mean(dim=0, keepdim=True)
-            codes = codes if classes is None else codes[classes]
-        return _of_unit_rms(codes)
+    def constant_codes(self, network, like: th.Tensor, names=None) -> Values:
+        """What encoding needs whatever the values, by name: for a label the codes of its classes, for a vector the
+        code of its null input. Codes that the network keeps (heads.Codes) are taken as they are."""
+        kept, unet = getattr(network, "codes", None), UNetEncoder(self, network, like)
+        found = {}
+        for m in self:
+            if names is None or m.name in names:
+                stands = kept is not None and m.name in kept
+                code = kept[m.name].to(like.device) if stands else m.constant_code(unet)
+                if code is not None:
+                    found[m.name] = code
+        return found
 
     @th.no_grad()
-    def constant_codes(self, network, modality: Modality, like: th.Tensor) -> th.Tensor:
-        """What encoding a modality by the U-Net needs whatever its value: a label's `class_codes`, for a vector
-        the raw code of its null input [1, *like.shape[1:]]."""
-        if modality.kind == "label":
-            return self.class_codes(network, modality, like)
-        return self._raw_codes(network, modality, th.zeros(1, *modality.shape, device=like.device), like)
-
-    def tokens(self, value: th.Tensor) -> th.Tensor:
-        """A vector [B, D] as a context [B, S, context_dim]: cut into S tokens, the last filled up with zeros."""
-        count = -(-value.shape[1] // self.context_dim)
-        padded = th.nn.functional.pad(value, (0, count * self.context_dim - value.shape[1]))
-        return padded.unflatten(1, (count, self.context_dim))
-
-    def _raw_codes(self, network, modality, rows, like):
-        """The U-Net's output at z = 0, t = 0 for values [K, ...] of a modality."""
-        was_training = network.training
-        network.eval()
-        with th.autocast(like.device.type, enabled=False):
-            raw = th.cat([self._encode_rows(network, modality, part, like) for part in rows.split(256)])
-        network.train(was_training)
-        return raw
-
-    def _encode_rows(self, network, modality, rows, like):
-        z = th.zeros(len(rows), self.input_channels, *like.shape[2:], device=like.device)
-        inputs = {"y": rows} if modality.kind == "label" else {"context": self.tokens(rows)}
-        if self.num_classes is not None:
-            inputs.setdefault("y", rows.new_zeros(len(rows), self.num_classes))
-        output = network(z, th.zeros(len(rows), dtype=th.long, device=like.device), **inputs)
-        output = output[0] if isinstance(output, tuple) else output
-        return output[:, : self.image_channels].float()
+    def refresh_codes(self, network, like: th.Tensor) -> None:
+        """Bring the codes that the network keeps up to date with its weights; called on every rank."""
+        kept = getattr(network, "codes", None)
+        if kept is not None:
+            unet = UNetEncoder(self, network, like, shared=True)
+            for name, code in kept.named_buffers():
+                code.copy_(self[name].constant_code(unet))
 
     @th.no_grad()
     def encode(self, network, batch: Batch, like: th.Tensor, codes: Values | None = None) -> Values:
         """e_i of every value in the batch, shaped like the image `like` [B, C, ...], zero where missing.
 
-        Always under stop-gradient. codes: `constant_codes` computed before, by name. A soft label is encoded
-        as the mixture; a vector by its direction, times its RMS: an uncertain estimate, which lies near the
-        mean 0, moves the latent little.
+        Always under stop-gradient. codes: `constant_codes` computed before, by name.
         """
-        encodings = {}
-        for name, value in batch.values.items():
-            m = self[name]
-            if m.encoder == "none":
-                continue
-            if m.encoder == "identity":
-                encoding = value
-            elif m.encoder == "unet":
-                encode = self._encode_label if m.kind == "label" else self._encode_vector
-                encoding = encode(network, m, value, like, (codes or {}).get(name))
-            else:
-                encoding = m.encoder(value)
+        names = [name for name in batch.values if self[name].aggregated]
+        codes = dict(codes or {})
+        codes |= self.constant_codes(network, like, set(names) - set(codes))
+        unet, encodings = UNetEncoder(self, network, like), {}
+        for name in names:
+            encoding = self[name].encode(batch.values[name], unet, codes.get(name))
             if encoding.shape != like.shape:
                 raise UserValueError(
                     f"modality {name}: its encoding has shape {tuple(encoding.shape)}, the latent {tuple(like.shape)}"
@@ -225,115 +283,102 @@ class MultiTask:
             encodings[name] = encoding if mask is None else encoding * mask
         return encodings
 
-    def _encode_label(self, network, modality, value, like, codes):
-        if codes is None and modality.centre == "mean":
-            codes = self.class_codes(network, modality, like)
-        elif codes is None:
-            used = value.sum(dim=0).nonzero().squeeze(1)
-            if not len(used):
-                return th.zeros_like(like)
-            codes, value = self.class_codes(network, modality, like, used), value[:, used]
-        return th.einsum("bk,kchw->bchw", value.to(codes), codes).to(like)
+    # Timesteps
 
-    def _encode_vector(self, network, modality, value, like, null):
-        rms = value.float().square().mean(dim=1, keepdim=True).sqrt()
-        rows = value.float() / rms.clamp(min=1e-12)
-        if null is None:
-            raw = self._raw_codes(network, modality, th.cat([rows, th.zeros_like(rows[:1])]), like)
-            raw, null = raw[:-1], raw[-1:]
-        else:
-            raw = self._raw_codes(network, modality, rows, like)
-        return (_of_unit_rms(raw - null) * rms.reshape(-1, *[1] * (raw.dim() - 1))).to(like)
+    @property
+    def steps(self) -> int:
+        """T of the full process."""
+        return 1000 if self.process is None else self.process.num_timesteps
+
+    @property
+    def _rescaled(self):
+        return self.process is not None and self.process.rescale_timesteps
 
     def timesteps(self, t: th.Tensor) -> th.Tensor:
         """What the network is called with at indices t of the full process."""
-        return t.float() * (1000.0 / self.steps) if self.rescaled else t
+        return t.float() * (1000.0 / self.steps) if self._rescaled else t
 
     def indices(self, timesteps: th.Tensor) -> th.Tensor:
         """The inverse of `timesteps`: int64."""
-        return (timesteps * (self.steps / 1000.0)).round().long() if self.rescaled else timesteps.long()
+        return (timesteps * (self.steps / 1000.0)).round().long() if self._rescaled else timesteps.long()
 
     def shift(self, encodings: Values, timesteps: th.Tensor) -> th.Tensor | float:
         """What the encodings add to the latent at the network's timesteps: sum_i atil_t^i e_i, or 0."""
-        if not encodings:
-            return 0.0
-        return self._need_process().aggregation.shift(encodings, self.indices(timesteps))
+        return (
+            self._need_process().aggregation.shift(encodings, self.indices(timesteps)) if encodings else 0.0
+        )
 
     # Gaussian heads
 
-    def variance(self, network, name: str, timesteps: th.Tensor) -> th.Tensor:
+    def variance(self, network, name: str, timesteps: th.Tensor) -> th.Tensor | None:
         """The measured variance of a Gaussian head at the network's timesteps [B], interpolated between its
-        bins: [B]."""
+        bins: [B]; None for other heads."""
+        if self[name].likelihood != "gaussian":
+            return None
         table = network.heads[name].variance
-        position = (timesteps.float() / (1000 if self.rescaled else self.steps) * len(table) - 0.5).clamp(
-            0, len(table) - 1
-        )
+        span = 1000 if self._rescaled else self.steps
+        position = (timesteps.float() / span * len(table) - 0.5).clamp(0, len(table) - 1)
         low = position.floor().long()
         high = (low + 1).clamp(max=len(table) - 1)
         return th.lerp(table[low].log(), table[high].log(), position - low).exp()
 
 
-def _of_unit_rms(codes: th.Tensor) -> th.Tensor:
-    """Codes [K, ...], each of RMS 1; a fresh network's, whose output layer is zero, stay zero."""
-    rms = codes.flatten(1).square().mean(dim=1).sqrt()
-    return codes / rms.clamp(min=1e-12).reshape(-1, *[1] * (codes.dim() - 1))
+def network_timesteps(diffusion: GaussianDiffusion, t: th.Tensor) -> th.Tensor:
+    """What a network is called with at indices t of a diffusion, respaced or not."""
+    timesteps = diffusion._scale_timesteps(t)
+    if not hasattr(diffusion, "_wrap_model"):
+        return timesteps
+    return diffusion._wrap_model(lambda _, original: original)(None, timesteps)
 
 
-def derive_values(tasks: MultiTask, images: th.Tensor, batch: Batch, random: PerSample) -> Batch:
+def with_peaks(
+    modalities: Sequence[Modality],
+    schedule: str,
+    betas: np.ndarray,
+    latent_shape: tuple[int, ...],
+    detectability: float = 0.0,
+) -> tuple[Modality, ...]:
+    """The modalities with the peaks that were left open.
+
+    Images share 0.5: above that several modalities cost image quality. The peak of an abstract code (label, vector)
+    is set by how far it stands out of the noise at this resolution, its largest d_t (Aggregation.detectability);
+    detectability 0 treats it like an image.
+    """
+    share = 0.5 / max(sum(m.aggregated for m in modalities), 1)
+    size = int(np.prod(latent_shape))
+
+    def peak(m):
+        if m.has_content_everywhere or not detectability or schedule == "paper":
+            return share
+        return detectable_peak(schedule, betas, size, detectability)
+
+    return tuple(m if m.peak is not None else replace(m, peak=peak(m)) for m in modalities)
+
+
+def peaks(modalities: Sequence[Modality]) -> dict[str, float]:
+    """kappa of those that enter the latent, by name, for `Aggregation.named`."""
+    return {m.name: m.peak for m in modalities if m.aggregated}
+
+
+def derive_values(modalities: ModalitySet, images: th.Tensor, batch: Batch, random: PerSample) -> Batch:
     """`batch` with the modalities that are made from the images [B, C, H, W], such as masked copies."""
     derived = {
-        m.name: m.derive(images, random) for m in tasks if m.derive is not None and m.name not in batch.values
+        m.name: m.derive(images, random)
+        for m in modalities
+        if m.derive is not None and m.name not in batch.values
     }
-    return Batch({**batch.values, **derived}, batch.present)
+    return replace(batch, values={**batch.values, **derived}, images=images)
 
 
-def multitask_losses(
-    diffusion: GaussianDiffusion,
-    tasks: MultiTask,
-    network,
-    images: th.Tensor,
-    batch: Batch,
-    t: th.Tensor,
-    noise: th.Tensor | None = None,
-    random: PerSample | None = None,
-    encoder=None,
-    conditioning: Mapping | None = None,
-) -> dict[str, th.Tensor]:
-    """Equation 6 at timesteps t [B]: the diffusion's own terms, and `KL_name` for every modality; all [B].
-
-    `loss` is the sum: MSE(eps) + sum_i lambda_i KL_i. A missing value adds neither shift nor loss. random:
-    decides which X inputs are replaced by the null input (none if None); encoder: the network that encodes,
-    where `network` is wrapped for training; conditioning: what else the network is called with (`context`).
-    """
-    encodings = tasks.encode(network if encoder is None else encoder, batch, images)
-    shown = _shown(tasks, batch, random)
-    predictions = {}
-
-    def noise_network(z, timesteps):
-        output, heads = tasks.apply(network, z, timesteps, shown, conditioning, training=True)
-        predictions.update(heads)
-        return output
-
-    terms = diffusion.training_losses(noise_network, images, t, noise=noise, encodings=encodings)
-    for name, value in batch.values.items():
-        if name not in predictions:
-            continue  # no head: a condition only
-        loss = tasks[name].loss(predictions[name].float(), value)
-        mask = batch.mask(name, loss)
-        terms[f"KL_{name}"] = loss if mask is None else loss * mask
-        terms["loss"] = terms["loss"] + tasks[name].loss_weight * terms[f"KL_{name}"]
-    return terms
-
-
-def _shown(tasks, batch, random):
-    """The network's X inputs in training: with their null probability, or where missing, zeros."""
-    shown = {}
-    for m in tasks:
-        if m.as_input and m.name in batch.values:
-            value = batch.values[m.name]
-            if random is not None:
-                keep = (random.rand() >= m.null_probability).to(value)
-                value = value * keep.reshape(-1, *[1] * (value.dim() - 1))
-            mask = batch.mask(m.name, value)
-            shown[m.name] = value if mask is None else value * mask
-    return shown
+def batch_of(
+    modalities: ModalitySet, cond: Mapping[str, th.Tensor], images: th.Tensor | None = None
+) -> Batch:
+    """The modalities' values that the data bring: a label under `y` (int64, -1 for none), others under their
+    names."""
+    values, present = {}, {}
+    for m in modalities:
+        if m.data_key in cond:
+            values[m.name], there = m.from_data(cond[m.data_key])
+            if there is not None:
+                present[m.name] = there
+    return Batch(values, present, images)

@@ -1,11 +1,12 @@
-"""From flags and configuration files to a model of several modalities, and from a checkpoint back to it."""
+"""A model of several modalities with all that is needed to train and sample it, and its checkpoints."""
 
 import argparse
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch as th
 from omegaconf import OmegaConf
 
@@ -20,70 +21,92 @@ from ..script_util import (
     model_and_diffusion_defaults,
     split_flags,
 )
+from ..seeding import PerSample
 from ..unet import UNetModel
 from .aggregation import Aggregation
-from .modalities import parse_modalities
-from .modality_set import MultiTask
+from .bound import Bound, multitask_bound
+from .denoiser import predict_modalities
+from .losses import JointLosses, multitask_losses
+from .modalities import Modality, parse_modalities
+from .modality_set import Batch, ModalitySet, Values, derive_values, peaks, with_peaks
+from .sampling import JointSample, joint_sample
 
 CONFIG_NAME = "config.yaml"
+REPORTED = (50, 200, 500, 800)  # of 1000: timesteps at which the start-up report tells d_t
 
 
 def mt_defaults() -> dict:
-    """The flags that describe a model: ADM's, and `modalities` (see parse_modalities; "" for none),
-    `aggregation` and `single_task_probability` (how often it learned the image alone)."""
+    """The flags that describe a model: ADM's, and those of its modalities."""
     flags = model_and_diffusion_defaults()
     del flags["class_cond"]  # a label is a modality
-    return flags | dict(modalities="masked:U,label:U", aggregation="bump", single_task_probability=0.0)
+    return flags | dict(
+        modalities="masked:U,label:U",  # see parse_modalities; "" for none
+        aggregation="bump",
+        detectability=4.0,  # largest d_t of labels and vectors in the latent; 0: they share 0.5 like images
+        presence=True,  # tell the network which modalities are in the latent
+        unshifted_probability=0.33,  # share of the samples without a modality's shift, its loss stays
+        code_interval=0,  # steps between two refreshes of labels' codes; 0: as cheap as 5 % of a step
+        single_task_probability=0.0,  # share of the samples that are images alone (M*, E*)
+    )
 
 
-@dataclass
+# What runs had that were made before these flags.
+_FORMER = dict(detectability=0.0, presence=False, unshifted_probability=0.0, code_interval=1)
+
+
 class JointModel:
-    """A network of several modalities with all that is needed to train or sample it.
+    """Modalities, aggregation, network and diffusion, made together.
 
-    flags: those of `mt_defaults`, as plain values; tasks, network, diffusion: built from them.
+    modalities: the set, which owns the full process; network: module or callable that `ModalitySet.apply` calls;
+    diffusion: what it is sampled with by default, the full process or a respaced one; flags: those of
+    `mt_defaults`, as plain values, where it was made of them.
     """
 
-    flags: dict
-    tasks: MultiTask
-    network: UNetModel
-    diffusion: SpacedDiffusion
+    def __init__(self, modalities: ModalitySet, network, diffusion=None, flags: Mapping | None = None):
+        self.modalities, self.network = modalities, network
+        self.diffusion = diffusion or modalities.process
+        self.flags = dict(flags or {})
 
     @classmethod
     def from_flags(cls, flags: Mapping) -> "JointModel":
         """Build from flags of `mt_defaults` (others are left out). UserValueError for impossible values."""
         flags = {name: flags[name] for name in mt_defaults()}
+        own = ("modalities", "aggregation", *_FORMER, "single_task_probability")
         model_flags, diffusion_flags = split_flags(flags)
-        spec, aggregation = model_flags.pop("modalities"), model_flags.pop("aggregation")
-        single_task = model_flags.pop("single_task_probability")
-        if not 0 <= single_task <= 1:
-            raise UserValueError(f"single_task_probability must be from 0 to 1, not {single_task}")
-        size, channels = flags["image_size"], flags["image_channels"]
-        classes = flags["num_classes"]
-        modalities = parse_modalities(spec, (channels, size, size), classes)
-        labelled = any(m.kind == "label" for m in modalities)
+        spec, schedule, detectability, presence, unshifted, interval, single_task = map(model_flags.pop, own)
+        for name in ("single_task_probability", "unshifted_probability"):
+            if not 0 <= flags[name] <= 1:
+                raise UserValueError(f"{name} must be from 0 to 1, not {flags[name]}")
+        if not 0 <= detectability < float("inf"):
+            raise UserValueError(f"detectability must be at least 0, not {detectability}")
+        if interval < 0:
+            raise UserValueError(f"code_interval must be at least 0, not {interval}")
+        shape = (flags["image_channels"], flags["image_size"], flags["image_size"])
+        config = DiffusionConfig(**diffusion_flags)
+        betas = get_named_beta_schedule(config.noise_schedule, config.steps)
+        parsed = parse_modalities(spec, shape, flags["num_classes"])
+        parsed = with_peaks(parsed, schedule, betas, shape, detectability)
+        labelled = any(m.data_key == "y" for m in parsed)
         model_config = ModelConfig.from_flags(class_cond=labelled, **model_flags)
-        diffusion_config = DiffusionConfig(**diffusion_flags)
-        tasks = MultiTask(
-            modalities,
-            channels,
-            classes if labelled else None,
-            steps=diffusion_config.steps,
-            rescaled=diffusion_config.rescale_timesteps,
+        modalities = ModalitySet(
+            parsed,
+            shape[0],
+            joint_process(replace(config, timestep_respacing=""), parsed, schedule),
+            num_classes=flags["num_classes"] if labelled else None,
+            presence=presence,
+            single_task=single_task > 0,
         )
+        width, mult = model_config.num_channels, model_config.channel_mult
         network = model_config.build(
             lambda **options: UNetModel(
-                **{**options, "in_channels": tasks.input_channels, "modalities": modalities}
+                **{**options, "in_channels": modalities.input_channels},
+                heads=modalities.make_heads(int(mult[-1] * width), int(mult[0] * width)),
+                presence=modalities.make_presence(4 * width),
             )
         )
-        tasks.process = _joint_diffusion(replace(diffusion_config, timestep_respacing=""), tasks, aggregation)
-        tasks.single_task = single_task > 0
-        return cls(flags, tasks, network, _joint_diffusion(diffusion_config, tasks, aggregation))
-
-    def respaced(self, steps: str | int) -> SpacedDiffusion:
-        """The diffusion over fewer steps ("" for all, a number, "ddim50", "10,15,20"), with the same
-        marginals."""
-        _, flags = split_flags({**self.flags, "timestep_respacing": str(steps)})
-        return _joint_diffusion(DiffusionConfig(**flags), self.tasks, self.flags["aggregation"])
+        if interval != 1 and (codes := modalities.make_codes(shape)) is not None:
+            network.codes = codes
+        return cls(modalities, network, joint_process(config, parsed, schedule), flags)
 
     @classmethod
     def load(cls, path: str, weights: str = "ema") -> "JointModel":
@@ -95,14 +118,93 @@ class JointModel:
         rate such as `0.9999`, or `model`. UserError if something is missing or does not fit.
         """
         state, flags, source = _read(path, weights)
-        model = cls.from_flags({**mt_defaults(), **flags})
+        model = cls.from_flags(with_former_defaults(flags))
         checkpoint_util.load_weights(model.network, state, source)
         model.network.eval()
         return model
 
+    def respaced(self, steps: str | int) -> SpacedDiffusion:
+        """The diffusion over fewer steps ("" for all, a number, "ddim50", "10,15,20"), with the same
+        marginals."""
+        _, flags = split_flags({**self.flags, "timestep_respacing": str(steps)})
+        return joint_process(DiffusionConfig(**flags), list(self.modalities), self.flags["aggregation"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return (self.flags["image_channels"], self.flags["image_size"], self.flags["image_size"])
+
+    def losses(self, batch: Batch, t: th.Tensor, network=None, **options) -> JointLosses:
+        """Equation 6 on `batch` (with its images) at timesteps t [B]; options: of `multitask_losses`.
+
+        network: the same network, where it is wrapped for training.
+        """
+        options.setdefault("unshifted_probability", self.flags.get("unshifted_probability", 0.0))
+        return multitask_losses(
+            self.modalities,
+            self.network if network is None else network,
+            batch,
+            t,
+            encoder=self.network,
+            diffusion=self.diffusion,
+            **options,
+        )
+
+    def sample(self, random: PerSample, steps: str | int | None = None, **options) -> JointSample:
+        """One sample for each generator of `random`; options: of `joint_sample`, such as given and sampler.
+
+        steps: as in `respaced`; None: the diffusion's own.
+        """
+        diffusion = self.diffusion if steps is None else self.respaced(steps)
+        shape = (len(random), *(options.pop("shape", None) or self.shape))
+        return joint_sample(diffusion, self.modalities, self.network, shape, random, **options)
+
+    def predict(self, images: th.Tensor, given: Values | None = None, **options) -> Values:
+        """The modalities of images [B, C, H, W]; options: of `predict_modalities`."""
+        return predict_modalities(self.modalities, self.network, images, given, **options)
+
+    def bound(self, batch: Batch, steps: str | int | None = None, **options) -> Bound:
+        """The variational bound on `batch` (with its images); options: of `multitask_bound`."""
+        diffusion = self.diffusion if steps is None else self.respaced(steps)
+        return multitask_bound(diffusion, self.modalities, self.network, batch, **options)
+
+    def derived(self, images: th.Tensor, batch: Batch, random: PerSample) -> Batch:
+        """`batch` with its images, and what is made from them."""
+        return derive_values(self.modalities, images, batch, random)
+
+    def report(self) -> str:
+        """For every modality that enters the latent how far its shift may carry an error of its prediction, and
+        how far it stands out of the noise (d_t) at a few timesteps."""
+        process, size = self.modalities.process, int(np.prod(self.shape))
+        if process.aggregation is None or not process.aggregation.names:
+            return ""
+        lines = process.aggregation.report(process.alphas_cumprod).splitlines()
+        d = process.aggregation.detectability(process.alphas_cumprod, size)
+        times = [t * process.num_timesteps // 1000 for t in REPORTED]
+        for k, m in enumerate(m for m in self.modalities if m.aggregated):
+            told = ", ".join(f"{d[k, t]:.2g} at t = {t}" for t in times)
+            lines[k] += f"; d_t {told}"
+            if not m.has_content_everywhere and d[k].max() > 5 and not self.modalities.presence:
+                lines[k] += " (the shift gives it away: its head learns nothing of images where d_t > 1)"
+        return "\n".join(lines)
+
+
+def joint_process(config: DiffusionConfig, modalities: Sequence[Modality], schedule: str) -> SpacedDiffusion:
+    """The process with the aggregation of the full process: respacing keeps its marginals. Without modalities the
+    single task's."""
+    if not modalities:
+        return config.build()
+    betas = get_named_beta_schedule(config.noise_schedule, config.steps)
+    return config.build(aggregation=Aggregation.named(schedule, betas, peaks(modalities)))
+
+
+def with_former_defaults(flags: Mapping) -> dict:
+    """A checkpoint's flags with those that did not exist when it was made."""
+    return {**mt_defaults(), **_FORMER, **flags}
+
 
 # Parts that a model may have beside ADM's U-Net, and another may lack.
-_OPTIONAL = ("heads.", "label_emb.")
+_OPTIONAL = ("heads.", "label_emb.", "presence.", "codes.")
 
 
 def initialise(network: UNetModel, path: str) -> tuple[list[str], list[str]]:
@@ -142,14 +244,6 @@ def _parts(names):
     return list(
         dict.fromkeys(n.split(".")[0] if n.startswith("label") else ".".join(n.split(".")[:2]) for n in names)
     )
-
-
-def _joint_diffusion(config, tasks, schedule):
-    """The process with the aggregation of the full process: respacing keeps its marginals."""
-    if not tasks.peaks:
-        return config.build()
-    betas = get_named_beta_schedule(config.noise_schedule, config.steps)
-    return config.build(aggregation=Aggregation.named(schedule, betas, tasks.peaks))
 
 
 def _read(path, weights):

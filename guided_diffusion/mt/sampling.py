@@ -14,13 +14,13 @@ import torch as th
 from tqdm.auto import tqdm
 
 from ..errors import UserValueError
-from ..gaussian_diffusion import GaussianDiffusion, _encodings
+from ..gaussian_diffusion import GaussianDiffusion
 from ..seeding import PerSample
+from .aggregation import encodings_of, from_frame, to_frame
 from .denoiser import JointDenoiser
-from .modalities import one_hot
-from .modality_set import Batch, MultiTask, Values
+from .modality_set import Batch, ModalitySet, Values
 
-Edit = Callable[[th.Tensor, int], th.Tensor]
+Edit = Callable[[th.Tensor, int, object], th.Tensor]
 
 
 def _steps(diffusion, z):
@@ -28,7 +28,7 @@ def _steps(diffusion, z):
         yield i, th.full((len(z),), i, device=z.device)
 
 
-def _keep(z, i):
+def _keep(z, i, encodings):
     return z
 
 
@@ -37,21 +37,22 @@ def ddpm(
 ) -> Iterator[dict]:
     """Ancestral sampling (Ho et al. 2020).
 
-    edit(z, i): changes z_i after the step to it, i = -1 being the image.
+    edit(z, i, encodings): changes z_i after the step to it, i = -1 being the image; encodings: the modalities' of
+    that step, None without.
     repeats > 1 goes back one step and down again that often (RePaint's resampling, Lugmayr et al. 2022), so
     that an edit harmonises.
     """
     for i, t in _steps(diffusion, z):
         for again in reversed(range(repeats if i else 1)):
             out = diffusion.p_sample(model, z, t, randn_like=randn_like, **kwargs)
-            out["sample"] = edit(out["sample"], i - 1)
+            out["sample"] = edit(out["sample"], i - 1, encodings_of(out))
             if again:
                 # q(y_t | y_{t-1}), in the moving frame.
-                encodings = _encodings(out)
-                y = diffusion.to_frame(out["sample"], t - 1, encodings)
+                encodings = encodings_of(out)
+                y = to_frame(diffusion, out["sample"], t - 1, encodings)
                 beta = float(diffusion.betas[i])
                 y = (1 - beta) ** 0.5 * y + beta**0.5 * randn_like(y)
-                z = diffusion.from_frame(y, t, encodings)
+                z = from_frame(diffusion, y, t, encodings)
         yield out
         z = out["sample"]
 
@@ -62,7 +63,7 @@ def ddim(
     """DDIM (Song et al. 2020), deterministic at eta = 0."""
     for i, t in _steps(diffusion, z):
         out = diffusion.ddim_sample(model, z, t, eta=eta, randn_like=randn_like, **kwargs)
-        out["sample"] = edit(out["sample"], i - 1)
+        out["sample"] = edit(out["sample"], i - 1, encodings_of(out))
         yield out
         z = out["sample"]
 
@@ -72,7 +73,7 @@ def _predict(diffusion, model, z, t, cond_fn=None, **kwargs):
     out = diffusion.p_mean_variance(model, z, t, **kwargs)
     if cond_fn is not None:
         out = diffusion.condition_score(cond_fn, out, z, t, model_kwargs=kwargs.get("model_kwargs"))
-    return out, _encodings(out)
+    return out, encodings_of(out)
 
 
 def _combine(weights, states):
@@ -100,20 +101,20 @@ def plms(
 
     def state(z, t):
         out, encodings = _predict(diffusion, model, z, t, **kwargs)
-        y = diffusion.to_frame(z, t, encodings)
+        y = to_frame(diffusion, z, t, encodings)
         return out, (diffusion._predict_eps_from_xstart(y, t, out["pred_xstart"]), encodings)
 
     def step(z, i, t, noise, encodings):
         # The deterministic DDIM step along `noise`, whose image is clipped too: near abar = 0 an extrapolated
         # one may be far off.
         abar, abar_prev = diffusion.alphas_cumprod[i], diffusion.alphas_cumprod_prev[i]
-        y = diffusion.to_frame(z, t, encodings)
+        y = to_frame(diffusion, z, t, encodings)
         x_start = (y - (1 - abar) ** 0.5 * noise) / abar**0.5
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
             noise = (y - abar**0.5 * x_start) / (1 - abar) ** 0.5
-        return diffusion.from_frame(
-            abar_prev**0.5 * x_start + (1 - abar_prev) ** 0.5 * noise, t - 1, encodings
+        return from_frame(
+            diffusion, abar_prev**0.5 * x_start + (1 - abar_prev) ** 0.5 * noise, t - 1, encodings
         )
 
     for i, t in _steps(diffusion, z):
@@ -131,7 +132,7 @@ def plms(
             }
             slope = _combine(weights[len(history)], (now, *reversed(history)))
         history = [*history, now][-3:]
-        out["sample"] = edit(step(z, i, t, *slope), i - 1)
+        out["sample"] = edit(step(z, i, t, *slope), i - 1, encodings_of(out))
         yield out
         z = out["sample"]
 
@@ -158,12 +159,12 @@ def dpm_solver_pp(
                 x_start, encodings = _combine((1 + 1 / (2 * r), -1 / (2 * r)), (now, previous))
             sigma_ratio = ((1 - abar_prev[i]) / (1 - abar[i])) ** 0.5
             y = (
-                sigma_ratio * diffusion.to_frame(z, t, encodings)
+                sigma_ratio * to_frame(diffusion, z, t, encodings)
                 - abar_prev[i] ** 0.5 * np.expm1(-h) * x_start
             )
-            z = diffusion.from_frame(y, t - 1, encodings)
+            z = from_frame(diffusion, y, t - 1, encodings)
         previous = now
-        out["sample"] = z = edit(z, i - 1)
+        out["sample"] = z = edit(z, i - 1, encodings_of(out))
         yield out
 
 
@@ -204,7 +205,7 @@ class JointSample:
 
 def joint_sample(
     diffusion: GaussianDiffusion,
-    tasks: MultiTask,
+    modalities: ModalitySet,
     network,
     shape: tuple[int, ...],
     random: PerSample,
@@ -239,18 +240,14 @@ def joint_sample(
     device = next(network.parameters()).device
     noise = random.randn(shape[1:]).to(device)
     # Algorithm 1 to the letter starts from random modalities; otherwise they are first estimated.
-    initial = {}
-    if order == "paper":
-        for m in tasks:
-            draw = random.randn(m.shape).to(device)
-            initial[m.name] = draw.softmax(dim=1) if m.kind == "label" else draw
-    denoiser = JointDenoiser(tasks, network, given, strength, order, initial, guidance, unconditional, absent)
+    initial = {m.name: m.start(random, device) for m in modalities} if order == "paper" else {}
+    denoiser = JointDenoiser(
+        modalities, network, given, strength, order, initial, guidance, unconditional, absent
+    )
     last = th.full((shape[0],), diffusion.num_timesteps - 1, device=device)
     # Where atil_T is not negligible the known shift is part of z_T.
-    z = diffusion.from_frame(noise, last, tasks.encode(network, Batch(dict(given or {})), noise))
-    options = (
-        {"edit": _replace_known(diffusion, denoiser, known, random)} if known and known.every_step else {}
-    )
+    z = from_frame(diffusion, noise, last, modalities.encode(network, Batch(dict(given or {})), noise))
+    options = {"edit": _replace_known(diffusion, known, random)} if known and known.every_step else {}
     if known is not None and known.repeats > 1:
         if sampler != "ddpm":
             raise UserValueError(f"resampling goes back by random steps: it works with ddpm, not {sampler}")
@@ -262,46 +259,37 @@ def joint_sample(
             z,
             random.randn_like,
             clip_denoised=clip_denoised,
-            cond_fn=_in_frame(cond_fn, denoiser) if cond_fn is not None else None,
+            cond_fn=cond_fn,
             model_kwargs=model_kwargs,
             **options,
         )
         for out in tqdm(steps, total=diffusion.num_timesteps, disable=not progress, desc=sampler):
-            images = out["sample"]
+            images, said = out["sample"], out.get("joint")
     if clip_denoised:
         images = images.clamp(-1, 1)
     if known is not None:
         images = th.where(known.where, known.values, images)
-    return JointSample(images, dict(denoiser.estimates))
+    return JointSample(images, dict(said.values) if said is not None else {})
 
 
-def _in_frame(cond_fn, denoiser):
-    """cond_fn of y_t = z_t - shift_t, by the encodings of the same step; its gradient is that in z_t."""
-
-    def guide(z, timesteps, **kwargs):
-        return cond_fn(z - denoiser.tasks.shift(denoiser.encodings, timesteps), timesteps, **kwargs)
-
-    return guide
-
-
-def random_labels(tasks: MultiTask, random: PerSample, names: Collection[str] | None = None) -> Values:
+def random_labels(modalities: ModalitySet, random: PerSample, names: Collection[str] | None = None) -> Values:
     """Uniformly drawn classes, one-hot [B, classes], of the labels `names`: by default of those that have
     to be given, since the network cannot do without them or nothing tells them."""
     return {
-        m.name: one_hot(random.randint(m.shape[0]), m.shape[0])
-        for m in tasks
+        m.name: m.draw(random)
+        for m in modalities
         if m.kind == "label" and (m.required or m.head == "none" if names is None else m.name in names)
     }
 
 
-def _replace_known(diffusion, denoiser, known, random):
+def _replace_known(diffusion, known, random):
     """An edit that puts the known pixels, noised to step i, into z_i."""
 
-    def edit(z, i):
+    def edit(z, i, encodings):
         target = known.values
         if i >= 0:
             t = th.full((len(z),), i, device=z.device)
-            target = diffusion.q_sample(known.values, t, random.randn_like(z), denoiser.encodings)
+            target = diffusion.q_sample(known.values, t, random.randn_like(z), encodings)
         return th.where(known.where, target, z)
 
     return edit

@@ -1,6 +1,7 @@
-"""Training of several modalities: ADM's loop with the loss of equation 6 (paper section 3.4)."""
+"""Training of several modalities: ADM's loop with the loss of equation 6 (paper section 2.2.5)."""
 
 import contextlib
+import math
 from collections.abc import Mapping
 
 import torch as th
@@ -9,57 +10,50 @@ import torch.distributed as dist
 from .. import dist_util
 from ..seeding import PerSample, derive_seed
 from ..train_util import TrainLoop
-from .modalities import one_hot
-from .modality_set import Batch, MultiTask, derive_values, multitask_losses
+from .modality_set import ModalitySet, batch_of, derive_values
+from .model import JointModel
 
 # Streams of random numbers beside the loop's own.
 _DATA, _HELD_OUT, _SINGLE_TASK = 1, 2, 3
 _PASSES = 2  # over the held-out images, to measure the heads
+_CODE_COST = 0.05  # of a step's time, which refreshing the codes may take
+_BACKWARD = 2  # forward passes that a backward pass costs
 
 
-class MultiTaskTrainLoop(TrainLoop):
-    """TrainLoop for a network of `tasks`; a seed is required.
+class JointTrainLoop(TrainLoop):
+    """TrainLoop for a `JointModel`; a seed is required.
 
     held_out: (images [N, C, H, W] in [-1, 1], dict of tensors [N]) that training does not see; before every
-    save, the heads' squared errors on them become the heads' `variance`. single_task_probability: with it a
-    sample's modalities all count as missing, so that the network learns the image alone beside the joint
-    model (M*, E*). Everything else as in TrainLoop.
+    save, the heads' squared errors on them become the heads' `variance`. With the model's
+    single_task_probability a sample's modalities all count as missing, so that the network learns the image alone
+    beside the joint model (M*, E*). Codes of labels are refreshed at steps 0, 1, 2, 4, ... and every code_interval.
+    Everything else as in TrainLoop.
     """
 
-    def __init__(
-        self,
-        *,
-        tasks: MultiTask,
-        held_out: tuple[th.Tensor, dict] | None = None,
-        single_task_probability: float = 0.0,
-        **kwargs,
-    ):
-        self.tasks, self.held_out = tasks, held_out
-        self.single_task_probability = single_task_probability
-        super().__init__(**kwargs)
+    def __init__(self, *, model: JointModel, held_out: tuple[th.Tensor, dict] | None = None, **kwargs):
+        self.joint, self.modalities, self.held_out = model, model.modalities, held_out
+        super().__init__(model=model.network, diffusion=model.diffusion, **kwargs)
+        self.code_interval = code_interval(model, self.global_batch)
 
     def compute_losses(self, micro, micro_cond):
         """Equation 6 on a microbatch; see TrainLoop.compute_losses."""
+        if not self._micro_start:
+            self._refresh_codes(micro)
         t, weights = self.sample_timesteps(len(micro))
         random = self.sample_random(len(micro), _DATA, micro.device)
-        batch = derive_values(self.tasks, micro, batch_of(self.tasks, micro_cond), random)
-        if self.single_task_probability:
-            alone = self.sample_random(len(micro), _SINGLE_TASK, micro.device).rand()
-            batch = batch.only(alone >= self.single_task_probability)
+        batch = self.joint.derived(micro, batch_of(self.modalities, micro_cond), random)
+        if alone := self.joint.flags["single_task_probability"]:
+            draws = self.sample_random(len(micro), _SINGLE_TASK, micro.device).rand()
+            batch = batch.only(draws >= alone)
         noise = self.sample_noise(micro)
         with self.autocast():
-            losses = multitask_losses(
-                self.diffusion,
-                self.tasks,
-                self.ddp_model,
-                micro,
-                batch,
-                t,
-                noise,
-                random,
-                encoder=self.model,
-            )
-        return losses, t, weights
+            losses = self.joint.losses(batch, t, self.ddp_model, noise=noise, random=random)
+        return losses.terms, t, weights
+
+    def _refresh_codes(self, like):
+        step = self.step + self.resume_step
+        if step % self.code_interval == 0 or (step < self.code_interval and step & (step - 1) == 0):
+            self.modalities.refresh_codes(self.model, like)
 
     @contextlib.contextmanager
     def ema_weights(self):
@@ -76,7 +70,7 @@ class MultiTaskTrainLoop(TrainLoop):
     def save(self):
         if self.held_out is not None:
             with self.ema_weights():
-                measure_variance(self.diffusion, self.tasks, self.model, *self.held_out, seed=self.seed)
+                measure_variance(self.modalities, self.model, *self.held_out, seed=self.seed)
         super().save()
 
 
@@ -86,23 +80,24 @@ def _copy(target, source):
         parameter.copy_(value)
 
 
-def batch_of(tasks: MultiTask, cond: dict[str, th.Tensor]) -> Batch:
-    """The modalities' values that the data bring: a label under `y` (int64, -1 for none), others under their
-    names."""
-    values, present = {}, {}
-    for m in tasks:
-        if m.kind == "label" and "y" in cond:
-            values[m.name] = one_hot(cond["y"], m.shape[0])
-            present[m.name] = cond["y"] >= 0
-        elif m.name in cond:
-            values[m.name] = m.check(cond[m.name])
-    return Batch(values, present)
+def code_interval(model: JointModel, batch_size: int) -> int:
+    """Steps between two refreshes of the labels' codes: the flag, or as many as make them cost 5 % of the steps of
+    `batch_size` samples."""
+    if model.flags["code_interval"]:
+        return model.flags["code_interval"]
+    return max(100, math.ceil(encoded_rows(model.modalities) / (_CODE_COST * (1 + _BACKWARD) * batch_size)))
+
+
+def encoded_rows(modalities: ModalitySet) -> int:
+    """Forward passes of one sample that a refresh of all codes takes."""
+    return sum(
+        m.shape[0] + (m.centre == "null") for m in modalities if m.kind == "label" and m.encoder == "unet"
+    )
 
 
 @th.no_grad()
 def measure_variance(
-    diffusion,
-    tasks: MultiTask,
+    modalities: ModalitySet,
     network,
     images: th.Tensor,
     cond: dict[str, th.Tensor],
@@ -115,31 +110,31 @@ def measure_variance(
     That is the variance with which p(x_i | z_t) conditions on a given value. conditioning: what else the
     network is called with, by name: tensors [N, ...] or lists of them.
     """
-    gaussian = [m for m in tasks if m.likelihood == "gaussian"]
+    gaussian = [m for m in modalities if m.likelihood == "gaussian" and m.head != "none"]
     if not gaussian:
         return
     was_training = network.training
     network.eval()
-    device, steps = images.device, diffusion.num_timesteps
-    # The same for every image, and a forward pass for every class.
-    codes = {m.name: tasks.constant_codes(network, m, images[:1]) for m in tasks if m.encoder == "unet"}
+    device, diffusion = images.device, modalities.process
+    steps = diffusion.num_timesteps
+    codes = modalities.constant_codes(network, images[:1])  # the same for every image
     bins = {m.name: th.zeros(2, m.variance_bins, dtype=th.float64, device=device) for m in gaussian}
     for number in range(_PASSES):
         own = range(dist_util.get_rank(), len(images), dist_util.get_world_size())
         for chunk in (th.tensor(own[first : first + 64]) for first in range(0, len(own), 64)):
             random = PerSample((derive_seed(seed, _HELD_OUT, number, int(i)) for i in chunk), device)
             part = images[chunk]
-            batch = batch_of(tasks, {k: v[chunk] for k, v in cond.items()})
-            batch = derive_values(tasks, part, batch, random)
+            batch = batch_of(modalities, {k: v[chunk] for k, v in cond.items()})
+            batch = derive_values(modalities, part, batch, random)
             # Stratified: every part of the process gets its share, and every image different parts.
             place = (chunk.to(device) / len(images) + number / _PASSES) % 1
             t = ((place + random.rand() / len(images)) % 1 * steps).long()
-            encodings = tasks.encode(network, batch, part, codes)
+            encodings = modalities.encode(network, batch, part, codes)
             z = diffusion.q_sample(part, t, random.randn_like(part), encodings)
-            shown = {name: value for name, value in batch.values.items() if tasks[name].as_input}
-            _, predictions = tasks.apply(
-                network, z, tasks.timesteps(t), shown, _rows(conditioning or {}, chunk)
-            )
+            shown = {name: value for name, value in batch.values.items() if modalities[name].as_input}
+            present = modalities.present_among(encodings, z, batch)
+            rows = _rows(conditioning or {}, chunk)
+            _, predictions = modalities.apply(network, z, modalities.timesteps(t), shown, rows, present)
             for m in gaussian:
                 error = m.loss(predictions[m.name].float(), batch.values[m.name]).double()
                 index = t * m.variance_bins // steps

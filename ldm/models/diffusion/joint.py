@@ -14,15 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.mt.aggregation import Aggregation
+from guided_diffusion.mt.losses import multitask_losses
 from guided_diffusion.mt.modalities import Modality, parse_modalities
-from guided_diffusion.mt.modality_set import Batch, MultiTask, derive_values, multitask_losses
-from guided_diffusion.mt.training import batch_of, measure_variance
+from guided_diffusion.mt.modality_set import Batch, ModalitySet, batch_of, derive_values, peaks, with_peaks
+from guided_diffusion.mt.training import measure_variance
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint_sampling import JointSampling
 from ldm.models.diffusion.schedule import Denoiser, make_diffusion
 from ldm.models.diffusion.vectors import VectorModalities, read_again
+from ldm.modules.ema import LitEma
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
         extractors: Mapping[str, Mapping] | None = None,
         standardise: int = 1024,
         single_task_probability: float = 0.0,
+        unshifted_probability: float = 0.0,
+        detectability: float = 0.0,
+        presence: bool = False,
         image_size=256,
         channels=3,
         ckpt_path=None,
@@ -64,23 +69,36 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
         params = unet_config.setdefault("params", {})
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         members = latent_modalities(modalities, (channels, *size), params.get("num_classes"))
-        labelled = any(m.kind == "label" for m in members)
-        classes = params.get("num_classes") if labelled else None
-        tasks = MultiTask(members, channels, classes, context_dim=params.get("context_dim"))
-        tasks.single_task = single_task_probability > 0
-        self._extra_channels = tasks.input_channels - channels
-        params |= {"in_channels": params["in_channels"] + self._extra_channels, "modalities": members}
+        labelled = any(m.data_key == "y" for m in members)
+        self._extra_channels = sum(m.input_channels for m in members)
+        params["in_channels"] += self._extra_channels
         super().__init__(*args, unet_config=unet_config, image_size=image_size, channels=channels, **kwargs)
-        tasks.steps = self.num_timesteps
-        self.tasks, self.held_out = tasks, held_out
-        self.standardise, self.single_task_probability = standardise, single_task_probability
-        self.make_vectors(extractors or {})
-        self.aggregation = (
-            Aggregation.named(aggregation, self.diffusion.betas, tasks.peaks) if tasks.peaks else None
+        betas = self.diffusion.betas
+        members = with_peaks(members, aggregation, betas, (channels, *size), detectability)
+        self.aggregation = Aggregation.named(aggregation, betas, peaks(members)) if members else None
+        self.diffusion = make_diffusion(betas, self.parameterization, self.aggregation)
+        self.modalities = ModalitySet(
+            members,
+            channels,
+            self.diffusion,
+            num_classes=params.get("num_classes") if labelled else None,
+            context_dim=params.get("context_dim"),
+            presence=presence,
+            single_task=single_task_probability > 0,
         )
-        self.diffusion = make_diffusion(self.diffusion.betas, self.parameterization, self.aggregation)
-        tasks.process = self.diffusion
-        if self.aggregation is not None:
+        unet = self.model.diffusion_model
+        width, mult = unet.model_channels, unet.channel_mult
+        unet.heads = self.modalities.make_heads(int(mult[-1] * width), int(mult[0] * width))
+        unet.presence = self.modalities.make_presence(unet.time_embed_dim)
+        if self.use_ema:
+            self.model_ema = LitEma(self.model)  # of the heads too
+        self.held_out, self.standardise = held_out, standardise
+        self.single_task_probability, self.unshifted_probability = (
+            single_task_probability,
+            unshifted_probability,
+        )
+        self.make_vectors(extractors or {})
+        if self.aggregation is not None and self.aggregation.names:
             _logger.info("%s", self.aggregation.report(self.diffusion.alphas_cumprod))
         self._held_out: list[dict] | None = None
         self._measured_at = -1
@@ -93,35 +111,42 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
         """The modalities of a batch of data: images as scaled latents, drawn by `random`; vectors in
         standard form."""
         values, present = {}, {}
-        for m in self.tasks:
+        for m in self.modalities:
             if m.kind == "image" and (m.name in batch or f"{m.name}_latent" in batch):
                 values[m.name] = self.latents(batch, m.name, random)
             elif m.kind == "vector":
                 values[m.name] = self.standards[m.name](self.vectors(batch, m.name))
             elif m.name in batch:
-                values["y" if m.kind == "label" else m.name] = batch[m.name].to(self.device)
+                values[m.data_key] = batch[m.name].to(self.device)
             elif m.derive is None:
                 raise UserValueError(
                     f"the batch has no {m.name!r}, a modality: it has {', '.join(map(repr, batch))}"
                 )
             if f"{m.name}_present" in batch:
                 present[m.name] = batch[f"{m.name}_present"].to(self.device)
-        read = batch_of(self.tasks, values)
+        read = batch_of(self.modalities, values)
         return Batch(read.values, {**read.present, **present})
 
     def loss_terms(self, x_start, cond, t, noise, random, batch):
         """Equation 6: the error of the prediction [B], and KL_name [B] with its lambda for every modality."""
-        read = derive_values(self.tasks, x_start, self.modality_batch(batch, random), random)
+        read = derive_values(self.modalities, x_start, self.modality_batch(batch, random), random)
         if self.single_task_probability:
             read = read.only(random.rand().to(x_start.device) >= self.single_task_probability)
-        terms = multitask_losses(
-            self.diffusion, self.tasks, Denoiser(self), x_start, read, t, noise, random, conditioning=cond
+        terms, _ = multitask_losses(
+            self.modalities,
+            Denoiser(self),
+            read,
+            t,
+            noise=noise,
+            random=random,
+            conditioning=cond,
+            unshifted_probability=self.unshifted_probability,
         )
         simple = terms["mse"]
         if self.parameterization == "v":
             # Denoiser gives eps = sqrt(abar) v + ..., so an error of v is one of eps, divided by sqrt(abar).
             simple = simple / self.alphas_cumprod[t]
-        weighted = {f"KL_{m.name}": m.loss_weight for m in self.tasks if f"KL_{m.name}" in terms}
+        weighted = {f"KL_{m.name}": m.loss_weight for m in self.modalities if f"KL_{m.name}" in terms}
         return {"simple": simple} | {name: (terms[name], weight) for name, weight in weighted.items()}
 
     # The variance of the Gaussian heads, with which a given modality conditions
@@ -144,7 +169,7 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
         values = _concatenated([part["values"] for part in self._held_out])
         cond = _concatenated([part["cond"] for part in self._held_out])
         with self.ema_scope():
-            measure_variance(self.diffusion, self.tasks, Denoiser(self), images, values, self.seed, cond)
+            measure_variance(self.modalities, Denoiser(self), images, values, self.seed, cond)
         self._measured_at = self.global_step
 
     @torch.no_grad()
@@ -161,7 +186,7 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
     @property
     def _measured(self) -> bool:
         """Is there a head to measure?"""
-        return any(m.likelihood == "gaussian" and m.head != "none" for m in self.tasks)
+        return any(m.likelihood == "gaussian" and m.head != "none" for m in self.modalities)
 
     def on_save_checkpoint(self, checkpoint):
         """A checkpoint's variances belong to its weights."""
@@ -201,9 +226,7 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
             complete &= mask
         where = complete.nonzero().squeeze(1)[:most]
         values = {
-            "y" if self.tasks[name].kind == "label" else name: (
-                value.argmax(dim=1) if self.tasks[name].kind == "label" else value
-            )
+            self.modalities[name].data_key: self.modalities[name].to_data(value)
             for name, value in read.values.items()
         }
         return {"images": z[where], "values": select(values, where), "cond": select(cond, where)}
@@ -221,7 +244,7 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
             narrow = self._extra_channels and given is not None
             if narrow and given.shape[1] == own.shape[1] - self._extra_channels:
                 wide = torch.zeros_like(own, dtype=given.dtype, device=given.device)
-                # The order is latent, modalities, conditioning (MultiTask.apply, DiffusionWrapper).
+                # The order is latent, modalities, conditioning (ModalitySet.apply, DiffusionWrapper).
                 after = self.channels + self._extra_channels
                 wide[:, : self.channels] = given[:, : self.channels]
                 wide[:, after:] = given[:, self.channels :]

@@ -22,30 +22,26 @@ class ConditionedDenoiser:
         self.denoiser, self.cond = denoiser, cond
 
     def __call__(self, z, timesteps):
-        return self.denoiser(z, timesteps, **self.cond)
+        self.said = self.denoiser(z, timesteps, **self.cond)
+        return self.said
 
     def parameters(self):
         """The network's."""
         return self.denoiser.parameters()
 
     @property
-    def encodings(self):
-        """The modalities' latest encodings, by name."""
-        return self.denoiser.encodings
-
-    @property
     def estimates(self):
         """The modalities' latest values, by name, given ones included."""
-        return self.denoiser.estimates
+        return self.said.values
 
 
 class JointSampling:
     """`sample_joint` and `predict`, for a JointLatentDiffusion. The image is named first_stage_key."""
 
     def joint(self):
-        """(diffusion, tasks, network), as guided_diffusion's functions take them; the weights in use are
+        """(modalities, network), as guided_diffusion's functions take them; the weights in use are
         those at the time of a call (see ema_scope)."""
-        return self.diffusion, self.tasks, Denoiser(self)
+        return self.modalities, Denoiser(self)
 
     def guided_model(
         self,
@@ -64,7 +60,7 @@ class JointSampling:
             raise UserValueError("a score_corrector does not work on a model of several modalities")
         free = {} if unconditional is None else self.as_conditioning(unconditional)
         denoiser = JointDenoiser(
-            self.tasks,
+            self.modalities,
             Denoiser(self),
             given,
             strength,
@@ -124,10 +120,10 @@ class JointSampling:
                 image = values.pop(self.first_stage_key)
                 out = self._predict(image, values, conditioning, random)
             else:
-                diffusion, tasks, network = self.respaced(steps), self.tasks, Denoiser(self)
+                diffusion, modalities, network = self.respaced(steps), self.modalities, Denoiser(self)
                 sample = joint_sample(
                     diffusion,
-                    tasks,
+                    modalities,
                     network,
                     (n, *(shape or self.latent_shape)),
                     random,
@@ -183,14 +179,14 @@ class JointSampling:
             if len(value) != n:
                 raise UserValueError(f"given {key}: {len(value)} samples, expected {n}")
             value = value.to(self.device)
-            is_image = name == self.first_stage_key or self.tasks[name].kind == "image"
+            is_image = name == self.first_stage_key or self.modalities[name].kind == "image"
             if is_image and key != name:
                 value = self.scale_factor * value
             elif is_image:
                 value = self.encode_images(value)
-            elif self.tasks[name].kind == "label" and not value.is_floating_point():
-                value = one_hot(value, self.tasks[name].shape[0])
-            elif self.tasks[name].kind == "vector":
+            elif self.modalities[name].kind == "label" and not value.is_floating_point():
+                value = one_hot(value, self.modalities[name].shape[0])
+            elif self.modalities[name].kind == "vector":
                 value = self.standards[name](self._as_vectors(name, value))
             if is_image and tuple(value.shape[1:]) != shape:
                 raise UserValueError(
@@ -202,7 +198,7 @@ class JointSampling:
 
     def _as_vectors(self, name, value):
         if value.ndim != 4:
-            return self.tasks[name].check(value)
+            return self.modalities[name].check(value)
         if name not in self.extractors:
             raise UserValueError(
                 f"given {name}: this model has no extractors.{name} to read it off images, give the vectors"
@@ -212,7 +208,7 @@ class JointSampling:
     @property
     def names(self) -> list[str]:
         """The image's name and the modalities'."""
-        return [self.first_stage_key, *self.tasks.modalities]
+        return [self.first_stage_key, *self.modalities.names]
 
     def _wanted(self, want, given):
         wanted = [name for name in self.names if name not in given] if want is None else list(want)
@@ -230,9 +226,9 @@ class JointSampling:
         return {name: self._decoded(name, value) for name, value in values.items()}
 
     def _decoded(self, name, value):
-        if name == self.first_stage_key or self.tasks[name].kind == "image":
+        if name == self.first_stage_key or self.modalities[name].kind == "image":
             return self.decode_first_stage(value)
-        return self.standards[name].restore(value) if self.tasks[name].kind == "vector" else value
+        return self.standards[name].restore(value) if self.modalities[name].kind == "vector" else value
 
     def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> Images:
         """Samples for `log_images`: image and modalities from nothing (`samples`, `samples_<name>`), the image
@@ -246,7 +242,7 @@ class JointSampling:
         }
         if scale != 1:
             options |= {"guidance": scale, "unconditional": self.get_unconditional_conditioning(n)}
-        images = [m.name for m in self.tasks if m.kind == "image"]
+        images = [m.name for m in self.modalities if m.kind == "image"]
         image = self.first_stage_key
         drawn = self.sample_joint(n, None, [image, *images], **options)
         shown = {"samples": drawn.pop(image), **{f"samples_{name}": value for name, value in drawn.items()}}

@@ -110,7 +110,7 @@ class Process:
             guided,
             z,
             noise,
-            edit=keep_known(self.diffusion, guided, mask, x0, noise),
+            edit=keep_known(self.diffusion, mask, x0, noise),
             clip_denoised=clip_denoised,
             denoised_fn=rounded(self) if quantize else None,
         )

@@ -27,8 +27,6 @@ class GuidedModel:
     (model, eps, z, t, cond, **options) changes the prediction.
     """
 
-    encodings = None  # of modalities; here there are none
-
     def __init__(
         self,
         model,
@@ -205,7 +203,7 @@ class Sampler:
         log_every_t=100,
     ):
         """From z at index `start` down to index 0."""
-        edit = keep_known(self.diffusion, guided, *keep, noise)
+        edit = keep_known(self.diffusion, *keep, noise)
         steps = self.function(
             from_index(self.diffusion, start),
             guided,
@@ -243,15 +241,15 @@ def rounded(model) -> Callable:
     return quantize
 
 
-def keep_known(diffusion, guided: GuidedModel, mask, x0, noise: Callable) -> Callable:
+def keep_known(diffusion, mask, x0, noise: Callable) -> Callable:
     """An edit for guided_diffusion's samplers that puts latents x0, noised, back where `mask` is 1 (None:
     nothing is); not after the last step."""
 
-    def edit(z, i):
+    def edit(z, i, encodings=None):
         if mask is None or i <= 0:
             return z
         t = torch.full((len(z),), i, device=z.device)
-        return mask * diffusion.q_sample(x0, t, noise(z), guided.encodings) + (1 - mask) * z
+        return mask * diffusion.q_sample(x0, t, noise(z), encodings) + (1 - mask) * z
 
     return edit
 

@@ -118,6 +118,8 @@ class Denoiser:
         eps = self.model.predict_eps_from_z_and_v(latent, timesteps, v.float())
         return eps if predictions is None else (eps, predictions)
 
+    codes = None  # here codes do not stand still
+
     @property
     def heads(self):
         """The heads of the modalities, by name."""

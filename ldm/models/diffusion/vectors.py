@@ -76,7 +76,7 @@ def read_again(loader: Iterable) -> Iterable:
 
 
 class VectorModalities:
-    """`extractors` and `standards`, for a LatentDiffusion with `tasks`.
+    """`extractors` and `standards`, for a LatentDiffusion with `modalities`.
 
     An extractor is a frozen module images [B, 3, H, W] in [-1, 1] -> vectors [B, D]; it reads a vector off
     the image where the data do not bring it under the modality's name.
@@ -84,7 +84,7 @@ class VectorModalities:
 
     def make_vectors(self, extractors: Mapping[str, Mapping]) -> None:
         """Make both. UserValueError for an extractor of no vector modality, or of another width."""
-        widths = {m.name: m.shape[0] for m in self.tasks if m.kind == "vector"}
+        widths = {m.name: m.shape[0] for m in self.modalities if m.kind == "vector"}
         if unknown := sorted(set(extractors) - set(widths)):
             raise UserValueError(
                 f"extractors.{unknown[0]}: the vector modalities are {', '.join(widths) or 'none'}"

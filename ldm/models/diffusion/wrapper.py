@@ -53,11 +53,12 @@ class DiffusionWrapper(nn.Module):
         *,
         y: torch.Tensor | None = None,
         context: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
     ):
         """What the U-Net returns at latents x [B, C, h, w] and timesteps t [B].
 
         c_concat: maps [B, C', h, w]; c_crossattn: sequences [B, S, D], joined, or for `adm` one class or
-        vector; c_adm: a vector; y: the class input of a modality; context: a further sequence behind
+        vector; c_adm: a vector; y: the class input of a modality; present: which modalities are in x; context: a further sequence behind
         c_crossattn, or the only one, as the U-Net encodes a vector modality. UserValueError if something is
         missing.
         """
@@ -84,4 +85,6 @@ class DiffusionWrapper(nn.Module):
                     "the U-Net has one class input: it cannot take both a modality and conditioning"
                 )
             options["y"] = y
+        if present is not None:
+            options["present"] = present
         return self.diffusion_model(x, t, **options)

@@ -95,7 +95,8 @@ class UNetModel(unet.UNetModel):
         n_embed=None,
         legacy=True,
         use_linear_in_transformer=False,
-        modalities=(),
+        heads=None,
+        presence=None,
     ):
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         own = {name: options.pop(name) for name in _OWN_OPTIONS}
@@ -147,11 +148,21 @@ class UNetModel(unet.UNetModel):
             )
         super().convert_to_fp16()
 
-    def forward(self, x, timesteps, context=None, y=None):
+    def forward(
+        self,
+        x,
+        timesteps,
+        context=None,
+        y=None,
+        present=None,
+    ):
         """x [B, in_channels, H, W], timesteps [B], context [B, S, context_dim] exactly where there are
         spatial transformers, y exactly if class-conditional -> what guided_diffusion's U-Net returns."""
         self._expect_context(context)
-        return self._predict(x, self._embed(timesteps, y), context)
+        emb = self._embed(timesteps, y)
+        if present is not None:
+            emb = emb + self.presence(present)
+        return self._predict(x, emb, context)
 
     def _expect_context(self, context):
         if self.use_spatial_transformer:
