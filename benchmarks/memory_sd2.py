@@ -23,7 +23,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.step_cost import BYTES, FULL, HALF, Step, Work, count_step, inference
-from guided_diffusion.mt.modalities import Modality
+from guided_diffusion.mt.modalities import VectorModality
+from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.unet import ResBlock
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -46,10 +47,11 @@ PEAKS = {
 
 def make_unet(use_checkpoint: bool) -> UNetModel:
     """The joint model's U-Net on the meta device."""
-    member = Modality("representation", "vector", (1024,), encoder="unet", head="middle", hidden=1024)
+    member = VectorModality("representation", (1024,), encoder="unet", head="middle", hidden=1024)
     params = yaml.safe_load(CONFIG.read_text())["model"]["params"]["unet_config"]["params"]
     with torch.device("meta"):
-        return UNetModel(**(params | {"use_checkpoint": use_checkpoint}), modalities=[member])
+        heads = ModalitySet([member], 4, context_dim=1024).make_heads(1280, 320)
+        return UNetModel(**(params | {"use_checkpoint": use_checkpoint}), heads=heads)
 
 
 def unet_inputs(samples: int, tokens: int) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from guided_diffusion.gaussian_diffusion import (
     get_named_beta_schedule,
 )
 from guided_diffusion.mt.aggregation import Aggregation
-from guided_diffusion.mt.modalities import Modality
+from guided_diffusion.mt.modalities import ImageModality, LabelModality
 from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
@@ -39,6 +39,7 @@ class _Oracle(nn.Module):
 
     def __init__(self, diffusion):
         super().__init__()
+        self.process = diffusion
         self.anchor = nn.Parameter(th.zeros(()))  # samplers ask a network for its device
         abar = diffusion.alphas_cumprod
         assert len(abar) == diffusion.original_num_steps, "an oracle needs the tables of every timestep"
@@ -93,7 +94,7 @@ class GaussianPair(_Oracle):
         return mean + np.sqrt(var / self.z_var[start]) * (z - self.z_mean[start])
 
     def modalities(self, pixels=(1, 1, 1)):
-        return ModalitySet([Modality("e", "image", pixels)], pixels[0])
+        return ModalitySet([ImageModality("e", pixels)], pixels[0], self.process)
 
 
 class LabelledMixture(_Oracle):
@@ -125,10 +126,8 @@ class LabelledMixture(_Oracle):
         def encode(value):
             return (value @ self.codes).reshape(-1, 1, 1, 1)
 
-        label = Modality(
-            "label", "label", (len(self.means),), encoder=encode, head="middle", likelihood="categorical"
-        )
-        return ModalitySet([label], 1)
+        label = LabelModality("label", (len(self.means),), encoder=encode, head="middle")
+        return ModalitySet([label], 1, self.process)
 
     def sample(self, count, generator):
         k = th.multinomial(self.prior, count, replacement=True, generator=generator)

@@ -233,14 +233,16 @@ def test_shift():
 def test_frame_goes_and_comes_back():
     diffusion = process(peaks={"e": 0.5})
     z, e, t = th.randn(4, 1, 3, 3), {"e": th.randn(4, 1, 3, 3)}, th.tensor([-1, 0, 500, 999])
-    y = diffusion.to_frame(z, t, e)
+    y = diffusion.aggregation.to_frame(z, t, e)
     assert not th.allclose(y[2], z[2], atol=0.1) and th.equal(y[0], z[0])
-    th.testing.assert_close(diffusion.from_frame(y, t, e), z)
+    th.testing.assert_close(diffusion.aggregation.from_frame(y, t, e), z)
 
 
 def test_refusals():
     betas = get_named_beta_schedule("linear", 1000)
-    with pytest.raises(UserError, match="unknown aggregation schedule 'hump': choose one of bump, paper"):
+    with pytest.raises(
+        UserError, match="unknown aggregation schedule 'hump': choose one of bump, late, paper"
+    ):
         Aggregation.named("hump", betas, {"e": 0.5})
     for peak in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="peaks must be numbers of at least 0"):

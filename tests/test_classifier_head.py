@@ -1,16 +1,17 @@
 """E: the label read off the predicted image by ADM's classifier."""
 
+from dataclasses import replace
+
 import pytest
 import torch as th
-from guided_diffusion.mt.classifier_head import predicted_image
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelMeanType
-from guided_diffusion.mt.denoiser import JointDenoiser, predict_modalities
+from guided_diffusion.mt.denoiser import JointDenoiser
+from guided_diffusion.mt.heads import predicted_image
 from guided_diffusion.mt.modalities import one_hot, parse_modalities
-from guided_diffusion.mt.modality_set import Batch, multitask_losses
+from guided_diffusion.mt.modality_set import Batch
 from guided_diffusion.mt.model import JointModel, mt_defaults
-from guided_diffusion.mt.sampling import joint_sample
 from guided_diffusion.script_util import create_classifier
 from guided_diffusion.seeding import PerSample
 from tests.mt_driver import in_process
@@ -94,7 +95,7 @@ def test_loss_is_the_cross_entropy_of_the_predicted_image(rescale):
     model = joint(rescale=rescale)
     images, batch, noise = labelled()
     t = th.tensor([0, 200, 500, 800])
-    terms = multitask_losses(model.diffusion, model.modalities, model.network, images, batch, t, noise)
+    terms = model.losses(replace(batch, images=images), t, noise=noise, unshifted_probability=0.0).terms
     z = model.diffusion.q_sample(images, t, noise, model.modalities.encode(model.network, batch, images))
     timesteps = t.float() if rescale else t  # 1000 steps: the same numbers
     eps, _ = model.network(z, timesteps, y=th.zeros(4, CLASSES))
@@ -114,7 +115,7 @@ def gradients(detach, loss_weight=0.1):
     model = joint(detach=detach, loss_weight=loss_weight)
     images, batch, noise = labelled()
     t = th.tensor([20, 200, 400, 600])
-    terms = multitask_losses(model.diffusion, model.modalities, model.network, images, batch, t, noise)
+    terms = model.losses(replace(batch, images=images), t, noise=noise, unshifted_probability=0.0).terms
     terms["loss"].mean().backward()
     named = model.network.named_parameters()
     return {name: th.zeros_like(p) if p.grad is None else p.grad for name, p in named}
@@ -162,9 +163,7 @@ def test_network_may_see_the_label_too():
     assert (shown - hidden).abs().max() > 1e-3
     assert JointDenoiser(model.modalities, model.network, batch.values)(z, t).score is None
     for given in (None, batch.values):
-        sample = joint_sample(
-            model.respaced(3), model.modalities, model.network, (4, *SHAPE), PerSample(range(4)), given=given
-        )
+        sample = model.sample(PerSample(range(4)), 3, given=given)
         assert sample.images.isfinite().all()
         assert th.allclose(sample.values["label"].sum(1), th.ones(4), atol=1e-5)
 
@@ -173,8 +172,7 @@ def test_prediction_from_an_image_averages_the_times():
     model = joint()
     images, _, _ = labelled()
     one, two, both = (
-        predict_modalities(model.diffusion, model.modalities, model.network, images, times=times,
-                           random=PerSample(range(4)))["label"]
+        model.predict(images, times=times, random=PerSample(range(4)))["label"]
         for times in ((0,), (0, 0), (0, 300))
     )  # fmt: skip
     assert one.shape == (4, CLASSES) and th.allclose(one.sum(1), th.ones(4), atol=1e-5)
@@ -185,12 +183,12 @@ def test_prediction_from_an_image_averages_the_times():
 def test_refusals():
     model = joint()
     model.modalities.process = None
-    with pytest.raises(UserError, match="set ModalitySet.process"):
+    with pytest.raises(UserError, match="give ModalitySet its process"):
         model.modalities.apply(model.network, th.zeros(1, *SHAPE), th.zeros(1).long(), {})
     for options, message in (
         ({"classifier": {"width": 64}}, "options of the classifier need head: classifier"),
         ({"head": "classifier", "classifier": {"pools": 1}}, "unknown option pools; known: attention_res"),
-        ({"head": "classifier", "encoder": "clip"}, "choose identity, unet, none or a callable"),
+        ({"head": "classifier", "encoder": "clip"}, "choose unet, none or a callable"),
         ({"head": "none"}, "the network must see it"),
     ):
         with pytest.raises(UserError, match=message):

@@ -7,10 +7,10 @@ from PIL import Image
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.mt.files import read_images, read_labels, read_vectors
-from guided_diffusion.mt.modalities import Modality, preset
+from guided_diffusion.mt.modalities import VectorModality, preset
 
 LABEL = preset("label", "label", (3, 8, 8), 10)
-VECTOR = Modality("clip", "vector", (4,), encoder=lambda value: value, head="middle")
+VECTOR = VectorModality("clip", (4,), encoder=lambda value: value, head="middle")
 
 
 def noise(count=2, size=8, channels=3, seed=0):

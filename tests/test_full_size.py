@@ -8,7 +8,8 @@ import torch as th
 import yaml
 from torch import nn
 
-from guided_diffusion.mt.modalities import Modality
+from guided_diffusion.mt.modalities import VectorModality
+from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.nn import checkpoint
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -42,9 +43,10 @@ def test_the_joint_model_is_the_released_one_and_a_head(encoder):
     """Every released tensor by name, shape and order, and nothing more than the head."""
     config = ROOT / "configs/stable-diffusion/v2-inference.yaml"
     params = yaml.safe_load(config.read_text())["model"]["params"]
-    member = Modality("representation", "vector", (1024,), encoder=encoder, head="middle", hidden=1024)
+    member = VectorModality("representation", (1024,), encoder=encoder, head="middle", hidden=1024)
     with th.device("meta"):
-        unet = UNetModel(**params["unet_config"]["params"], modalities=[member])
+        heads = ModalitySet([member], 4, context_dim=1024).make_heads(1280, 320)
+        unet = UNetModel(**params["unet_config"]["params"], heads=heads)
         first_stage = instantiate_from_config(params["first_stage_config"])
     own = shapes(unet)
     new = {name: shape for name, shape in own.items() if name.startswith("heads.")}

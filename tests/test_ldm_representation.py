@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from guided_diffusion.errors import UserError, UserValueError
-from guided_diffusion.mt.modalities import Modality
-from guided_diffusion.mt.modality_set import ModalitySet
+from guided_diffusion.mt.modalities import VectorModality
+from guided_diffusion.mt.modality_set import ModalitySet, UNetEncoder
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -91,8 +91,10 @@ def test_the_preset_is_the_papers():
 
 @pytest.mark.parametrize("width, tokens", [(6, 1), (5, 1), (12, 2), (13, 3)])
 def test_a_vector_of_any_width_becomes_tokens(width, tokens):
-    vector = Modality("clip", "vector", (width,), "unet", "middle")
-    context = ModalitySet([vector], 2, context_dim=6).tokens(th.arange(2.0 * width).reshape(2, width))
+    vector = VectorModality("clip", (width,), "unet", "middle")
+    context = UNetEncoder(ModalitySet([vector], 2, context_dim=6), None, th.zeros(1, 2, 8, 8)).tokens(
+        th.arange(2.0 * width).reshape(2, width)
+    )
     assert context.shape == (2, tokens, 6)
     assert th.equal(context.flatten(1)[:, :width].flatten(), th.arange(2.0 * width))
     assert not context.flatten(1)[:, width:].any()

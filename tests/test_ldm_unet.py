@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from guided_diffusion import unet as adm
 from guided_diffusion.errors import UserValueError
+from guided_diffusion.mt.modalities import parse_modalities
+from guided_diffusion.mt.modality_set import ModalitySet
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention, FeedForward, LinearAttention
 from ldm.modules.diffusionmodules.openaimodel import SpatialTransformer, UNetModel
 
@@ -60,12 +62,8 @@ def test_context_and_label_both_steer(inputs):
 
 
 def test_modalities_have_heads_beside_the_context(inputs):
-    from guided_diffusion.mt.modalities import (
-        parse_modalities,
-    )  # here: the single-task code has no such module
-
-    modalities = parse_modalities("masked,label", (4, 8, 8), 3)
-    joint, single = unet(**TEXT, modalities=modalities), unet(**TEXT)
+    heads = ModalitySet(parse_modalities("masked,label", (4, 8, 8), 3), 4).make_heads(64, 32)
+    joint, single = unet(**TEXT, heads=heads), unet(**TEXT)
     joint.load_state_dict(single.state_dict(), strict=False)
     context = th.randn(2, 5, 6)
     out, predictions = joint(*inputs, context)

@@ -2,35 +2,61 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch as th
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.mt.modalities import Modality, RandomPatches, one_hot, parse_modalities, preset
+from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
+from guided_diffusion.mt.aggregation import Aggregation
+from guided_diffusion.mt.masks import RandomPatches
+from guided_diffusion.mt.modalities import (
+    ImageModality,
+    LabelModality,
+    VectorModality,
+    one_hot,
+    parse_modalities,
+    preset,
+)
+from guided_diffusion.mt.modality_set import with_peaks
 from guided_diffusion.seeding import PerSample
 
-IMAGE = Modality("twin", "image", (1, 4, 4))
-LABEL = Modality("label", "label", (3,), encoder=lambda v: v, head="middle", likelihood="categorical")
-VECTOR = Modality("clip", "vector", (5,), encoder=lambda v: v, head="middle")
+IMAGE = ImageModality("twin", (1, 4, 4))
+LABEL = LabelModality("label", (3,), encoder=lambda v: v, head="middle")
+VECTOR = VectorModality("clip", (5,), encoder=lambda v: v, head="middle")
 
 
 # Masks
 
 
 def test_number_and_size_of_patches():
-    """m ~ U{0..10} patches of `size` pixels, each wholly inside the image."""
+    """m ~ U{0..10} patches of `size` pixels, their corner anywhere, clipped at the right and lower edge."""
     count = 3000
     keep = RandomPatches(size=1).keep(250, 250, PerSample.derived(0, range(300)))
     # Patches of one pixel on a large image hardly ever meet: the masked pixels count them.
     numbers = th.bincount((~keep).flatten(1).sum(1), minlength=11)
     assert len(numbers) == 11 and numbers.min() > 10 and numbers.max() < 50
     single = ~RandomPatches(size=5).keep(8, 13, PerSample.derived(1, range(count)), patches=1)[:, 0]
-    assert (single.sum((1, 2)) == 25).all()
-    assert ((single.any(2).sum(1) == 5) & (single.any(1).sum(1) == 5)).all()
-    # Every place is equally likely.
+    # Every corner is equally likely.
     top, left = single.any(2).float().argmax(1), single.any(1).float().argmax(1)
-    for place, places in ((top, 4), (left, 9)):
+    for place, places, extent in ((top, 8, single.any(2).sum(1)), (left, 13, single.any(1).sum(1))):
         assert (th.bincount(place, minlength=places) / count - 1 / places).abs().max() < 0.04
+        assert th.equal(extent, (places - place).clamp(max=5))
+
+
+def test_masked_area_is_the_papers():
+    """At 64 pixels 10 patches of 16 mask 38.0 % of the image, and the last pixel in 47 % of images."""
+    masked = ~RandomPatches().keep(64, 64, PerSample.derived(7, range(4000)), patches=10)
+    assert masked.float().mean() == pytest.approx(0.380, abs=0.01)
+    assert masked[:, 0, -1, -1].float().mean() == pytest.approx(1 - (1 - (16 / 64) ** 2) ** 10, abs=0.03)
+
+
+def test_halves():
+    for half, kept in (("left", (slice(None), slice(4, 8))), ("bottom", (slice(0, 4), slice(None)))):
+        keep = RandomPatches(size=2, half=half).keep(8, 8, PerSample([0, 1]))
+        assert keep.shape == (2, 1, 8, 8) and keep[0, 0][kept].all() and keep.float().mean() == 0.5
+    with pytest.raises(UserError, match="unknown half 'middle': choose one of left, right, top, bottom"):
+        RandomPatches(half="middle")
 
 
 def test_patches_may_overlap():
@@ -112,7 +138,7 @@ def test_gaussian_likelihood_has_the_score_of_its_variance():
 @pytest.mark.parametrize("mean, variance", [(0.0, 0.01), (0.9, 0.3), (-3.0, 1.0)])
 def test_code_length_of_images_is_a_probability(mean, variance):
     """2^-length of the 256 values of a pixel sums to one."""
-    pixel = Modality("p", "image", (1, 1, 1))
+    pixel = ImageModality("p", (1, 1, 1))
     values = (th.arange(256).float() / 127.5 - 1).reshape(-1, 1, 1, 1)
     nats = pixel.code_length(th.full_like(values, mean), values, th.full((256,), variance))
     assert float((-nats).exp().double().sum()) == pytest.approx(1, abs=1e-4)
@@ -148,12 +174,29 @@ def test_parsing_a_flag():
     assert parse_modalities("", (3, 32, 32)) == ()
 
 
-def test_peaks_are_shared():
-    """Their sum is 0.5."""
+def peaks(spec, shape=(1, 8, 8), classes=None, **options):
+    betas = get_named_beta_schedule("cosine", 1000)
+    return [
+        m.peak for m in with_peaks(parse_modalities(spec, shape, classes), "bump", betas, shape, **options)
+    ]
+
+
+def test_peaks_of_images_are_shared():
+    """Their sum is 0.5; a given one stays."""
     three = {f"m{i}": {"preset": "image"} for i in range(3)}
-    assert [m.peak for m in parse_modalities("masked", (1, 8, 8))] == [0.5]
-    assert [m.peak for m in parse_modalities("masked,label", (1, 8, 8), 2)] == [0.25, 0.25]
-    assert [m.peak for m in parse_modalities(three, (1, 8, 8))] == pytest.approx([1 / 6] * 3)
+    assert peaks("masked") == [0.5] and peaks({"masked": {"peak": 0.2}}) == [0.2]
+    assert peaks("masked,label", classes=2) == [0.25, 0.25]
+    assert peaks(three) == pytest.approx([1 / 6] * 3)
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_peaks_of_labels_are_set_by_how_far_they_stand_out(size):
+    """The largest d_t = atil_t sqrt(D) / sqrt(1 - abar_t) is what was asked for, at every resolution."""
+    masked, label = peaks("masked,label", (3, size, size), 2, detectability=4.0)
+    betas = get_named_beta_schedule("cosine", 1000)
+    abar = np.cumprod(1 - betas)
+    atil = Aggregation.named("bump", betas, {"label": label}).coefficients[0]
+    assert masked == 0.25 and (atil * np.sqrt(3 * size**2 / (1 - abar))).max() == pytest.approx(4.0)
 
 
 def test_parsing_a_mapping():
@@ -174,8 +217,11 @@ REFUSED = [
     ("label", "modality label: the data have no labels; set --num_classes or give labelled data"),
     ("masked,masked:X", "modality names must differ: masked,masked:X"),
     ({"masked": "X"}, r"modality masked: expected options by name \(such as variant: X\), got 'X'"),
-    ({"masked": {"colour": 1}}, "modality masked: unknown option colour; known: as_input, bounded, centre, "),
-    ({"masked": {"patches": {"edge": 2}}}, "unknown option edge; known: complete, max_patches, size"),
+    (
+        {"masked": {"colour": 1}},
+        "modality masked: unknown option colour; known: as_input, bounded, encoder, ",
+    ),
+    ({"masked": {"patches": {"edge": 2}}}, "unknown option edge; known: complete, half, max_patches, size"),
     ({"twin": {"preset": "image", "patches": {"size": 2}}}, "modality twin: only masked images have patches"),
     ({"masked": {"patches": {"size": 0}}}, "masks need max_patches of at least 0"),
     ({"two words": {"preset": "image"}}, "modality two words: the name must be one word"),
@@ -190,18 +236,21 @@ REFUSED = [
     ),
     (
         {"twin": {"preset": "image", "shape": [3, 8]}},
-        r"a image needs a shape of 3 positive numbers, got \(3, 8\)",
+        r"kind image needs a shape of 3 positive numbers, got \(3, 8\)",
     ),
     (
         {"twin": {"preset": "image", "encoder": "unet"}},
-        "needs a conditioning input, which only a label or a vector has",
+        "unknown encoder 'unet' for kind image: choose identity, none or a callable",
     ),
     (
         {"twin": {"preset": "image", "encoder": "clip"}},
-        "unknown encoder 'clip', choose identity, unet, none or a callable",
+        "unknown encoder 'clip' for kind image: choose identity, none or a callable",
     ),
-    ({"twin": {"preset": "image", "head": "middle"}}, "the head of a image is out, or none, not 'middle'"),
-    ({"twin": {"preset": "image", "likelihood": "categorical"}}, "the likelihood of a image is gaussian"),
+    (
+        {"twin": {"preset": "image", "head": "middle"}},
+        "unknown head 'middle' for kind image: choose out, none",
+    ),
+    ({"twin": {"preset": "image", "likelihood": "categorical"}}, "unknown option likelihood"),
 ]
 
 
@@ -214,16 +263,12 @@ def test_refused(spec, message):
 
 
 def test_impossible_modalities():
-    with pytest.raises(
-        UserError, match="a label is not in the diffusion space: the encoder cannot be identity"
-    ):
-        Modality("label", "label", (3,), head="middle", likelihood="categorical")
+    with pytest.raises(UserError, match="unknown encoder 'identity' for kind label: choose unet, none or a"):
+        LabelModality("label", (3,), encoder="identity")
     with pytest.raises(
         UserError, match="modality clip: this network has no input for a vector: use variant U"
     ):
-        Modality("clip", "vector", (5,), encoder=lambda v: v, head="middle", as_input=True)
-    with pytest.raises(UserError, match="unknown kind 'sound', choose image, label or vector"):
-        Modality("s", "sound", (3,))
+        VectorModality("clip", (5,), encoder=lambda v: v, head="middle", as_input=True)
 
 
 def test_values_are_checked():

@@ -1,16 +1,24 @@
 """Encoding, feeding and reading several modalities; equation 6; the bound; conditioning by Bayes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch as th
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelVarType
-from guided_diffusion.mt.bound import multitask_bound
+from guided_diffusion.mt.bound import multitask_bound, prior_bpd
 from guided_diffusion.mt.denoiser import JointDenoiser, predict_modalities
-from guided_diffusion.mt.modalities import Modality, RandomPatches, one_hot, parse_modalities
-from guided_diffusion.mt.modality_set import Batch, ModalitySet, derive_values, multitask_losses
+from guided_diffusion.mt.losses import multitask_losses
+from guided_diffusion.mt.modalities import (
+    ImageModality,
+    RandomPatches,
+    VectorModality,
+    one_hot,
+    parse_modalities,
+)
+from guided_diffusion.mt.modality_set import Batch, ModalitySet, derive_values, peaks, with_peaks
 from guided_diffusion.seeding import PerSample
 from guided_diffusion.unet import UNetModel
 from tests.oracle import GaussianPair, LabelledMixture, process
@@ -18,12 +26,14 @@ from tests.oracle import GaussianPair, LabelledMixture, process
 SHAPE = (1, 8, 8)
 
 
-def small_model(spec="masked:U,label:U", fresh=False, classes=3):
+def small_model(spec="masked:U,label:U", fresh=False, classes=3, **options):
     """(modalities, network) of a tiny U-Net whose every weight matters, unless fresh."""
     th.manual_seed(0)
-    modalities = ModalitySet(
-        parse_modalities(spec, SHAPE, classes), 1, classes if "label" in str(spec) else None
-    )
+    diffusion = process()
+    parsed = with_peaks(parse_modalities(spec, SHAPE, classes), "bump", diffusion.betas, SHAPE)
+    labelled = "label" in str(spec)
+    diffusion = process(peaks=peaks(parsed))
+    modalities = ModalitySet(parsed, 1, diffusion, num_classes=classes if labelled else None, **options)
     network = UNetModel(
         8,
         modalities.input_channels,
@@ -33,7 +43,8 @@ def small_model(spec="masked:U,label:U", fresh=False, classes=3):
         (),
         channel_mult=(1, 2),
         num_classes=modalities.num_classes,
-        modalities=tuple(modalities),
+        heads=modalities.make_heads(64, 32),
+        presence=modalities.make_presence(128),
     )
     if not fresh:
         with th.no_grad():
@@ -63,7 +74,7 @@ def test_class_codes():
     """Centred over the classes, each of unit RMS; of the network as it is at z = 0, t = 0; without gradient, and left in its mode."""
     modalities, network = small_model()
     network.train()
-    codes = modalities.class_codes(network, modalities["label"], th.zeros(2, *SHAPE))
+    codes = modalities.constant_codes(network, th.zeros(2, *SHAPE))["label"]
     assert network.training and codes.shape == (3, *SHAPE) and not codes.requires_grad
     th.testing.assert_close(codes.square().mean((1, 2, 3)), th.ones(3))
     network.eval()
@@ -78,14 +89,12 @@ def test_class_codes_relative_to_the_null_input():
     """The encoding of no class is subtracted instead; then classes can be encoded a few at a time."""
     modalities, network = small_model({"label": {"centre": "null"}})
     like = th.zeros(2, *SHAPE)
-    codes = modalities.class_codes(network, modalities["label"], like)
+    codes = modalities.constant_codes(network, like)["label"]
     raw, _ = network(th.zeros(4, *SHAPE), th.zeros(4), y=th.cat([th.eye(3), th.zeros(1, 3)]))
     centred = raw[:3] - raw[3:]
     th.testing.assert_close(
         codes, centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt(), rtol=1e-3, atol=1e-3
     )
-    some = modalities.class_codes(network, modalities["label"], like, th.tensor([2, 0]))
-    th.testing.assert_close(some, codes[[2, 0]], rtol=1e-4, atol=1e-4)
     values = th.tensor([[0.0, 0.2, 0.8], [0.0, 0.0, 0.0]])
     encoded = modalities.encode(network, Batch({"label": values}), like)["label"]
     th.testing.assert_close(encoded[0], 0.2 * codes[1] + 0.8 * codes[2], rtol=1e-3, atol=1e-4)
@@ -94,7 +103,7 @@ def test_class_codes_relative_to_the_null_input():
 
 def test_codes_of_a_fresh_network_are_zero():
     modalities, network = small_model(fresh=True)
-    assert modalities.class_codes(network, modalities["label"], th.zeros(1, *SHAPE)).abs().max() == 0
+    assert modalities.constant_codes(network, th.zeros(1, *SHAPE))["label"].abs().max() == 0
 
 
 def test_encode():
@@ -102,7 +111,7 @@ def test_encode():
     modalities, network = small_model()
     image, label = th.randn(2, *SHAPE).requires_grad_(), th.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]])
     batch = Batch({"masked": image, "label": label}, {"masked": th.tensor([True, False])})
-    codes = modalities.class_codes(network, modalities["label"], image)
+    codes = modalities.constant_codes(network, image)["label"]
     encodings = modalities.encode(network, batch, image)
     assert th.equal(encodings["masked"][0], image[0]) and encodings["masked"][1].abs().max() == 0
     th.testing.assert_close(encodings["label"][0], (codes[0] + codes[2]) / 2)
@@ -113,7 +122,7 @@ def test_encode():
 
 
 def test_an_encoder_must_reach_the_latent():
-    clip = Modality("clip", "vector", (5,), encoder=lambda v: v, head="middle")
+    clip = VectorModality("clip", (5,), encoder=lambda v: v, head="middle")
     with pytest.raises(
         UserError, match=r"modality clip: its encoding has shape \(2, 5\), the latent \(2, 1, 8, 8\)"
     ):
@@ -131,10 +140,10 @@ def batch_for(images, present=None):
 def test_equation_6():
     """MSE(eps) + sum of lambda_i KL_i, at the z_t of equation 4."""
     modalities, network = small_model({"masked": {"loss_weight": 0.3}, "label": {"loss_weight": 2.0}})
-    diffusion = process(peaks=modalities.peaks)
+    diffusion = modalities.process
     images, noise = th.rand(4, *SHAPE) * 2 - 1, th.randn(4, *SHAPE)
     t, batch = th.tensor([0, 100, 500, 999]), batch_for(images)
-    terms = multitask_losses(diffusion, modalities, network, images, batch, t, noise)
+    terms = multitask_losses(modalities, network, replace(batch, images=images), t, noise=noise).terms
     # By hand
     abar = th.from_numpy(diffusion.alphas_cumprod)[t].float().reshape(4, 1, 1, 1)
     atil = th.from_numpy(diffusion.aggregation.coefficients)[:, t].float().reshape(2, 4, 1, 1, 1)
@@ -156,18 +165,19 @@ def test_equation_6():
 def test_missing_values_concern_their_sample_alone():
     """No shift and no loss for that sample and modality; every other number stays."""
     modalities, network = small_model()
-    diffusion = process(peaks=modalities.peaks)
     images, noise, t = th.rand(4, *SHAPE) * 2 - 1, th.randn(4, *SHAPE), th.tensor([100, 200, 300, 400])
-    whole = multitask_losses(diffusion, modalities, network, images, batch_for(images), t, noise)
+    whole = multitask_losses(
+        modalities, network, replace(batch_for(images), images=images), t, noise=noise
+    ).terms
     there = th.tensor([True, False, True, True])
     partly = multitask_losses(
-        diffusion, modalities, network, images, batch_for(images, {"label": there}), t, noise
-    )
+        modalities, network, replace(batch_for(images, {"label": there}), images=images), t, noise=noise
+    ).terms
     assert partly["KL_label"][1] == 0 and whole["KL_label"][1] > 0
     for key in whole:
         th.testing.assert_close(partly[key][there], whole[key][there])
     alone = Batch({"masked": images.roll(1, -1)})
-    without = multitask_losses(diffusion, modalities, network, images, alone, t, noise)
+    without = multitask_losses(modalities, network, replace(alone, images=images), t, noise=noise).terms
     for key in ("mse", "KL_masked", "loss"):
         th.testing.assert_close(partly[key][1], without[key][1])
 
@@ -175,10 +185,9 @@ def test_missing_values_concern_their_sample_alone():
 def test_encodings_are_under_stop_gradient():
     """The class embedding reaches the loss through the encoder alone in variant U, hence gets no gradient."""
     modalities, network = small_model("label:U")
-    diffusion = process(peaks=modalities.peaks)
     images = th.rand(4, *SHAPE)
     batch = Batch({"label": one_hot(th.tensor([0, 1, 2, 0]), 3)})
-    losses = multitask_losses(diffusion, modalities, network, images, batch, th.full((4,), 300))
+    losses = multitask_losses(modalities, network, replace(batch, images=images), th.full((4,), 300)).terms
     losses["loss"].mean().backward()
     gradient = network.label_emb.weight.grad
     assert gradient is None or gradient.abs().max() == 0
@@ -187,16 +196,15 @@ def test_encodings_are_under_stop_gradient():
 
 def test_null_inputs_of_x_modalities():
     """In training an X value is replaced by zeros with its null probability, one draw per sample; its shift and loss stay."""
-    twin = Modality("twin", "image", SHAPE, as_input=True, null_probability=0.25)
-    modalities, network = ModalitySet([twin], 1), Recorder(twin=th.zeros(1, *SHAPE))
+    twin = ImageModality("twin", SHAPE, as_input=True, null_probability=0.25)
+    modalities = ModalitySet([twin], 1, process(peaks={"twin": 0.5}))
+    network = Recorder(twin=th.zeros(1, *SHAPE))
     images = th.rand(2000, *SHAPE)
     batch = Batch({"twin": th.ones(2000, *SHAPE)})
-    losses = multitask_losses(
-        process(peaks=modalities.peaks),
+    losses, _ = multitask_losses(
         modalities,
         network,
-        images,
-        batch,
+        replace(batch, images=images),
         th.zeros(2000, dtype=th.long),
         random=PerSample.derived(0, range(2000)),
     )
@@ -222,7 +230,7 @@ def test_derived_values():
 def test_estimates_are_encoded_in_the_same_pass():
     """Order `posterior` encodes this pass's expectations; `paper` those of the step before, starting from the initial ones."""
     prediction, start = th.full((1, *SHAPE), 0.3), th.full((2, *SHAPE), 0.9)
-    modalities = ModalitySet([Modality("twin", "image", SHAPE)], 1)
+    modalities = ModalitySet([ImageModality("twin", SHAPE)], 1)
     z, t = th.randn(2, *SHAPE), th.tensor([5, 5])
     network = Recorder(twin=prediction)
     assert th.equal(JointDenoiser(modalities, network)(z, t).encodings["twin"], prediction.expand(2, *SHAPE))
@@ -237,16 +245,16 @@ def test_unknown_labels_enter_as_probabilities():
     denoiser = JointDenoiser(modalities, network)
     for _ in range(2):
         out = denoiser(3 * th.randn(2, *SHAPE), th.tensor([400, 400]))
-        codes = modalities.class_codes(network, modalities["label"], th.zeros(1, *SHAPE))
+        codes = modalities.constant_codes(network, th.zeros(1, *SHAPE))["label"]
         expected = th.einsum("bk,kchw->bchw", out.predictions["label"].softmax(1), codes)
         th.testing.assert_close(out.encodings["label"], expected)
-        th.testing.assert_close(denoiser.estimates["label"], out.predictions["label"].softmax(1))
+        th.testing.assert_close(out.values["label"], out.predictions["label"].softmax(1))
 
 
 def test_given_x_values_are_shown_and_unknown_ones_are_not():
     """An unknown X modality keeps the null input at every step: predictions are never fed back."""
     modalities = ModalitySet(
-        [Modality("twin", "image", SHAPE, as_input=True), Modality("mask", "image", SHAPE, as_input=True)], 1
+        [ImageModality("twin", SHAPE, as_input=True), ImageModality("mask", SHAPE, as_input=True)], 1
     )
     network = Recorder(twin=th.ones(1, *SHAPE), mask=th.ones(1, *SHAPE))
     value = th.rand(2, *SHAPE)
@@ -267,7 +275,7 @@ def test_given_values_are_encoded_once():
         calls.append(value)
         return value[:, :, None, None].expand(-1, -1, 8, 8)
 
-    modalities = ModalitySet([Modality("clip", "vector", (1,), encoder=encode, head="middle")], 1)
+    modalities = ModalitySet([VectorModality("clip", (1,), encoder=encode, head="middle")], 1)
     for given, expected in (({"clip": th.ones(2, 1)}, 1), (None, 3)):
         denoiser = JointDenoiser(modalities, Recorder(clip=th.zeros(1, 1)), given, strength=0.0)
         calls.clear()
@@ -318,10 +326,12 @@ def test_variance_is_interpolated_between_bins():
     network = Recorder()
     network.heads = {"twin": th.nn.Module()}
     network.heads["twin"].register_buffer("variance", th.tensor([0.01, 1.0, 4.0, 4.0]))
-    modalities = ModalitySet([Modality("twin", "image", SHAPE)], 1, steps=400)
+    modalities = ModalitySet([ImageModality("twin", SHAPE)], 1, process(steps=400, total=400))
     read = modalities.variance(network, "twin", th.tensor([0, 50, 100, 150, 250, 399]))
     assert read.tolist() == pytest.approx([0.01, 0.01, 0.1, 1.0, 4.0, 4.0], rel=1e-4)
-    rescaled = ModalitySet([Modality("twin", "image", SHAPE)], 1, steps=400, rescaled=True)
+    rescaled = ModalitySet(
+        [ImageModality("twin", SHAPE)], 1, process(steps=400, total=400, rescale_timesteps=True)
+    )
     again = rescaled.variance(network, "twin", rescaled.timesteps(th.tensor([0, 50, 100, 150, 250, 399])))
     th.testing.assert_close(again, read)
 
@@ -337,10 +347,8 @@ def test_refusals():
     with pytest.raises(UserError, match=r"modality masked: expected values of shape \[B, 1, 8, 8\]"):
         JointDenoiser(modalities, network, {"masked": th.zeros(1, 3, 8, 8)})
     images = th.zeros(1, *SHAPE)
-    with pytest.raises(UserError, match="needs the full process of 1000 steps, not one of 10"):
-        predict_modalities(process(steps=10, peaks=modalities.peaks), modalities, network, images)
     with pytest.raises(UserError, match=r"time 1000 is outside 0\.\.999"):
-        predict_modalities(process(peaks=modalities.peaks), modalities, network, images, times=(1000,))
+        predict_modalities(modalities, network, images, times=(1000,))
 
 
 def test_prediction_from_an_image():
@@ -349,12 +357,12 @@ def test_prediction_from_an_image():
     network = LabelledMixture(diffusion, means=(-0.2, 0.2), spread=0.3)
     x = th.linspace(-0.5, 0.5, 11).reshape(-1, 1, 1, 1)
     predicted = predict_modalities(
-        diffusion, network.modalities(), network, x, times=(0, 1), random=PerSample(range(11))
+        network.modalities(), network, x, times=(0, 1), random=PerSample(range(11))
     )
     density = network.prior * (-((x.reshape(-1, 1) - network.means) ** 2) / (2 * 0.3**2)).exp()
     th.testing.assert_close(predicted["label"], density / density.sum(1, keepdim=True), rtol=0, atol=0.03)
     given = {"label": one_hot(th.zeros(11, dtype=th.long), 2)}
-    assert predict_modalities(diffusion, network.modalities(), network, x, given)["label"] is given["label"]
+    assert predict_modalities(network.modalities(), network, x, given)["label"] is given["label"]
 
 
 # The bound
@@ -372,7 +380,9 @@ def pair_bound(kappa):
     x = eight_bit(network.mean + network.spread * th.randn(8, *SHAPE))
     e = eight_bit(0.5 * x - 0.1 + 0.15 * th.randn(8, *SHAPE))
     random = PerSample.derived(1, range(8))
-    bound = multitask_bound(diffusion, network.modalities(SHAPE), network, x, Batch({"e": e}), False, random)
+    bound = multitask_bound(
+        diffusion, network.modalities(SHAPE), network, Batch({"e": e}, images=x), False, random
+    )
     width = math.log(2 / 255)
     bits_x = -(th.distributions.Normal(network.mean, network.spread).log_prob(x) + width) / math.log(2)
     bits_e = -(th.distributions.Normal(0.5 * x - 0.1, 0.15).log_prob(e) + width) / math.log(2)
@@ -419,7 +429,9 @@ def test_bound_of_a_worse_network_is_larger():
         batch = Batch({"label": one_hot(k, 2)})
         x = eight_bit(x.reshape(-1, 1, 1, 1))
         random = PerSample.derived(0, range(200))
-        bounds.append(multitask_bound(diffusion, network.modalities(), network, x, batch, random=random))
+        bounds.append(
+            multitask_bound(diffusion, network.modalities(), network, replace(batch, images=x), random=random)
+        )
     good, bad = bounds
     assert bad.L2["label"].mean() > good.L2["label"].mean() and bad.L1.mean() > good.L1.mean()
 
@@ -427,10 +439,10 @@ def test_bound_of_a_worse_network_is_larger():
 def test_bound_of_missing_values():
     """A missing value costs nothing."""
     modalities, network = small_model()
-    diffusion = process(steps=4, peaks=modalities.peaks)
+    diffusion = process(steps=4, peaks=peaks(modalities))
     images = eight_bit(th.rand(4, *SHAPE) * 2 - 1)
     batch = batch_for(images, {"label": th.tensor([True, False, True, True])})
-    bound = multitask_bound(diffusion, modalities, network, images, batch)
+    bound = multitask_bound(diffusion, modalities, network, replace(batch, images=images))
     assert bound.L2["label"][1].abs().max() == 0 and bound.L2["label"][0].min() > 0
     assert set(bound.L2) == {"masked", "label"} and bound.total.shape == (4,)
 
@@ -442,31 +454,25 @@ def test_prior_counts_the_shift_that_is_left_at_the_end():
     x, e = th.full((1, *SHAPE), 0.3), th.full((1, *SHAPE), 0.8)
     mean, variance = math.sqrt(abar) * 0.3 + atil * 0.8, 1 - abar
     nats = 0.5 * (mean**2 + variance - 1 - math.log(variance))
-    assert float(diffusion._prior_bpd(x, {"e": e})) == pytest.approx(nats / math.log(2), rel=1e-3)
+    assert float(prior_bpd(diffusion, x, {"e": e})) == pytest.approx(nats / math.log(2), rel=1e-3)
     assert nats > 10 * float(diffusion._prior_bpd(x))
 
 
 # Single-task steps, conditions, guidance
 
 
-def with_process(spec, classes=3):
-    modalities, network = small_model(spec, classes=classes)
-    modalities.process = process(peaks=modalities.peaks)
-    return modalities, network
-
-
 def test_a_condition_alone_is_adms_class_conditional_model():
     """Encoder and head `none`: the losses are training_losses with y, the samples' noise the network's with y, bit for bit."""
     spec = {"label": {"variant": "X", "encoder": "none", "head": "none", "null_probability": 0.0}}
-    modalities, network = with_process(spec)
-    assert not hasattr(network, "heads") or not len(network.heads)
+    modalities, network = small_model(spec)
+    assert network.heads is None
     labels = th.tensor([0, 2, 1, 1])
     images, noise = th.rand(4, *SHAPE) * 2 - 1, th.randn(4, *SHAPE)
     t, batch = th.tensor([0, 100, 500, 999]), Batch({"label": one_hot(labels, 3)})
-    diffusion = process(peaks=modalities.peaks) if modalities.peaks else process()
+    diffusion = process()
     ours = multitask_losses(
-        diffusion, modalities, network, images, batch, t, noise, random=PerSample(range(4))
-    )
+        modalities, network, replace(batch, images=images), t, noise=noise, random=PerSample(range(4))
+    ).terms
 
     def adm(x, timesteps, y):
         output = network(x, timesteps, y=y)
@@ -488,8 +494,7 @@ def test_only_makes_the_other_samples_modalities_missing():
 
 def test_guidance_towards_a_given_u_modality():
     """free + s (given - free), where free is the noise of the image alone: without the given modality's shift."""
-    modalities, network = with_process("label:U")
-    modalities.single_task = True
+    modalities, network = small_model("label:U", single_task=True)
     z, t = th.randn(2, *SHAPE), th.tensor([400, 400])
     given = {"label": one_hot(th.tensor([0, 2]), 3)}
     shift = modalities.process.aggregation.shift(modalities.encode(network, Batch(given), z), t)
@@ -499,14 +504,14 @@ def test_guidance_towards_a_given_u_modality():
     for scale in (0.0, 1.0, 3.0):
         out = JointDenoiser(modalities, network, given, strength=0.0, guidance=scale)(z, t)
         th.testing.assert_close(out.output, free + scale * (eps - free))
-    modalities.single_task = False
+    modalities, network = small_model("label:U")
     with pytest.raises(UserError, match="trained with --single_task_probability"):
         JointDenoiser(modalities, network, given, guidance=2.0)
 
 
 def test_guidance_towards_a_given_x_modality():
     """The same, where free is the noise at the null input."""
-    modalities, network = with_process("label:X")
+    modalities, network = small_model("label:X")
     z, t = th.randn(2, *SHAPE), th.tensor([400, 400])
     given = {"label": one_hot(th.tensor([0, 2]), 3)}
     eps, _ = modalities.apply(network, z, t, given)
@@ -518,11 +523,11 @@ def test_guidance_towards_a_given_x_modality():
 
 
 def test_absent_modalities_are_neither_estimated_nor_in_the_latent():
-    modalities, network = with_process("masked:U,label:U")
+    modalities, network = small_model("masked:U,label:U")
     z, t = th.randn(2, *SHAPE), th.tensor([400, 400])
     denoiser = JointDenoiser(modalities, network, absent=["label"])
     out = denoiser(z, t)
-    assert list(out.encodings) == ["masked"] and list(denoiser.estimates) == ["masked"]
+    assert list(out.encodings) == ["masked"] and list(out.values) == ["masked"]
     for names, given in ((["depth"], None), (["label"], {"label": th.zeros(2, 3)})):
         with pytest.raises(UserError, match="cannot be left out"):
             JointDenoiser(modalities, network, given, absent=names)
@@ -531,6 +536,6 @@ def test_absent_modalities_are_neither_estimated_nor_in_the_latent():
 def test_indices_undo_timesteps():
     for steps in (40, 1000, 4000):
         for rescaled in (False, True):
-            modalities = ModalitySet([], 1, steps=steps, rescaled=rescaled)
+            modalities = ModalitySet([], 1, process(steps=steps, total=steps, rescale_timesteps=rescaled))
             t = th.arange(steps)
             assert th.equal(modalities.indices(modalities.timesteps(t)), t)

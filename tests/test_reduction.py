@@ -12,8 +12,9 @@ from guided_diffusion.losses import normal_kl
 from guided_diffusion.mt.aggregation import JointOutput
 from guided_diffusion.mt.bound import multitask_bound
 from guided_diffusion.mt.denoiser import JointDenoiser
-from guided_diffusion.mt.modalities import Modality
-from guided_diffusion.mt.modality_set import Batch, ModalitySet, multitask_losses
+from guided_diffusion.mt.losses import multitask_losses
+from guided_diffusion.mt.modalities import ImageModality
+from guided_diffusion.mt.modality_set import Batch, ModalitySet
 from guided_diffusion.mt.sampling import SAMPLERS, joint_sample
 from guided_diffusion.seeding import PerSample
 from tests.oracle import process
@@ -39,8 +40,8 @@ class Toy(th.nn.Module):
         return output, {name: th.sin(2 * x) for name in self.names}
 
 
-def image_modalities(*names):
-    return ModalitySet([Modality(name, "image", SHAPE) for name in names], 3)
+def image_modalities(diffusion, *names):
+    return ModalitySet([ImageModality(name, SHAPE) for name in names], 3, diffusion)
 
 
 def diffusion_and_data(name):
@@ -105,7 +106,7 @@ def test_sampling_with_given_zeros_has_the_same_bits(sampler):
     """An encoding of zeros (no value) shifts nothing."""
     diffusion, network, noise = process(steps=12, peaks={"e": 0.5}), Toy(names=("e",)), th.randn(2, *SHAPE)
     plain = process(steps=12)
-    given = JointDenoiser(image_modalities("e"), network, {"e": th.zeros(2, *SHAPE)}, strength=0.0)
+    given = JointDenoiser(image_modalities(diffusion, "e"), network, {"e": th.zeros(2, *SHAPE)}, strength=0.0)
     results = []
     for process_, model in ((diffusion, given), (plain, lambda x, t: network(x, t)[0])):
         th.manual_seed(4)
@@ -120,14 +121,17 @@ def test_losses_without_values_have_the_same_bits(variance):
     """With no modality, none in the batch, or all values missing: the single-task loss."""
     learned = variance in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
     x, noise, t = th.rand(3, *SHAPE) * 2 - 1, th.randn(3, *SHAPE), th.tensor([0, 400, 999])
+
+    def losses(diffusion, network, batch, *names):
+        modalities = image_modalities(diffusion, *names)
+        return multitask_losses(modalities, network, batch, t, noise=noise).terms
+
     plain = process(model_var_type=variance).training_losses(Toy(learned), x, t, noise=noise)
-    nothing = multitask_losses(
-        process(model_var_type=variance), ModalitySet([], 3), Toy(learned), x, Batch({}), t, noise
-    )
+    nothing = losses(process(model_var_type=variance), Toy(learned), Batch({}, images=x))
     diffusion, network = process(model_var_type=variance, peaks={"e": 0.5}), Toy(learned, ("e",))
-    absent = multitask_losses(diffusion, image_modalities("e"), network, x, Batch({}), t, noise)
-    missing = Batch({"e": th.zeros(3, *SHAPE)}, {"e": th.zeros(3, dtype=th.bool)})
-    missing = multitask_losses(diffusion, image_modalities("e"), network, x, missing, t, noise)
+    absent = losses(diffusion, network, Batch({}, images=x), "e")
+    missing = Batch({"e": th.zeros(3, *SHAPE)}, {"e": th.zeros(3, dtype=th.bool)}, x)
+    missing = losses(diffusion, network, missing, "e")
     assert missing.pop("KL_e").abs().max() == 0
     for terms in (nothing, absent, missing):
         assert set(terms) == set(plain)
@@ -137,7 +141,7 @@ def test_losses_without_values_have_the_same_bits(variance):
 def test_bound_with_no_modality_has_the_single_task_terms():
     diffusion, network, x = process(steps=20), Toy(), th.rand(2, *SHAPE) * 2 - 1
     zeros = SimpleNamespace(randn_like=th.zeros_like)
-    bound = multitask_bound(diffusion, ModalitySet([], 3), network, x, Batch({}), random=zeros)
+    bound = multitask_bound(diffusion, ModalitySet([], 3), network, Batch({}, images=x), random=zeros)
     terms = [
         diffusion._vb_terms_bpd(network, x, diffusion.q_sample(x, t, th.zeros_like(x)), t)["output"]
         for t in th.arange(20)[:, None].expand(20, 2)
@@ -163,13 +167,14 @@ def shifted(network, diffusion, encodings):
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("loss", LossType)
 def test_losses_are_those_of_the_shifted_problem(mean, variance, loss):
-    """training_losses with encodings is the single-task loss of the network that sees y_t + shift_t."""
+    """Equation 6's image part is the single-task loss of the network that sees y_t + shift_t."""
     options = dict(model_mean_type=mean, model_var_type=variance, loss_type=loss)
     joint, plain = process(peaks={"a": 0.5, "b": 0.3}, **options), process(**options)
     network = toy_model(variance in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE))
     x, noise, t = th.rand(4, *SHAPE) * 2 - 1, th.randn(4, *SHAPE), th.tensor([0, 1, 300, 800])
     encodings = {name: th.randn(4, *SHAPE) for name in "ab"}
-    ours = joint.training_losses(network, x, t, noise=noise, encodings=encodings)
+    batch = Batch(encodings, images=x)
+    ours, _ = multitask_losses(image_modalities(joint, *"ab"), network, batch, t, noise=noise)
     theirs = plain.training_losses(shifted(network, joint, encodings), x, t, noise=noise)
     assert set(ours) == set(theirs)
     for key in ours:
@@ -188,12 +193,14 @@ def test_bound_is_that_of_the_moving_frame(mean, variance):
     x, noise, t = th.rand(4, *SHAPE) * 2 - 1, th.randn(4, *SHAPE), th.tensor([1, 50, 300, 800])
     e = {"e": th.randn(4, *SHAPE)}
     z, y = joint.q_sample(x, t, noise, e), plain.q_sample(x, t, noise)
-    ours = joint._vb_terms_bpd(network, x, z, t, encodings=e)
+    told = JointOutput(network(z, t), e)  # the network's output at z_t, which both see
+    frame_only = told._replace(encodings={"e": 0 * e["e"]})
+    ours = joint._vb_terms_bpd(lambda *_: frame_only, x, y, t)
     theirs = plain._vb_terms_bpd(shifted(network, joint, e), x, y, t)
     th.testing.assert_close(ours["output"], theirs["output"], rtol=2e-4, atol=1e-6)
     # Spelled out with equation 5's posterior and the model's own mean in the z frame.
     q_mean, _, q_log = joint.q_posterior_mean_variance(x, z, t, e)
-    p = joint.p_mean_variance(network, z, t, encodings=e)
+    p = joint.p_mean_variance(lambda *_: told, z, t)
     nats = normal_kl(q_mean, q_log, p["mean"], p["log_variance"]).mean((1, 2, 3))
     th.testing.assert_close(ours["output"], nats / np.log(2), rtol=1e-3, atol=1e-6)
     before = joint.aggregation.shift(e, t - 1)
@@ -208,10 +215,12 @@ def test_a_perfect_model_has_no_transition_loss():
     x, noise, e = th.rand(5, *SHAPE) * 2 - 1, th.randn(5, *SHAPE), {"e": th.randn(5, *SHAPE)}
     t = th.tensor([1, 2, 100, 700, 900])
     z = diffusion.q_sample(x, t, noise, e)
-    term = diffusion._vb_terms_bpd(lambda *_: noise, x, z, t, encodings=e)
-    assert term["output"].abs().max() < 1e-4
-    wrong = diffusion._vb_terms_bpd(lambda *_: noise, x, z, t)
-    assert wrong["output"].min() > 10 * term["output"].max()
+    true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x, z, t, e)
+    nats = []
+    for encodings in (e, None):
+        p = diffusion.p_mean_variance(lambda *_, e=encodings: JointOutput(noise, e), z, t)
+        nats.append(normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]).mean((1, 2, 3)))
+    assert nats[0].abs().max() < 1e-4 and nats[1].min() > 10 * nats[0].max()
 
 
 def test_ddim_goes_up_and_down_in_the_moving_frame():
@@ -222,7 +231,7 @@ def test_ddim_goes_up_and_down_in_the_moving_frame():
 
     def perfect(z, timesteps):
         index = th.tensor([diffusion.timestep_map.index(int(s)) for s in timesteps])
-        y = diffusion.to_frame(z, index, encodings)
+        y = diffusion.aggregation.to_frame(z, index, encodings)
         return JointOutput(diffusion._predict_eps_from_xstart(y, index, x), encodings)
 
     z = diffusion.q_sample(x, t, encodings=encodings)

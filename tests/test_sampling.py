@@ -7,7 +7,7 @@ import torch as th
 from guided_diffusion.errors import UserError
 from guided_diffusion.mt.denoiser import JointDenoiser
 from guided_diffusion.mt.modalities import one_hot, parse_modalities
-from guided_diffusion.mt.modality_set import ModalitySet
+from guided_diffusion.mt.modality_set import ModalitySet, peaks, with_peaks
 from guided_diffusion.mt.sampling import SAMPLERS, Known, joint_sample
 from guided_diffusion.seeding import PerSample
 from guided_diffusion.unet import UNetModel
@@ -50,7 +50,7 @@ def test_samples_have_the_right_distribution(sampler, given, betas):
     assert float(out["sample"].std()) == pytest.approx(spread, rel=0.06)
     if given is None:
         # The estimate belongs to the image: E[e | x].
-        estimate = denoiser.estimates["e"]
+        estimate = out["joint"].values["e"]
         assert float((estimate - (0.5 * out["sample"] - 0.1)).abs().max()) < 0.03
 
 
@@ -253,12 +253,17 @@ def test_what_the_literal_order_does():
 def model():
     """(modalities, network, diffusion) of a tiny U-Net with a masked image (X) and a label (U)."""
     th.manual_seed(0)
-    modalities = ModalitySet(parse_modalities("masked:X,label:U", SHAPE, 3), 1, 3)
-    network = UNetModel(8, 2, 32, 1, 1, (), channel_mult=(1, 2), num_classes=3, modalities=tuple(modalities))
+    full = process("cosine")
+    parsed = with_peaks(parse_modalities("masked:X,label:U", SHAPE, 3), "bump", full.betas, SHAPE)
+    modalities = ModalitySet(parsed, 1, process("cosine", peaks=peaks(parsed)), num_classes=3, presence=True)
+    network = UNetModel(
+        8, 2, 32, 1, 1, (), channel_mult=(1, 2), num_classes=3,
+        heads=modalities.make_heads(64, 32), presence=modalities.make_presence(128),
+    )  # fmt: skip
     with th.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * th.randn(parameter.shape))
-    return modalities, network.eval(), process("cosine", 8, peaks=modalities.peaks)
+    return modalities, network.eval(), process("cosine", 8, peaks=peaks(modalities))
 
 
 @every

@@ -369,7 +369,7 @@ def joint(**changes):
 def test_variance_is_the_mean_squared_error_at_every_timestep():
     model = joint(modalities="masked:U", diffusion_steps=64)
     network = Constant(model.modalities, lambda t: 0.1 + t / 64)
-    measure_variance(model.diffusion, model.modalities, network, th.zeros(64, 1, 8, 8), {})
+    measure_variance(model.modalities, network, th.zeros(64, 1, 8, 8), {})
     variance = network.heads["masked"].variance
     # Bin k holds t = 2k and 2k + 1.
     low, high = ((0.1 + th.arange(start, 64, 2) / 64) ** 2 for start in (0, 1))
@@ -380,7 +380,7 @@ def test_variance_is_the_mean_squared_error_at_every_timestep():
 def test_bins_without_a_image_take_the_next_lower_ones_value():
     model = joint(modalities="masked:U", diffusion_steps=64)
     network = Constant(model.modalities, lambda t: 0.1 + t / 64)
-    measure_variance(model.diffusion, model.modalities, network, th.zeros(2, 1, 8, 8), {})
+    measure_variance(model.modalities, network, th.zeros(2, 1, 8, 8), {})
     variance = network.heads["masked"].variance.tolist()
     assert 2 <= len(set(variance)) <= 8  # two images, four passes
     assert variance == sorted(variance) and all(0.1**2 - 1e-6 <= v <= 1.1**2 for v in variance)

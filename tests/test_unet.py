@@ -5,8 +5,7 @@ import torch as th
 import torch.nn.functional as F
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.mt.heads import Features, Heads
-from guided_diffusion.mt.modalities import Modality, parse_modalities
+from guided_diffusion.mt.modalities import LabelModality, VectorModality, parse_modalities
 from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.unet import UNetModel
 
@@ -17,6 +16,7 @@ BOTH = parse_modalities("masked,label", SHAPE, 3)
 def unet(modalities=(), in_channels=2, num_classes=3, **options):
     """A tiny network with every weight away from its initial zeros."""
     th.manual_seed(0)
+    heads = ModalitySet(modalities, 2).make_heads(64, 32)
     model = UNetModel(
         8,
         in_channels,
@@ -26,7 +26,7 @@ def unet(modalities=(), in_channels=2, num_classes=3, **options):
         (),
         channel_mult=(1, 2),
         num_classes=num_classes,
-        modalities=modalities,
+        heads=heads,
         **options,
     )
     with th.no_grad():
@@ -67,16 +67,18 @@ def test_output_head_is_a_second_output_layer(inputs):
     model.heads["masked"].load_state_dict(model.out.state_dict(), strict=False)
     output, predictions = model(*inputs, y=th.zeros(4, 3))
     assert th.equal(output, predictions["masked"])
-    fresh = UNetModel(8, 2, 32, 2, 1, (), channel_mult=(1, 2), modalities=BOTH[:1])
+    fresh = UNetModel(
+        8, 2, 32, 2, 1, (), channel_mult=(1, 2), heads=ModalitySet(BOTH[:1], 2).make_heads(64, 32)
+    )
     assert fresh(*inputs)[1]["masked"].abs().max() == 0
 
 
 def test_middle_heads():
     """One layer on the pooled middle block, or two with ReLU between."""
-    vector = Modality("clip", "vector", (7,), encoder=lambda v: v, head="middle", hidden=16)
-    heads = Heads((BOTH[1], vector), middle_channels=64, last_channels=32)
+    vector = VectorModality("clip", (7,), encoder=lambda v: v, head="middle", hidden=16)
+    heads = ModalitySet((BOTH[1], vector), 2).make_heads(middle_channels=64, last_channels=32)
     middle = th.randn(2, 64, 4, 4)
-    predictions = heads(Features(middle, th.randn(2, 32, 8, 8)))
+    predictions = heads(middle, th.randn(2, 32, 8, 8))
     state = dict(heads.state_dict())
     pooled = middle.mean((2, 3))
     th.testing.assert_close(
@@ -125,9 +127,9 @@ def test_soft_labels(inputs):
 def test_x_inputs(inputs):
     """X modalities widen the input by their channels; U modalities do not, and the null input is zeros."""
     x, t = inputs
-    modalities = ModalitySet(parse_modalities("masked:X,label:X", SHAPE, 3), 2, 3)
+    modalities = ModalitySet(parse_modalities("masked:X,label:X", SHAPE, 3), 2, num_classes=3)
     assert modalities.input_channels == 4
-    assert ModalitySet(BOTH, 2, 3).input_channels == 2
+    assert ModalitySet(BOTH, 2, num_classes=3).input_channels == 2
     model = unet(tuple(modalities), in_channels=4)
     values = {"masked": th.randn(4, *SHAPE), "label": th.eye(4, 3)}
     shown, _ = modalities.apply(model, x, t, values)
@@ -138,7 +140,7 @@ def test_x_inputs(inputs):
 
 
 def test_u_values_never_reach_the_input(inputs):
-    modalities = ModalitySet(BOTH, 2, 3)
+    modalities = ModalitySet(BOTH, 2, num_classes=3)
     model = unet(BOTH)
     values = {"masked": th.randn(4, *SHAPE), "label": th.eye(4, 3)}
     assert th.equal(modalities.apply(model, *inputs, values)[0], modalities.apply(model, *inputs, {})[0])
@@ -165,7 +167,7 @@ def test_refusals(inputs):
         unet(num_classes=None)(*inputs, y=th.zeros(4, dtype=th.long))
     with pytest.raises(UserError, match="modality names must differ: masked, masked"):
         ModalitySet([BOTH[0], BOTH[0]], 2)
-    other = Modality("kind", "label", (4,), encoder="unet", head="middle", likelihood="categorical")
+    other = LabelModality("kind", (4,), encoder="unet", head="middle")
     with pytest.raises(
         UserError, match="the network has one class input: at most one modality can be a label"
     ):

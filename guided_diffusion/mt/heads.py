@@ -86,12 +86,6 @@ class Codes(nn.Module):
         for name, shape in shapes.items():
             self.register_buffer(name, th.zeros(shape))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._buffers
-
-    def __getitem__(self, name: str) -> th.Tensor:
-        return self._buffers[name]
-
 
 @dataclass(frozen=True)
 class ClassifierOptions:

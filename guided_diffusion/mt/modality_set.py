@@ -244,12 +244,11 @@ class ModalitySet:
     def constant_codes(self, network, like: th.Tensor, names=None) -> Values:
         """What encoding needs whatever the values, by name: for a label the codes of its classes, for a vector the
         code of its null input. Codes that the network keeps (heads.Codes) are taken as they are."""
-        kept, unet = getattr(network, "codes", None), UNetEncoder(self, network, like)
+        kept, unet = _codes_of(network), UNetEncoder(self, network, like)
         found = {}
         for m in self:
             if names is None or m.name in names:
-                stands = kept is not None and m.name in kept
-                code = kept[m.name].to(like.device) if stands else m.constant_code(unet)
+                code = kept[m.name] if m.name in kept else m.constant_code(unet)
                 if code is not None:
                     found[m.name] = code
         return found
@@ -257,11 +256,9 @@ class ModalitySet:
     @th.no_grad()
     def refresh_codes(self, network, like: th.Tensor) -> None:
         """Bring the codes that the network keeps up to date with its weights; called on every rank."""
-        kept = getattr(network, "codes", None)
-        if kept is not None:
-            unet = UNetEncoder(self, network, like, shared=True)
-            for name, code in kept.named_buffers():
-                code.copy_(self[name].constant_code(unet))
+        unet = UNetEncoder(self, network, like, shared=True)
+        for name, code in _codes_of(network).items():
+            code.copy_(self[name].constant_code(unet))
 
     @th.no_grad()
     def encode(self, network, batch: Batch, like: th.Tensor, codes: Values | None = None) -> Values:
@@ -321,6 +318,11 @@ class ModalitySet:
         low = position.floor().long()
         high = (low + 1).clamp(max=len(table) - 1)
         return th.lerp(table[low].log(), table[high].log(), position - low).exp()
+
+
+def _codes_of(network) -> Values:
+    codes = getattr(network, "codes", None)
+    return dict(codes.named_buffers()) if isinstance(codes, Codes) else {}
 
 
 def network_timesteps(diffusion: GaussianDiffusion, t: th.Tensor) -> th.Tensor:
