@@ -35,6 +35,7 @@ def joint(variant="U", detach=True, rescale=False, loss_weight=0.1):
         for parameter in model.network.parameters():
             parameter.add_(0.03 * th.randn(parameter.shape))
     model.network.eval()
+    model.modalities.refresh_codes(model.network, th.zeros(1, *model.shape))
     return model
 
 

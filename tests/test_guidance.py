@@ -5,6 +5,7 @@ import pytest
 import torch as th
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.mt.aggregation import Aggregation
 from guided_diffusion.mt.guidance import ClassGuidance, classifier_flags, classifier_guide, load_classifier
 from guided_diffusion.mt.model import JointModel, mt_defaults
 from guided_diffusion.mt.sampling import joint_sample, random_labels
@@ -42,6 +43,7 @@ def joint(spec="label:U", spread=0.02, **changes):
         for parameter in model.network.parameters():
             parameter.add_(spread * th.randn(parameter.shape))
     model.network.eval()
+    model.modalities.refresh_codes(model.network, th.zeros(1, *model.shape))
     return model
 
 
@@ -55,24 +57,24 @@ def test_guide_is_the_scaled_gradient():
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_classifier_sees_the_noised_image_without_the_shift(sampler):
+def test_classifier_sees_the_noised_image_without_the_shift(sampler, monkeypatch):
     """It was trained on that; and the shift of that step's own encodings is what is left out."""
     model, classifier = joint(), Linear(th.tensor([1.0, -1.0]))
     latents, shifts = [], []
-    network = model.network
-    shift = type(model.modalities).shift
+    network, diffusion = model.network, model.respaced(3)
+    opened = Aggregation.opened
 
-    def spy(encodings, timesteps):
-        shifts.append(shift(model.modalities, encodings, timesteps))
-        return shifts[-1]
+    def spy(self, output, z, t):
+        shifts.append(self.shift(output.encodings, t))
+        return opened(self, output, z, t)
 
-    model.modalities.shift = spy
+    monkeypatch.setattr(Aggregation, "opened", spy)
     network.register_forward_pre_hook(
         lambda _m, args: latents.append(args[0].clone()) if len(args[0]) == 2 else None
     )
     guide = classifier_guide(classifier, th.tensor([0, 1]), 1.0)
     sample = joint_sample(
-        model.respaced(3),
+        diffusion,
         model.modalities,
         network,
         (2, *SHAPE),

@@ -142,7 +142,7 @@ def test_it_starts_as_the_single_task_model(tmp_path, variant):
     z, t, hint = th.randn(2, *SHAPE), th.tensor([3, 30]), th.randn(2, *SHAPE)
     shown = {"label_map": th.randn(2, *SHAPE)}
     with model.ema_scope():
-        out, _ = model.modalities.apply(model.joint()[2], z, t, shown, {"c_concat": [hint]})
+        out, _ = model.modalities.apply(model.joint()[1], z, t, shown, {"c_concat": [hint]})
     assert th.allclose(out, alone.apply_model(z, t, hint), atol=1e-5)
 
 
@@ -245,7 +245,7 @@ def test_a_head_pulls_the_image_to_what_is_given():
     network = model.model.diffusion_model
 
     class Copies(OutputHead):
-        def forward(self, features):
+        def forward(self, middle, last):
             return model.seen[:, :2]
 
     network.heads["label_map"] = Copies(32, 2)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from guided_diffusion.errors import UserError, UserValueError
 from guided_diffusion.mt.modalities import VectorModality
-from guided_diffusion.mt.modality_set import ModalitySet, UNetEncoder
+from guided_diffusion.mt.modality_set import Batch, ModalitySet, UNetEncoder
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -103,17 +103,17 @@ def test_a_vector_of_any_width_becomes_tokens(width, tokens):
 @th.no_grad()
 def test_it_is_encoded_through_the_cross_attention(model):
     vectors = th.randn(3, WIDTH) * th.tensor([[1.0], [0.1], [2.0]])
-    encoded = model.modalities._encode_vector(
-        Denoiser(model), model.modalities["representation"], vectors, maps_like(3), None
-    )
+    encoded = model.modalities.encode(Denoiser(model), Batch({"representation": vectors}), maps_like(3))[
+        "representation"
+    ]
     # eps at t = 0 is the U-Net's output.
     assert th.allclose(encoded, code_of(model, vectors), atol=1e-4)
     size = (encoded**2).mean(dim=(1, 2, 3)).sqrt()
     assert th.allclose(size, (vectors**2).mean(dim=1).sqrt(), rtol=1e-4)
     # The mean, which is the null input, does not enter the latent.
-    nothing = model.modalities._encode_vector(
-        Denoiser(model), model.modalities["representation"], 0 * vectors, maps_like(3), None
-    )
+    nothing = model.modalities.encode(Denoiser(model), Batch({"representation": 0 * vectors}), maps_like(3))[
+        "representation"
+    ]
     assert not nothing.any()
 
 

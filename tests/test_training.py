@@ -64,6 +64,10 @@ def final(folder):
     return state
 
 
+def weights(state):
+    return {name: value for name, value in state.items() if not name.startswith("codes.")}
+
+
 def distance(a, b):
     return max(float((a[name].detach() - b[name].detach()).abs().max()) for name in a)
 
@@ -76,10 +80,12 @@ def test_two_ranks_are_one_rank_with_twice_the_batch(one_rank, two_ranks):
     one, two = final(one_rank), final(two_ranks)
     assert one["world_size"] == 1 and two["world_size"] == 2
     assert list(one["model"]) == list(two["model"])
-    assert distance(one["model"], two["model"]) < 1e-5
-    assert distance(one["ema"]["0.9"], two["ema"]["0.9"]) < 1e-5
+    assert distance(weights(one["model"]), two["model"]) < 1e-5
+    assert distance(weights(one["ema"]["0.9"]), two["ema"]["0.9"]) < 1e-5
+    # What is left of codes after centring, brought to unit RMS, enlarges the rounding of young weights.
+    assert distance({"codes.label": one["model"]["codes.label"]}, two["model"]) < 1e-3
     fresh = th.load(one_rank / "model000000.pt", weights_only=True)
-    moved = {name: distance({name: fresh[name]}, one["model"]) for name in fresh}
+    moved = {name: distance({name: fresh[name]}, one["model"]) for name in weights(fresh)}
     # In variant U the network never sees the label, and the encoder has no gradient.
     assert moved.pop("label_emb.weight") == 0
     assert min(moved.values()) > 0 and np.median(list(moved.values())) > 1e-4
@@ -481,9 +487,13 @@ def test_finetuning_begins_with_another_runs_weights(data, tmp_path):
     assert "new: none; left out: heads.label, label_emb" in log or "left out: label_emb, heads.label" in log
     train(data, tmp_path / "more", *flags, "--modalities", "masked:X,label:U", "--iterations", 1)
     more = th.load(tmp_path / "more" / "model000000.pt", weights_only=True)
-    assert "new: heads.masked; left out: none" in (tmp_path / "more" / "log.txt").read_text()
+    assert "new: heads.masked, presence; left out: none" in (tmp_path / "more" / "log.txt").read_text()
     stem = "input_blocks.0.0.weight"
-    assert all(same(value, more[name]) for name, value in start.items() if name != stem)
+    assert all(
+        same(value, more[name])
+        for name, value in start.items()
+        if name != stem and name.split(".")[0] != "codes"
+    )
     # The network's new input begins without influence.
     assert same(more[stem][:, :1].contiguous(), start[stem]) and more[stem][:, 1:].abs().max() == 0
     train(data, tmp_path / "more", *flags, "--modalities", "masked:X,label:U", "--iterations", 2)

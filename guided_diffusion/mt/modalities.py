@@ -83,6 +83,11 @@ class Modality(ABC):
         return self.as_input and self.null_probability == 0
 
     @property
+    def drawable(self) -> bool:
+        """Whether `draw` can make a value that the network or the user has to be given."""
+        return False
+
+    @property
     def aggregated(self) -> bool:
         """Whether it enters the latent."""
         return self.encoder != "none"
@@ -109,6 +114,20 @@ class Modality(ABC):
         self._refuse("this network has no input for it: use variant U")
 
     # E_i
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether it is encoded through cross-attention."""
+        return False
+
+    def standing_code(self, latent_shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of a `constant_code` that may stand still between two refreshes; None if there is none."""
+        return None
+
+    @property
+    def encoded_rows(self) -> int:
+        """Forward passes of one sample that a `standing_code` takes."""
+        return 0
 
     def constant_code(self, unet) -> th.Tensor | None:
         """What its encoding by the U-Net needs whatever the value [K, C, H, W]; None if nothing.
@@ -257,6 +276,20 @@ class LabelModality(Modality):
         if value is not None:
             inputs["y"] = value
 
+    @property
+    def drawable(self):
+        """See Modality: where the network cannot do without it, or nothing tells it."""
+        return self.required or self.head == "none"
+
+    def standing_code(self, latent_shape):
+        """See Modality."""
+        return (self.shape[0], *latent_shape) if self.encoder == "unet" else None
+
+    @property
+    def encoded_rows(self):
+        """See Modality."""
+        return self.shape[0] + (self.centre == "null") if self.encoder == "unet" else 0
+
     def constant_code(self, unet):
         """The codes of all classes. The U-Net's output is nearly the same for every class: without the centre
         taken off, the class cannot be seen in the latent. In float32: the differences are small."""
@@ -344,6 +377,11 @@ class VectorModality(Modality):
     def make_head(self, middle_channels, last_channels, dims):
         """See Modality."""
         return MiddleHead(middle_channels, self.shape[0], self.hidden)
+
+    @property
+    def needs_context(self):
+        """See Modality."""
+        return self.encoder == "unet"
 
     def constant_code(self, unet):
         """The raw code of the null input [1, C, H, W]."""

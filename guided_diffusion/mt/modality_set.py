@@ -16,9 +16,11 @@ from ..gaussian_diffusion import GaussianDiffusion
 from ..seeding import PerSample
 from .aggregation import detectable_peak
 from .heads import Codes, Heads, Presence, predicted_image
-from .modalities import Modality
+from .modalities import KINDS, Modality
 
 Values = dict[str, th.Tensor]
+
+_ALONE = 256  # rows that every rank encodes by itself: they come out the same to the bit
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class UNetEncoder:
     def __call__(self, **inputs: th.Tensor) -> th.Tensor:
         """The network's output [K, C, H, W] for inputs [K, ...], by their names in its forward."""
         count = len(next(iter(inputs.values())))
-        own = range(dist.get_rank(), count, dist.get_world_size()) if self.shared else range(count)
+        shared = self.shared and count > _ALONE
+        own = range(dist.get_rank(), count, dist.get_world_size()) if shared else range(count)
         codes = th.zeros(count, self.modalities.image_channels, *self.size, device=self.device)
         half = self.device.type == "cuda" and th.cuda.is_bf16_supported() and "context" not in inputs
         was_training = self.network.training
@@ -73,7 +76,7 @@ class UNetEncoder:
                 part = th.tensor(own[first : first + 256], device=self.device)
                 codes[part] = self._part(**{name: rows[part] for name, rows in inputs.items()})
         self.network.train(was_training)
-        if self.shared:
+        if shared:
             dist.all_reduce(codes)
         return codes
 
@@ -121,7 +124,7 @@ class ModalitySet:
         if sum(m.data_key == "y" for m in modalities) > 1:
             raise UserValueError("the network has one class input: at most one modality can be a label")
         for m in modalities:
-            if m.kind == "vector" and m.encoder == "unet" and context_dim is None:
+            if m.needs_context and context_dim is None:
                 raise UserValueError(
                     f"modality {m.name}: the U-Net has no cross-attention (context_dim) to encode a vector by"
                 )
@@ -153,7 +156,7 @@ class ModalitySet:
 
     def first(self, kind: str) -> Modality | None:
         """The first modality of a kind (modalities.KINDS), None where there is none."""
-        return next((m for m in self if m.kind == kind), None)
+        return next((m for m in self if isinstance(m, KINDS[kind])), None)
 
     @property
     def input_channels(self) -> int:
@@ -175,10 +178,9 @@ class ModalitySet:
 
     def make_codes(self, latent_shape: tuple[int, ...]) -> Codes | None:
         """Where the codes of labels that the U-Net encodes stand still; None if there are none."""
-        labels = {
-            m.name: (m.shape[0], *latent_shape) for m in self if m.kind == "label" and m.encoder == "unet"
-        }
-        return Codes(labels) if labels else None
+        shapes = {m.name: m.standing_code(latent_shape) for m in self}
+        shapes = {name: shape for name, shape in shapes.items() if shape is not None}
+        return Codes(shapes) if shapes else None
 
     # The network with its modalities
 

@@ -96,14 +96,13 @@ class JointModel:
             presence=presence,
             single_task=single_task > 0,
         )
-        width, mult = model_config.num_channels, model_config.channel_mult
         network = model_config.build(
-            lambda **options: UNetModel(
-                **{**options, "in_channels": modalities.input_channels},
-                heads=modalities.make_heads(int(mult[-1] * width), int(mult[0] * width)),
-                presence=modalities.make_presence(4 * width),
-            )
+            lambda **options: UNetModel(**{**options, "in_channels": modalities.input_channels})
         )
+        # After the U-Net, whose fresh weights are those of the single task.
+        width, mult = model_config.num_channels, model_config.channel_mult
+        network.heads = modalities.make_heads(int(mult[-1] * width), int(mult[0] * width))
+        network.presence = modalities.make_presence(4 * width)
         if interval != 1 and (codes := modalities.make_codes(shape)) is not None:
             network.codes = codes
         return cls(modalities, network, joint_process(config, parsed, schedule), flags)
@@ -240,10 +239,10 @@ def take_over(network: UNetModel, state: Mapping, source: str) -> tuple[list[str
 
 
 def _parts(names):
-    """heads.label.0.weight -> heads.label, label_emb.weight -> label_emb; each once."""
-    return list(
-        dict.fromkeys(n.split(".")[0] if n.startswith("label") else ".".join(n.split(".")[:2]) for n in names)
-    )
+    """heads.label.0.weight -> heads.label, label_emb.weight -> label_emb; each once. Codes are no weights."""
+    depth = {"heads": 2}
+    parts = (name.split(".") for name in names if not name.startswith("codes."))
+    return list(dict.fromkeys(".".join(part[: depth.get(part[0], 1)]) for part in parts))
 
 
 def _read(path, weights):

@@ -275,11 +275,7 @@ def joint_sample(
 def random_labels(modalities: ModalitySet, random: PerSample, names: Collection[str] | None = None) -> Values:
     """Uniformly drawn classes, one-hot [B, classes], of the labels `names`: by default of those that have
     to be given, since the network cannot do without them or nothing tells them."""
-    return {
-        m.name: m.draw(random)
-        for m in modalities
-        if m.kind == "label" and (m.required or m.head == "none" if names is None else m.name in names)
-    }
+    return {m.name: m.draw(random) for m in modalities if (m.drawable if names is None else m.name in names)}
 
 
 def _replace_known(diffusion, known, random):

@@ -85,13 +85,11 @@ def code_interval(model: JointModel, batch_size: int) -> int:
     `batch_size` samples."""
     if model.flags["code_interval"]:
         return model.flags["code_interval"]
-    return max(100, math.ceil(encoded_rows(model.modalities) / (_CODE_COST * (1 + _BACKWARD) * batch_size)))
-
-
-def encoded_rows(modalities: ModalitySet) -> int:
-    """Forward passes of one sample that a refresh of all codes takes."""
-    return sum(
-        m.shape[0] + (m.centre == "null") for m in modalities if m.kind == "label" and m.encoder == "unet"
+    return max(
+        100,
+        math.ceil(
+            sum(m.encoded_rows for m in model.modalities) / (_CODE_COST * (1 + _BACKWARD) * batch_size)
+        ),
     )
 
 
