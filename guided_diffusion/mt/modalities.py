@@ -7,7 +7,7 @@ label.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
@@ -457,15 +457,19 @@ def preset(name: str, kind: str, image_shape: tuple[int, int, int], num_classes:
 
 
 def parse_modalities(
-    spec: str | Mapping[str, Mapping], image_shape: tuple[int, int, int], num_classes: int | None = None
+    spec: str | Mapping[str, Mapping] | Sequence[Modality],
+    image_shape: tuple[int, int, int],
+    num_classes: int | None = None,
 ) -> tuple[Modality, ...]:
     """The modalities that a flag or a configuration file asks for.
 
     spec: "masked:X,label:U" (names of presets with their variant, U unless given), or a mapping from a name
     to a preset's name under `preset` and any fields of its class to change; `variant: X` stands for as_input,
-    `patches` for those of RandomPatches, `classifier` for those of ClassifierOptions. UserValueError for anything
-    unknown.
+    `patches` for those of RandomPatches, `classifier` for those of ClassifierOptions; or modalities that are made
+    already. UserValueError for anything unknown.
     """
+    if not isinstance(spec, str | Mapping):
+        return tuple(spec)
     return tuple(
         _from_options(name, dict(options), image_shape, num_classes)
         for name, options in _as_mapping(spec).items()
@@ -474,6 +478,8 @@ def parse_modalities(
 
 def wants_labels(spec: str | Mapping[str, Mapping]) -> bool:
     """Whether a specification as for `parse_modalities` has a label in it, which the data must bring."""
+    if not isinstance(spec, str | Mapping):
+        return any(m.data_key == "y" for m in spec)
     return any(options.get("preset", name) == "label" for name, options in _as_mapping(spec).items())
 
 
