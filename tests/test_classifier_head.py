@@ -8,7 +8,7 @@ import torch as th
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelMeanType
 from guided_diffusion.mt.denoiser import JointDenoiser
-from guided_diffusion.mt.heads import predicted_image
+from guided_diffusion.mt.heads import joint_gradient, predicted_image
 from guided_diffusion.mt.modalities import one_hot, parse_modalities
 from guided_diffusion.mt.modality_set import Batch
 from guided_diffusion.mt.model import JointModel, mt_defaults
@@ -72,7 +72,7 @@ def test_paper_defaults():
     assert (flags["classifier_depth"], flags["classifier_attention_resolutions"]) == (4, "32,16,8")
     assert flags["classifier_pool"] == "attention" and flags["image_size"] == 64
     assert flags["classifier_use_scale_shift_norm"] and flags["classifier_resblock_updown"]
-    assert label.loss_weight == 0.1 and label.classifier.detach
+    assert label.loss_weight == 0.1 and not label.classifier.detach
 
 
 @pytest.mark.parametrize("step", [0, 300, 999])
@@ -128,10 +128,22 @@ def test_gradients_reach_what_they_should():
     heads = {name for name in without if name.startswith("heads.")}
     assert all(without[name].abs().max() == 0 for name in heads)
     assert sum(float(detached[name].abs().max()) > 0 for name in heads) > 0.9 * len(heads)
-    unet = set(without) - heads - {"label_emb.weight"}
+    unet = {n for n in set(without) - heads if not n.startswith(("label_emb.", "presence."))}
     assert all(th.equal(without[name], detached[name]) for name in unet)
     assert sum(not th.equal(without[name], through[name]) for name in unet) > 0.9 * len(unet)
     assert all(th.equal(detached[name], through[name]) for name in heads)
+
+
+def test_the_way_back_into_the_network_does_not_multiply():
+    """d eps of the label's loss is that of the image at most: sqrt(1 / abar_t - 1) is divided out where above 1."""
+    diffusion = process()
+    eps, t = th.zeros(3, *SHAPE, requires_grad=True), th.tensor([10, 500, 950])
+    z = 0.001 * th.randn(3, *SHAPE)  # so that nothing is clipped
+    image = predicted_image(diffusion, eps, z, t)
+    plain = th.autograd.grad(image.sum(), eps, retain_graph=True)[0].abs().amax((1, 2, 3))
+    joint = th.autograd.grad(joint_gradient(diffusion, image, t).sum(), eps)[0].abs().amax((1, 2, 3))
+    assert plain[2] > 10 and joint.tolist() == pytest.approx([float(plain[0]), 1.0, 1.0], rel=1e-4)
+    th.testing.assert_close(joint_gradient(diffusion, image, t), image)
 
 
 def test_given_label_conditions_through_the_predicted_image():

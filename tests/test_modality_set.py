@@ -19,6 +19,8 @@ from guided_diffusion.mt.modalities import (
     parse_modalities,
 )
 from guided_diffusion.mt.modality_set import Batch, ModalitySet, derive_values, peaks, with_peaks
+from guided_diffusion.mt.model import JointModel, mt_defaults
+from guided_diffusion.mt.training import code_interval
 from guided_diffusion.seeding import PerSample
 from guided_diffusion.unet import UNetModel
 from tests.oracle import GaussianPair, LabelledMixture, process
@@ -127,6 +129,95 @@ def test_an_encoder_must_reach_the_latent():
         UserError, match=r"modality clip: its encoding has shape \(2, 5\), the latent \(2, 1, 8, 8\)"
     ):
         ModalitySet([clip], 1).encode(None, Batch({"clip": th.zeros(2, 5)}), th.zeros(2, *SHAPE))
+
+
+class Counting(th.nn.Module):
+    """A network that counts the samples it is evaluated on."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.samples = network, 0
+
+    def forward(self, x, *args, **kwargs):
+        self.samples += len(x)
+        return self.network(x, *args, **kwargs)
+
+
+def test_codes_stand_still_until_they_are_refreshed():
+    """They are buffers of the network, so checkpoints keep them; other weights leave them as they are."""
+    modalities, network = small_model("label:U")
+    like = th.zeros(2, *SHAPE)
+    fresh = modalities.constant_codes(network, like)["label"]
+    network.codes = modalities.make_codes(SHAPE)
+    assert modalities.constant_codes(network, like)["label"].abs().max() == 0  # not known yet
+    modalities.refresh_codes(network, like)
+    assert th.equal(network.state_dict()["codes.label"], fresh)
+    with th.no_grad():
+        network.label_emb.weight.mul_(-3)
+    assert th.equal(modalities.constant_codes(network, like)["label"], fresh)
+    value = one_hot(th.tensor([1, 2]), 3)
+    th.testing.assert_close(modalities.encode(network, Batch({"label": value}), like)["label"], fresh[1:])
+
+
+def test_cost_of_a_thousand_labels():
+    """At 1,000 classes and batch 10 encoding costs under 5 % of the step: three evaluations a sample, forward and
+    backward. It is counted in evaluations of the U-Net over a period between two refreshes."""
+    flags = dict(
+        image_size=8, image_channels=1, num_channels=32, num_res_blocks=1, channel_mult="1", num_classes=1000,
+        attention_resolutions="", modalities="label:U",
+    )  # fmt: skip
+    model = JointModel.from_flags({**mt_defaults(), **flags})
+    interval = code_interval(model, 10)
+    counting = Counting(model.network)
+    counting.codes = model.network.codes
+    model.modalities.refresh_codes(counting, th.zeros(1, *SHAPE))
+    refresh, counting.samples = counting.samples, 0
+    values = one_hot(th.arange(10), 1000)
+    model.modalities.encode(counting, Batch({"label": values}), th.zeros(10, *SHAPE))
+    assert refresh == 1000 and counting.samples == 0  # standing codes: a step evaluates nothing for them
+    assert refresh / interval <= 0.05 * 3 * 10
+
+
+def test_presence_tells_whose_shift_is_in_the_latent():
+    """One vector per modality on the timestep embedding, zero at first; 1 where the shift is in, per sample."""
+    modalities, network = small_model(presence=True, fresh=True)
+    assert list(network.presence.state_dict()) == ["vectors.masked", "vectors.label"]
+    batch = Batch({"masked": th.ones(2, *SHAPE), "label": th.eye(2, 3)}, {"label": th.tensor([True, False])})
+    present = modalities.present_among(["masked", "label"], th.zeros(2, *SHAPE), batch)
+    assert present.tolist() == [[1, 1], [1, 0]]
+    z, t = th.randn(2, *SHAPE), th.tensor([5, 500])
+    with th.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * th.randn(parameter.shape))
+        nothing, _ = modalities.apply(network, z, t, {})
+        told, _ = modalities.apply(network, z, t, {}, present=present)
+        network.presence.vectors["label"].zero_()
+        network.presence.vectors["masked"].zero_()
+        th.testing.assert_close(modalities.apply(network, z, t, {}, present=present)[0], nothing)
+    assert (told - nothing).abs().max() > 1e-4
+
+
+def test_a_share_of_the_samples_is_not_shifted():
+    """Its loss stays, its latent is that of the single task, and the network is told."""
+    modalities, network = small_model("label:U", presence=True)
+    images, t = th.rand(400, *SHAPE), th.full((400,), 400)
+    batch = Batch({"label": one_hot(th.arange(400) % 3, 3)}, images=images)
+    seen = {}
+
+    def hook(module, args, kwargs):
+        if "present" in kwargs:
+            seen.update(z=args[0], present=kwargs["present"])
+
+    network.register_forward_pre_hook(hook, with_kwargs=True)
+    noise, random = th.randn(400, *SHAPE), PerSample.derived(0, range(400))
+    losses, _ = multitask_losses(
+        modalities, network, batch, t, noise=noise, random=random, unshifted_probability=0.25
+    )
+    plain = modalities.process.q_sample(images, t, noise)
+    unshifted = seen["present"][:, 0] == 0
+    assert unshifted.float().mean() == pytest.approx(0.25, abs=0.07) and losses["KL_label"].min() > 0
+    assert th.equal(seen["z"][unshifted], plain[unshifted])
+    assert (seen["z"] - plain)[~unshifted].abs().amax((1, 2, 3)).min() > 0.01
 
 
 # Equation 6

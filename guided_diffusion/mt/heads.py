@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch as th
 import torch.nn as nn
 
-from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType
+from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, _at
 from ..nn import conv_nd, normalization, zero_module
 from ..script_util import create_classifier
 
@@ -91,9 +92,8 @@ class Codes(nn.Module):
 class ClassifierOptions:
     """The classifier of a label's head `classifier` (E): ADM's flags classifier_*, with the paper's depth.
 
-    image_size, image_channels: of the image that it reads. detach: whether the label's loss stops at the
-    predicted image. It does by default: image and label are learned in sequence, and the way back into the
-    U-Net multiplies the gradient by sqrt(1 / abar_t - 1), which exceeds 100 where the image is all noise.
+    image_size, image_channels: of the image that it reads. detach: the label's loss stops at the predicted image,
+    so that image and label are learned in sequence; otherwise it reaches the U-Net as well (`joint_gradient`).
     Conditioning on a given label differentiates through it in any case.
     """
 
@@ -106,7 +106,7 @@ class ClassifierOptions:
     resblock_updown: bool = True
     pool: str = "attention"
     channel_mult: str = ""
-    detach: bool = True
+    detach: bool = False
 
     @property
     def flags(self) -> dict:
@@ -122,6 +122,19 @@ class ClassifierOptions:
         """An EncoderUNetModel with fresh weights: (images, timesteps) -> logits. UserValueError for
         impossible options."""
         return create_classifier(**self.flags, classifier_use_fp16=False, num_classes=classes)
+
+
+def joint_gradient(process: GaussianDiffusion, image: th.Tensor, t: th.Tensor) -> th.Tensor:
+    """The predicted image [B, C, H, W], whose gradient into the network's output is at most that of the image.
+
+    A gradient of x_0 is one of eps times sqrt(1 / abar_t - 1), which exceeds 100 where the image is all noise; here
+    the factor is at most 1.
+    """
+    if process.model_mean_type is ModelMeanType.START_X:
+        return image
+    weight = _at(1 / np.maximum(process.sqrt_recipm1_alphas_cumprod, 1), t, image)
+    still = image.detach()
+    return still + weight * (image - still)
 
 
 def predicted_image(process: GaussianDiffusion, output: th.Tensor, z: th.Tensor, t: th.Tensor) -> th.Tensor:

@@ -15,7 +15,7 @@ from ..errors import UserValueError
 from ..gaussian_diffusion import GaussianDiffusion
 from ..seeding import PerSample
 from .aggregation import detectable_peak
-from .heads import Codes, Heads, Presence, predicted_image
+from .heads import Codes, Heads, Presence, joint_gradient, predicted_image
 from .modalities import KINDS, Modality
 
 Values = dict[str, th.Tensor]
@@ -197,7 +197,7 @@ class ModalitySet:
         """network(z, timesteps) with the X modalities of `shown`; those not shown get the null input.
 
         conditioning: what else the network is called with, such as `context`; present: see `present_among`, None
-        for none. training: losses of classifier heads stop at the predicted image where they say so. Returns
+        for none. training: classifier heads pass gradients back as they say (ClassifierOptions.detach). Returns
         (output, predictions by name).
         """
         channels, inputs = [z], dict(conditioning or {})
@@ -217,8 +217,10 @@ class ModalitySet:
         logits = {}
         for m in self:
             if m.head == "classifier":
-                image = predicted_image(self._need_process(), output, z, self.indices(timesteps))
-                image = image.detach() if training and m.classifier.detach else image
+                process, t = self._need_process(), self.indices(timesteps)
+                image = predicted_image(process, output, z, t)
+                if training:
+                    image = image.detach() if m.classifier.detach else joint_gradient(process, image, t)
                 # A network wrapped for training keeps its heads inside.
                 logits[m.name] = getattr(network, "module", network).heads[m.name](image, timesteps)
         return logits
