@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch as th
 import torch.distributed as dist
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..seeding import PerSample, derive_seed
 from ..train_util import TrainLoop
 from .modality_set import ModalitySet, batch_of, derive_values
@@ -34,6 +34,11 @@ class JointTrainLoop(TrainLoop):
         self.joint, self.modalities, self.held_out = model, model.modalities, held_out
         super().__init__(model=model.network, diffusion=model.diffusion, **kwargs)
         self.code_interval = code_interval(model, self.global_batch)
+        if rows := sum(m.encoded_rows for m in self.modalities):
+            share = rows / self.code_interval / ((1 + _BACKWARD) * self.global_batch)
+            logger.log(
+                f"labels: {rows} codes, encoded every {self.code_interval} steps, about {share:.2%} of a step's time"
+            )
 
     def compute_losses(self, micro, micro_cond):
         """Equation 6 on a microbatch; see TrainLoop.compute_losses."""
