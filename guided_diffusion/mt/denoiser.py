@@ -18,31 +18,25 @@ class JointDenoiser:
     """The network as a sampler's model: (z_t, timesteps, **conditioning) -> JointOutput. One forward pass a
     step, two with guidance. Without modalities it returns the network's plain output.
 
-    given: the known modalities [B, ...]; the others are estimated. In variant U a given value conditions
-    through the model's own head, by Bayes: strength * grad log p(x_i | z_t); 1 is exact for the image (the
-    estimates of further unknown modalities remain E[x_j | z_t]), 0 only holds the value fixed, which does not
-    condition the image on it. In variant X the network sees the value.
-    guidance: scale of classifier-free guidance (Ho & Salimans 2022), 1 for none: the noise without the given
-    X modalities, and with `unconditional` in place of the conditioning's entries of those names, is
-    extrapolated towards that with them. Where the network also learned images alone (single_task), it is the
-    noise of the image alone, without any shift: that guides towards U ones too.
-    absent: modalities that are left out, neither estimated nor in the latent, as in single-task steps.
-    order: `posterior` encodes the estimates of this very pass (equation 5 is linear in e_i, so this is the
-    exact mean); `paper` is Algorithm 1 to the letter: encode the estimates of the step before, starting from
-    initial[name] [B, ...].
+    A given modality of variant X is shown to the network. One of variant U conditions through the model's own head,
+    by Bayes: eps - strength sqrt(1 - abar_t) grad log p(x_i | z_t). Strength 1 is exact for the image; 0 only holds
+    the value fixed, which does not condition the image on it. Classifier-free guidance (Ho & Salimans 2022)
+    extrapolates the noise from that at the null inputs; where the network also learned images alone (single_task),
+    from that of the image without any shift, which guides towards U modalities too.
     """
 
     def __init__(
         self,
         modalities: ModalitySet,
         network,
-        given: Values | None = None,
-        strength: float | Mapping[str, float] = 1.0,
-        order: str = "posterior",
-        initial: Values | None = None,
-        guidance: float = 1.0,
-        unconditional: Mapping | None = None,
-        absent: Sequence[str] = (),
+        given: Values | None = None,  # known values [B, ...] by name; the others are estimated
+        strength: float | Mapping[str, float] = 1.0,  # of given U modalities, for all or by name
+        order: str = "posterior",  # encode this pass's estimates: the exact mean, as equation 5 is linear in e_i;
+        # or `paper`, Algorithm 1 to the letter: encode those of the step before, starting from
+        initial: Values | None = None,  # these [B, ...]
+        guidance: float = 1.0,  # scale of classifier-free guidance, 1 for none
+        unconditional: Mapping | None = None,  # conditioning by name, in place of the call's in the free pass
+        absent: Sequence[str] = (),  # left out: neither estimated nor in the latent, as in single-task steps
     ):
         if order not in ("posterior", "paper"):
             raise UserValueError(f"unknown order {order!r}: choose posterior or paper")
