@@ -3,15 +3,15 @@
 #
 #   bash scripts/setup_env.sh && source .venv/bin/activate
 #
-# $PYTHON names the interpreter to use (default: python3; 3.10 or later).
+# $PYTHON names the interpreter to use (default: python3; 3.11 or later).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 extras="mpi,quickstart,ldm,dev"
 
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    echo "error: Python 3.10 or later is needed, and '$python' is not; set PYTHON=/path/to/python3" >&2
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: Python 3.11 or later is needed, and '$python' is not; set PYTHON=/path/to/python3" >&2
     exit 2
 fi
 

@@ -4,6 +4,7 @@
 #   bash scripts/test.sh                   all but the slow ones
 #   bash scripts/test.sh -m slow           only those
 #   bash scripts/test.sh tests/test_train_util.py -k resumed
+#   bash scripts/test.sh -n 0 --pdb        in one process (by default one per core, at most four)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,4 +13,4 @@ bash scripts/setup_env.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # mpiexec of the environment, which belongs to its mpi4py.
 export PATH="$PWD/.venv/bin:$PATH"
-exec .venv/bin/python -m pytest -m "not slow" "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 -m "not slow" "$@"

@@ -14,8 +14,8 @@ from ldm.checkpoint import load_state_dict, trained_steps
 from ldm.inference import load_model
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+from tests.compare import agree
 from tests.parity.weights import named_weight
-from tests.test_parity_adm import agree
 
 FIXTURE = Path(__file__).parent / "parity" / "diffusers"
 INDEX = json.loads((FIXTURE / "index.json").read_text())

@@ -1,4 +1,7 @@
-"""The documents: their commands exist and run, their links lead somewhere, the reference is up to date."""
+"""The documents: their commands exist and run, their links lead somewhere.
+
+`bash scripts/docs.sh` checks the links of the whole site.
+"""
 
 import argparse
 import ast
@@ -21,7 +24,12 @@ from PIL import Image
 
 from tests.conftest import ROOT, sample_image
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "patches/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "patches/README.md",
+]
 FENCE = re.compile(r"(?:<!-- run(?:: (?P<needs>\w+))? -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)```", re.DOTALL)
 COMMAND = re.compile(
     r"(?:python|torchrun)(?! -m pytest)\s[^|#;]*?\b(?<!tests/)"

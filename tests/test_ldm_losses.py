@@ -11,6 +11,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator
 from ldm.modules.losses.adversarial import adopt_weight, hinge_d_loss, vanilla_d_loss
 from ldm.modules.losses.vqperceptual import VQLPIPSWithDiscriminator, measure_perplexity
+from tests.compare import agree
 from tests.conftest import dev_data
 
 pytest.importorskip("taming.modules.discriminator.model", reason="needs taming-transformers-rom1504")
@@ -50,7 +51,7 @@ def case():
 def test_discriminator_losses():
     real, fake = th.tensor([2.0, 0.5, -1.0]), th.tensor([-3.0, 0.0, 1.0])
     hinge = 0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 2) / 3)
-    assert hinge_d_loss(real, fake).item() == pytest.approx(hinge, rel=1e-6)
+    assert hinge_d_loss(real, fake).item() == pytest.approx(hinge, rel=1e-5)
     vanilla = -(real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean()) / 2
     assert vanilla_d_loss(real, fake).item() == pytest.approx(vanilla.item(), rel=1e-5)
     assert [adopt_weight(0.7, step, threshold=3) for step in (2, 3, 4)] == [0.0, 0.7, 0.7]
@@ -79,7 +80,7 @@ def test_the_kl_loss_is_its_formula(case):
     weighted, _ = loss(inputs, output, posterior, 0, 1, last_layer=last, weights=weights)
     only_first, _ = loss(inputs[:1], output[:1], posterior, 0, 1, last_layer=last)
     kls = 0.1 * kl, 0.1 * 2 * kl  # of a batch of 1, the same posterior weighs twice
-    assert th.allclose(weighted - kls[0], only_first - kls[1], rtol=1e-5)
+    agree(weighted - kls[0], only_first - kls[1], rtol=1e-5, floor=1e-6 * weighted.item())
 
 
 def test_the_adversary_is_balanced_by_gradients(case):

@@ -14,6 +14,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.models.diffusion.schedule import Denoiser
 from ldm.models.diffusion.vectors import Standard
+from tests.compare import agree
 from tests.ldm_models import CLASSES, CONTEXT, IDENTITY, maps, small, unet_config
 from tests.test_ldm_conditioning import WIDTH as TEXT_WIDTH
 from tests.test_ldm_conditioning import clip  # noqa: F401 (a fixture)
@@ -107,7 +108,7 @@ def test_it_is_encoded_through_the_cross_attention(model):
         "representation"
     ]
     # eps at t = 0 is the U-Net's output.
-    assert th.allclose(encoded, code_of(model, vectors), atol=1e-4)
+    agree(encoded, code_of(model, vectors))
     size = (encoded**2).mean(dim=(1, 2, 3)).sqrt()
     assert th.allclose(size, (vectors**2).mean(dim=1).sqrt(), rtol=1e-4)
     # The mean, which is the null input, does not enter the latent.

@@ -10,6 +10,7 @@ from guided_diffusion.mt.modalities import parse_modalities
 from guided_diffusion.mt.modality_set import ModalitySet
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention, FeedForward, LinearAttention
 from ldm.modules.diffusionmodules.openaimodel import SpatialTransformer, UNetModel
+from tests.compare import agree
 
 SMALL = dict(
     image_size=8,
@@ -58,7 +59,7 @@ def test_context_and_label_both_steer(inputs):
     assert not th.allclose(out, model(*inputs, second, y), atol=1e-4)
     assert not th.allclose(out, model(*inputs, first, y - y), atol=1e-4)
     # The context is a set: its order does not matter.
-    assert th.allclose(out, model(*inputs, context=first.flip(1), y=y), atol=1e-4)
+    agree(out, model(*inputs, context=first.flip(1), y=y))
 
 
 def test_modalities_have_heads_beside_the_context(inputs):
@@ -82,7 +83,9 @@ def test_checkpointing_changes_no_gradient(inputs):
         model = unet(**TEXT, use_checkpoint=flag)
         model(x, t, context).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(th.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+    floor = 1e-6 * max(float(a.abs().max()) for a in gradients[0])
+    for a, b in zip(*gradients, strict=True):
+        agree(a, b, floor=floor)
 
 
 def test_codebook_logits(inputs):
@@ -190,14 +193,14 @@ def test_without_a_context_a_block_attends_to_itself():
     x = th.randn(1, 5, 8)
     y = x + block.attn1(block.norm1(x))
     y = y + block.attn2(block.norm2(y))
-    assert th.allclose(block(x), y + block.ff(block.norm3(y)), atol=1e-6)
+    agree(block(x), y + block.ff(block.norm3(y)), rtol=1e-5)
 
 
 def test_self_attention_can_be_disabled():
     """Then the positions do not see each other: each one's output depends on itself and the context."""
     block = BasicTransformerBlock(8, 2, 4, context_dim=6, disable_self_attn=True).eval()
     x, context = th.randn(1, 5, 8), th.randn(1, 3, 6)
-    assert th.allclose(block(x, context)[:, :1], block(x[:, :1], context), atol=1e-6)
+    agree(block(x, context)[:, :1], block(x[:, :1], context), rtol=1e-5)
 
 
 def test_feed_forward():
@@ -205,10 +208,10 @@ def test_feed_forward():
     plain, gated = FeedForward(8, dim_out=5, mult=2), FeedForward(8, glu=True)
     first, _, last = plain.net
     assert plain(x).shape == (3, 5)
-    assert th.allclose(plain(x), last(F.gelu(first[0](x))))
+    agree(plain(x), last(F.gelu(first[0](x))), rtol=1e-5)
     proj, _, last = gated.net
     value, gate = proj.proj(x).split(32, dim=-1)
-    assert th.allclose(gated(x), last(value * F.gelu(gate)))
+    agree(gated(x), last(value * F.gelu(gate)), rtol=1e-5)
 
 
 def test_linear_attention_agrees_with_its_formula():
@@ -221,7 +224,7 @@ def test_linear_attention_agrees_with_its_formula():
         summary = th.einsum("bct,bdt->bcd", weights, v[:, rows])
         mixed.append(th.einsum("bcd,bct->bdt", summary, q[:, rows]))
     expected = layer.to_out(th.cat(mixed, dim=1).reshape(2, 6, 4, 5))
-    assert th.allclose(layer(x), expected, atol=1e-6)
+    agree(layer(x), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("use_linear", [False, True])

@@ -17,8 +17,8 @@ from ldm.modules.diffusionmodules.util import (
     make_ddim_timesteps,
 )
 from ldm.util import count_params, instantiate_from_config
+from tests.compare import agree
 from tests.parity.weights import fill
-from tests.test_parity_adm import agree
 
 PARITY = Path(__file__).parent / "parity"
 CONFIGS = Path(__file__).parents[1] / "configs"

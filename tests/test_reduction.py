@@ -17,8 +17,9 @@ from guided_diffusion.mt.modalities import ImageModality
 from guided_diffusion.mt.modality_set import Batch, ModalitySet
 from guided_diffusion.mt.sampling import SAMPLERS, joint_sample
 from guided_diffusion.seeding import PerSample
+from tests.compare import agree
 from tests.oracle import process
-from tests.test_parity_adm import INDEX, agree, arrays, toy_model
+from tests.test_parity_adm import INDEX, arrays, toy_model
 
 SHAPE = (3, 8, 8)
 MEANS = list(ModelMeanType)

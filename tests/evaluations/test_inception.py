@@ -10,6 +10,7 @@ import torch
 from evaluations.errors import EvaluationError
 from evaluations.inception import load_inception, preprocess, resize_bilinear, seeded_inception
 from evaluations.inception_weights import seeded_weights
+from tests.compare import agree
 
 from ..conftest import dev_data
 from .conftest import sample_images
@@ -36,9 +37,7 @@ def test_resize_shrinks_without_antialiasing():
 
 def test_resize_treats_height_and_width_alike():
     image = torch.rand(1, 5, 5, 3)
-    assert torch.allclose(
-        resize_bilinear(image, 7).transpose(1, 2), resize_bilinear(image.transpose(1, 2), 7)
-    )
+    agree(resize_bilinear(image, 7).transpose(1, 2), resize_bilinear(image.transpose(1, 2), 7), rtol=1e-5)
 
 
 def test_preprocess_scales_by_128():
@@ -64,8 +63,8 @@ def test_features_are_what_they_were_when_they_agreed_with_tensorflow(network):
     # Recorded from the code that agreed with TensorFlow to 2e-6; any change of pooling, padding or order moves them.
     ramp = np.arange(2 * 20 * 20 * 3).reshape(2, 20, 20, 3) * 7 % 256
     output = network(torch.from_numpy(ramp.astype(np.uint8)))
-    assert output.pool[1, ::13].tolist() == pytest.approx(GOLDEN_POOL, rel=1e-4, abs=1e-5)
-    assert output.spatial[1, 1000:1007].tolist() == pytest.approx(GOLDEN_SPATIAL, rel=1e-4, abs=1e-5)
+    agree(output.pool[1, ::13], GOLDEN_POOL)
+    agree(output.spatial[1, 1000:1007], GOLDEN_SPATIAL)
 
 
 def test_features_of_a_image_do_not_depend_on_its_batch(network):

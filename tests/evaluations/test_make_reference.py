@@ -11,6 +11,7 @@ from evaluations.evaluator import activations, given_statistics
 from evaluations.images import open_images
 from evaluations.inception_weights import seeded_weights
 from evaluations.make_reference import main, pick, read_classes, select
+from tests.compare import agree
 
 from .conftest import ROOT, sample_images
 from .seeded_files import write_graph
@@ -38,10 +39,10 @@ def test_reference_has_adms_keys_and_the_statistics_of_all_images(
     assert arrays["arr_0"].shape == (5, 16, 16, 3) and arrays["arr_0"].dtype == np.uint8
     everything = activations(open_images(folder), network, progress=False)
     pool, spatial = everything.pool.double().numpy(), everything.spatial.double().numpy()
-    assert np.allclose(arrays["mu"], pool.mean(0), rtol=1e-4, atol=1e-5)
-    assert np.allclose(arrays["sigma"], np.cov(pool, rowvar=False), rtol=1e-3, atol=1e-5)
-    assert np.allclose(arrays["mu_s"], spatial.mean(0), rtol=1e-4, atol=1e-5)
-    assert np.allclose(arrays["sigma_s"], np.cov(spatial, rowvar=False), rtol=1e-3, atol=1e-4)
+    agree(arrays["mu"], pool.mean(0), rtol=1e-5)
+    agree(arrays["sigma"], np.cov(pool, rowvar=False), rtol=1e-5)
+    agree(arrays["mu_s"], spatial.mean(0), rtol=1e-5)
+    agree(arrays["sigma_s"], np.cov(spatial, rowvar=False), rtol=1e-5)
     meta = json.loads(str(arrays["meta"]))
     assert (meta["n_statistics"], meta["n_images"], meta["seed"]) == (12, 5, 3)
     assert len(meta["weights_sha256"]) == 64
@@ -108,8 +109,8 @@ def test_two_ranks_write_what_one_writes(launch, batches, graph_file, tmp_path):
     job = launch("torchrun", program, batches[0], two, "--inception", graph_file, timeout=120)
     assert job.returncode == 0, job.stderr
     for a, b in zip(given_statistics(one), given_statistics(two), strict=True):
-        assert np.allclose(a.mu, b.mu, rtol=1e-5, atol=1e-6)
-        assert np.allclose(a.sigma, b.sigma, rtol=1e-4, atol=1e-6)
+        agree(a.mu, b.mu, rtol=1e-5)
+        agree(a.sigma, b.sigma, rtol=1e-5)
 
 
 def test_statistics_of_other_weights_are_noticed(capsys, batches, graph_file, tmp_path):
