@@ -17,7 +17,9 @@ from guided_diffusion.errors import UserError, UserValueError
 from ldm.training.checkpoints import AtomicCheckpointIO, SaveLast, StoppedBySignal, check_resumable
 from ldm.training.config import Run, load_config, locate
 from ldm.training.data import DataModuleFromConfig
-from ldm.training.setup import make_callbacks, make_logger, make_strategy, prepare_trainer, world_size
+from ldm.training.logs import make_logger
+from ldm.training.position import ExactResume
+from ldm.training.setup import make_callbacks, make_strategy, prepare_trainer, world_size
 from ldm.util import instantiate_from_config
 
 _logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ _YES, _NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 # Lightning's warnings about what is meant to be so.
 _NO_CONCERN = (
     ".*your dataloader is not resumable",  # the position in the data is in the checkpoint all the same
+    "Experiment logs directory .* exists",  # its CSV file is put back
     "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
     "Using ModelCheckpoint with manual optimization",  # checkpoints are taken after the update
     "Detected call of .lr_scheduler.step",  # the discriminator's schedule runs before it takes part
@@ -136,8 +139,8 @@ def _run(options, overrides):
     lightning = plain.pop("lightning", None) or {}
 
     pl.seed_everything(options.seed, verbose=False)
-    model = instantiate_from_config(plain["model"])
-    data = instantiate_from_config(plain["data"])
+    model = instantiate_from_config(plain["model"], pl.LightningModule, "model")
+    data = instantiate_from_config(plain["data"], pl.LightningDataModule, "data")
     trainer_config = prepare_trainer(lightning.get("trainer") or {}, model)
     if isinstance(data, DataModuleFromConfig):
         data.seed = options.seed
@@ -149,8 +152,7 @@ def _run(options, overrides):
         _logger.info(
             "data %s: %s, %d samples", name, type(getattr(dataset, "data", dataset)).__name__, len(dataset)
         )
-    if run.resume:
-        check_resumable(run.resume, model)
+    logged = check_resumable(run.resume, model) if run.resume else None
     model.learning_rate = _learning_rate(plain, options.scale_lr, trainer_config, model)
 
     every = ((lightning.get("modelcheckpoint") or {}).get("params") or {}).get("every_n_train_steps") or 0
@@ -158,8 +160,8 @@ def _run(options, overrides):
     trainer_config["strategy"] = make_strategy(trainer_config, model)
     trainer = pl.Trainer(
         **trainer_config,
-        logger=make_logger(lightning, run),
-        callbacks=[save, *make_callbacks(lightning, plain, model, run, options.seed)],
+        logger=make_logger(lightning, run, logged if options.train else None),
+        callbacks=[ExactResume(), *make_callbacks(lightning, plain, model, run, options.seed), save],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.logdir,
     )

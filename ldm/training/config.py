@@ -103,6 +103,12 @@ def load_config(
     return merged
 
 
+def merged(default: Mapping, given: Mapping | None) -> dict:
+    """`default` (target, params) with what is `given` in its place."""
+    given = given or {}
+    return {**default, **given, "params": {**(default.get("params") or {}), **(given.get("params") or {})}}
+
+
 def _read(path):
     if not Path(path).is_file():
         raise UserFileError(f"there is no configuration {path}")
@@ -123,6 +129,13 @@ def _check(config):
         if not isinstance(values, Mapping):
             raise UserValueError(f"the section `{section}` of the configuration is not a mapping")
         _refuse_unknown(section, values, known)
+    for name in ("model.params", "data.params", *(f"lightning.{part}" for part in _KNOWN["lightning"])):
+        section, part = name.split(".")
+        if not isinstance((config.get(section) or {}).get(part) or {}, Mapping):
+            raise UserValueError(f"`{name}` in the configuration is not a mapping")
+    for name, given in ((config.get("lightning") or {}).get("callbacks") or {}).items():
+        if not isinstance(given or {}, Mapping):
+            raise UserValueError(f"`lightning.callbacks.{name}` in the configuration is not a mapping")
     for section in ("model", "data"):
         if not config.get(section):
             raise UserError(f"the configuration has no section `{section}`")

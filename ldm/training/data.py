@@ -16,7 +16,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.checkpoint_util import seed_everything
 from guided_diffusion.errors import UserError, UserValueError
 from guided_diffusion.seeding import derive_seed
-from ldm.util import instantiate_from_config
+from ldm.util import Indexed, instantiate_from_config
 
 _NAMES = ("train", "validation", "test", "predict")
 
@@ -133,7 +133,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return
         self.datasets = {}
         for name, config in self.dataset_configs.items():
-            dataset = instantiate_from_config(config)
+            dataset = instantiate_from_config(config, Indexed if self.wrap else Dataset, f"data.{name}")
             self._check(name, config["target"], dataset)
             self.datasets[name] = WrappedDataset(dataset) if self.wrap else dataset
 

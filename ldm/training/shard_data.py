@@ -131,8 +131,9 @@ class ShardDataModule(DataModuleFromConfig):
         strategy = self.trainer.strategy
         counts = torch.tensor(counts, dtype=torch.float32, device=strategy.root_device)
         broken, small = strategy.reduce(counts, reduce_op="sum").tolist()
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in self.trainer.loggers:
-            logger.log_metrics({"data/broken": broken, "data/small": small}, step=self.trainer.global_step)
+            logger.log_metrics({"data/broken": broken, "data/small": small}, step=step)
         if self.trainer.is_global_zero:
             _logger.info("skipped so far: %d broken samples, %d small images", broken, small)
 
