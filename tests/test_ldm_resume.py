@@ -2,12 +2,18 @@
 without the interruption."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import torch as th
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from guided_diffusion.errors import UserError
+from ldm.training.checkpoints import _locks
 from ldm.training.cli import main
+from tests.conftest import ROOT
 from tests.ldm_training_driver import Killed, Line
 from tests.test_main import RAMPS, TRAINER, tensors
 
@@ -34,7 +40,7 @@ PLACES = [
 class Run:
     """A run of the tiny model in `folder`: what it leaves, and the batches that it has seen."""
 
-    def __init__(self, folder, validation, limit, stop=None, **modelcheckpoint):
+    def __init__(self, folder, validation, limit, stop=None, logger=None, changes=()):
         self.folder = folder
         sizes = {"train": 6, "validation": 2} if validation else {"train": 6}
         data = {name: {"target": RAMPS, "params": {"size": size}} for name, size in sizes.items()}
@@ -53,16 +59,16 @@ class Run:
             "lightning": {
                 "trainer": TRAINER | LIMITS[limit],
                 "callbacks": dict.fromkeys(("image_logger", "learning_rate_logger", "cuda_callback")) | stops,
-                "logger": {
+                "logger": logger
+                or {
                     "target": "pytorch_lightning.loggers.CSVLogger",
                     "params": {"save_dir": str(folder)},
                 },
-                "modelcheckpoint": {"params": modelcheckpoint},
             },
         }
         folder.mkdir()
         OmegaConf.save(OmegaConf.create(content), folder / "line.yaml")
-        self.seen = self._main("-b", str(folder / "line.yaml"), "-l", str(folder / "logs"))
+        self.seen = self._main("-b", str(folder / "line.yaml"), "-l", str(folder / "logs"), *changes)
 
     def resume(self, checkpoint="last.ckpt"):
         """Go on without the callback that ended it; what it saw before the checkpoint stays seen."""
@@ -141,3 +147,57 @@ def test_a_run_continues_exactly_from_every_position(tmp_path, whole, place, val
     run = Run(tmp_path / "run", validation, limit, stop=ended(place))
     run.resume()
     assert_same(run, whole(validation, limit))
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("name", ["epoch=000000.ckpt", "epoch=000001.ckpt"])
+def test_a_kept_checkpoint_is_continued_exactly(tmp_path, whole, name, limit):
+    run = Run(tmp_path / "run", True, limit)
+    run.resume(name)
+    assert_same(run, whole(True, limit))
+
+
+def test_a_run_that_accumulates_and_validates_within_the_epoch(tmp_path):
+    """Batches 1 to 3 are two updates; validations come after the first and the third batch."""
+    changes = ["lightning.trainer.accumulate_grad_batches=2", "lightning.trainer.val_check_interval=1"]
+    whole = Run(tmp_path / "whole", True, "max_epochs", changes=changes)
+    assert [batch[1] for batch in whole.batches("train")] == [0, 0, 1, 2, 2, 3, 4, 4, 5]
+    for step in (1, 2, 3):
+        run = Run(tmp_path / f"{step}", True, "max_epochs", stop=ended(("SIGTERM", step)), changes=changes)
+        run.resume()
+        assert_same(run, whole)
+
+
+def test_tensorboard_holds_every_step_once(tmp_path):
+    logger = {"target": "pytorch_lightning.loggers.TensorBoardLogger"}
+    run = Run(tmp_path / "run", False, "max_steps", stop=ended(("on_train_batch_start", 6)), logger=logger)
+    run.resume()
+    events = EventAccumulator(str(run.checkpoint("").parent / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss_step")] == list(range(8))
+    assert [event.step for event in events.Scalars("train/loss_epoch")] == [2, 5, 7]
+
+
+def test_a_finished_run_says_so(tmp_path, whole, caplog):
+    run = Run(tmp_path / "run", False, "max_steps")
+    caplog.set_level("INFO")
+    run.resume()
+    assert "is finished after 8 steps: to go on, raise lightning.trainer.max_steps" in caplog.text
+    assert_same(run, whole(False, "max_steps"))
+
+
+def test_a_second_training_in_a_folder_is_refused(tmp_path):
+    run = Run(tmp_path / "run", False, "max_steps", stop=ended(("SIGTERM", 1)))
+    folder = run.checkpoint("").parent
+    for file in _locks.values():
+        file.close()
+    _locks.clear()
+    hold = f"from ldm.training.checkpoints import lock_folder; lock_folder({str(folder)!r}); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="in use by another training"):
+            main(["-r", str(folder), "-t"])
+        other.kill()
+    run.resume()
+    assert len(run.batches("train")) == 8

@@ -2,6 +2,8 @@
 exactly."""
 
 import contextlib
+import errno
+import fcntl
 import logging
 import os
 import signal
@@ -120,6 +122,29 @@ class SaveLast(pl.callbacks.Checkpoint):
 
     def _on_any_rank(self, trainer, flag):
         return trainer.strategy.reduce_boolean_decision(flag, all=False)
+
+
+_locks: dict[str, object] = {}
+
+
+def lock_folder(folder: str | Path) -> None:
+    """Keep a run's folder for this process until it ends, however it ends.
+
+    `UserError` where another training has it. A file system without locks is used without one.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(os.path.realpath(folder), ".lock")
+    if path in _locks:
+        return
+    file = open(path, "a")  # held as long as it is open; data workers do not inherit this kind of lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{folder} is in use by another training: wait for it, or start a run of its own"
+            ) from None
+    _locks[path] = file
 
 
 def check_resumable(path: str | Path, model: torch.nn.Module) -> int:

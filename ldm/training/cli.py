@@ -3,6 +3,7 @@ main.py)."""
 
 import argparse
 import logging
+import os
 import pdb
 import re
 import sys
@@ -14,7 +15,13 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from guided_diffusion.errors import UserError, UserValueError
-from ldm.training.checkpoints import AtomicCheckpointIO, SaveLast, StoppedBySignal, check_resumable
+from ldm.training.checkpoints import (
+    AtomicCheckpointIO,
+    SaveLast,
+    StoppedBySignal,
+    check_resumable,
+    lock_folder,
+)
 from ldm.training.config import Run, load_config, locate
 from ldm.training.data import DataModuleFromConfig
 from ldm.training.logs import make_logger
@@ -158,17 +165,20 @@ def _run(options, overrides):
     every = ((lightning.get("modelcheckpoint") or {}).get("params") or {}).get("every_n_train_steps") or 0
     save = SaveLast(run.ckptdir, every)
     trainer_config["strategy"] = make_strategy(trainer_config, model)
+    if options.train and int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
+        lock_folder(run.logdir)
+    resume = ExactResume()
     trainer = pl.Trainer(
         **trainer_config,
         logger=make_logger(lightning, run, logged if options.train else None),
-        callbacks=[ExactResume(), *make_callbacks(lightning, plain, model, run, options.seed), save],
+        callbacks=[resume, *make_callbacks(lightning, plain, model, run, options.seed), save],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.logdir,
     )
-    _work(trainer, model, data, run, options)
+    _work(trainer, model, data, run, options, resume)
 
 
-def _work(trainer, model, data, run: Run, options):
+def _work(trainer, model, data, run: Run, options, resume: ExactResume):
     """Train, test, or both."""
     testable = hasattr(data, "test_dataloader") and "test" in getattr(data, "dataset_configs", ())
     test = testable and not options.no_test and type(model).test_step is not pl.LightningModule.test_step
@@ -179,6 +189,12 @@ def _work(trainer, model, data, run: Run, options):
     checkpoint = str(run.resume) if run.resume else None
     if options.train:
         trainer.fit(model, data, ckpt_path=checkpoint)
+        if not resume.begun and trainer.is_global_zero:
+            _logger.info(
+                "the run %s is finished after %d steps: to go on, raise lightning.trainer.max_steps or max_epochs",
+                run.logdir,
+                trainer.global_step,
+            )
     if test:
         trainer.test(model, data, ckpt_path=None if options.train else checkpoint)
 

@@ -50,6 +50,7 @@ class ExactResume(pl.Callback):
 
     def __init__(self):
         self.state: str | None = None  # None: the run does not continue another
+        self.begun = False  # training, since the program started
         self._means: dict[str, dict] = {}
         self._metrics: dict[str, torch.Tensor] = {}
 
@@ -78,6 +79,7 @@ class ExactResume(pl.Callback):
 
     def on_train_start(self, trainer, pl_module) -> None:
         """Let Lightning's loops begin an epoch, validate, or end the epoch."""
+        self.begun = True
         loop = trainer.fit_loop.epoch_loop
         trainer._logger_connector._callback_metrics.update(self._metrics)
         if self.state == EPOCH:

@@ -161,6 +161,10 @@ def _best_checkpoints(lightning, model, run):
         params |= {"monitor": model.monitor, "save_top_k": 3}
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
     config = merged({"target": target, "params": params}, lightning.get("modelcheckpoint"))
+    # One file an epoch: a resumed run writes it again, instead of another with -v1 in its name.
+    several = {"every_n_train_steps", "train_time_interval"} & config["params"].keys()
+    several = several or "val_check_interval" in (lightning.get("trainer") or {})
+    config["params"].setdefault("enable_version_counter", bool(several))
     # last.ckpt is kept by SaveLast: two writers of one file would not do.
     config["params"] = {**config["params"], "save_last": None}
     return instantiate_from_config(config, pl.callbacks.ModelCheckpoint, "lightning.modelcheckpoint")
