@@ -5,6 +5,7 @@ import importlib
 import inspect
 import logging
 import re
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -71,7 +72,7 @@ def instantiate_from_config(config: Mapping | str, expected: type | None = None,
     try:
         inspect.signature(make).bind(**params)
     except TypeError as error:
-        raise UserValueError(f"{where}: {error}{_hint(make, params, error)}") from None
+        raise UserValueError(f"{where}: {error}{_hint(make, error)}") from None
     except ValueError:
         pass  # a class written in C need not tell its signature
     try:
@@ -79,11 +80,12 @@ def instantiate_from_config(config: Mapping | str, expected: type | None = None,
     except TypeError as error:  # of a base class, to which ** handed the parameter on
         if (unknown := _UNKNOWN.search(str(error))) is None or unknown[1] not in params:
             raise
-        raise UserValueError(f"{where}: {unknown[0]}{_hint(make, params, error)}") from error
+        raise UserValueError(f"{where}: {unknown[0]}{_hint(make, error)}") from error
 
 
 def resolve(config: Mapping, expected: type | None = None, key: str = ""):
-    """What `config["target"]` names, which is not called. It must be a subclass of `expected`, if that is given.
+    """What `config["target"]` names, which is not called. It must be a subclass of `expected` (if that is given), or a
+    function that is annotated to return one.
 
     The module that holds it is imported, which runs it: name modules that you trust.
     """
@@ -98,7 +100,9 @@ def resolve(config: Mapping, expected: type | None = None, key: str = ""):
     made = get_obj_from_str(target)
     if expected is None:
         return made
-    if not inspect.isclass(made) or not issubclass(made, expected):
+    # A function may make what belongs here, and says so: `def load_lpips(...) -> LPIPS`.
+    makes = typing.get_type_hints(made).get("return") if inspect.isfunction(made) else made
+    if not inspect.isclass(makes) or not issubclass(makes, expected):
         raise UserValueError(
             f"{at}target {target} is {'another class' if inspect.isclass(made) else 'no class'}: "
             f"here belongs a subclass of {expected.__module__}.{expected.__qualname__}"
@@ -111,7 +115,7 @@ def refuse_unknown(where: str, names: Iterable, known: Iterable[str]) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            raise UserValueError(f"{where}: unknown {name!r}{_nearest(name, known)}")
+            raise UserValueError(f"{where}: unknown {name!r}{nearest(name, known)}")
 
 
 def parameters(*functions) -> list[str]:
@@ -128,13 +132,13 @@ def parameters(*functions) -> list[str]:
     return [name for name in dict.fromkeys(names) if name != "self"]
 
 
-def _hint(make, params, error):
+def _hint(make, error):
     unknown = _UNKNOWN.search(str(error))
-    known = [name for name in parameters(make) if name not in params]
-    return _nearest(unknown[1], known) if unknown else ""
+    return nearest(unknown[1], parameters(make)) if unknown else ""
 
 
-def _nearest(name, known):
+def nearest(name: object, known: Sequence[str]) -> str:
+    """The end of a message on a name that is not known: the nearest of the known ones, or all."""
     near = difflib.get_close_matches(str(name), known, n=1)
     return f"; do you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}" if known else ""
 

@@ -106,3 +106,13 @@ class KillAt(pl.Callback):
         self.left -= not trainer.sanity_checking
         if self.left == 0:
             raise Killed
+
+
+called: list[dict] = []
+
+
+class Marker:
+    """A class that belongs nowhere, and notes it when it is called all the same."""
+
+    def __init__(self, **params):
+        called.append(params)

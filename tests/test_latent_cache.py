@@ -273,8 +273,10 @@ def test_representations_of_another_encoder_are_refused(captioned, pairs, tmp_pa
 
 def test_a_cache_without_representations_is_as_before(pairs, tmp_path):
     index = fill(pairs, tmp_path / "c", flips=True)
-    names = "format first_stage size keys flips dtype shard_size batch_size items scale_factor".split()
-    assert list(json.loads((tmp_path / "c/index.json").read_text())) == names
+    names = (
+        "format first_stage size keys flips dtype shard_size batch_size items scale_factor options sources"
+    )
+    assert list(json.loads((tmp_path / "c/index.json").read_text())) == names.split()
     assert index.representations is None
     assert set(CachedLatents(tmp_path / "c")[0]) == {
         f"{key}_latent{std}" for key in ("image", "label_map") for std in ("", "_std")

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from guided_diffusion.errors import UserError, UserValueError
+from ldm.data.latents import check_caches
 from ldm.training.checkpoints import (
     AtomicCheckpointIO,
     SaveLast,
@@ -159,6 +160,7 @@ def _run(options, overrides):
         _logger.info(
             "data %s: %s, %d samples", name, type(getattr(dataset, "data", dataset)).__name__, len(dataset)
         )
+        check_caches(model, dataset)
     logged = check_resumable(run.resume, model) if run.resume else None
     model.learning_rate = _learning_rate(plain, options.scale_lr, trainer_config, model)
 
@@ -168,13 +170,16 @@ def _run(options, overrides):
     if options.train and int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
         lock_folder(run.logdir)
     resume = ExactResume()
-    trainer = pl.Trainer(
-        **trainer_config,
+    parts = dict(
         logger=make_logger(lightning, run, logged if options.train else None),
         callbacks=[resume, *make_callbacks(lightning, plain, model, run, options.seed), save],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.logdir,
     )
+    try:
+        trainer = pl.Trainer(**trainer_config, **parts)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lightning.trainer: {error}") from error
     _work(trainer, model, data, run, options, resume)
 
 

@@ -160,7 +160,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """Continue from `state_dict()`. `UserError` in the middle of an epoch whose data or batches
         differ."""
         now = self._size()
-        then = {key: state_dict.get(key) for key in now}
+        late = ("sizes of shards",)  # which earlier versions did not note
+        then = {key: state_dict.get(key, now[key] if key in late else None) for key in now}
         if state_dict.get("batches") and now != then:
             what = ", ".join(
                 f"{key} {then[key]} then and {now[key]} now" for key in now if now[key] != then[key]
