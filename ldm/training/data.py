@@ -5,6 +5,7 @@ drawn from (seed, epoch), and before a sample is read, the generators of torch, 
 seeded for it. So neither the number of workers nor a restart changes which crop an image gets.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoint_util import seed_everything
-from guided_diffusion.errors import UserError, UserValueError
+from guided_diffusion.errors import UserError
 from guided_diffusion.seeding import derive_seed
 from ldm.util import Indexed, instantiate_from_config
 
@@ -113,8 +114,6 @@ class DataModuleFromConfig(pl.LightningDataModule):
         shuffle_val_dataloader: bool = False,
     ):
         super().__init__()
-        if batch_size < 1:
-            raise UserValueError(f"batch_size must be positive, got {batch_size}")
         self.batch_size, self.wrap, self.use_worker_init_fn = batch_size, wrap, use_worker_init_fn
         cores = os.cpu_count() or 1
         self.num_workers = min(2 * batch_size, cores) if num_workers is None else num_workers
@@ -125,7 +124,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         # Lightning asks which of these there are, and only calls those.
         for name in self.dataset_configs:
             hook = "val" if name == "validation" else name
-            setattr(self, f"{hook}_dataloader", getattr(self, f"_{name}_loader"))
+            make = self._train_loader if name == "train" else functools.partial(self._loader, name)
+            setattr(self, f"{hook}_dataloader", make)
 
     def setup(self, stage: str | None = None) -> None:
         """Make the datasets, once."""
@@ -186,15 +186,6 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if self._resume_at:
             self._sampler.go_to(**self._resume_at)
         return loader
-
-    def _validation_loader(self) -> DataLoader:
-        return self._loader("validation")
-
-    def _test_loader(self) -> DataLoader:
-        return self._loader("test")
-
-    def _predict_loader(self) -> DataLoader:
-        return self._loader("predict")
 
     def _loader(self, name):
         dataset = self.datasets[name]
