@@ -28,7 +28,7 @@ _KINDS = {
         "timesteps channels image_size in_channels out_channels num_res_blocks embed_dim n_embed z_channels resolution "
         "out_ch log_every_t context_dim transformer_depth channel_mult ch_mult batch_size num_timesteps_cond",
     ),
-    "a whole number from 0 on": (_whole(0), "num_workers disc_start max_images shuffle"),
+    "a whole number from 0 on": (_whole(0), "num_workers disc_start max_images"),
     f"a positive multiple of {_GROUPS}": (_whole(1, _GROUPS), "model_channels ch"),
     "between 0 and 1": (_number(0, 1), "linear_start linear_end"),
     "from 0 to less than 1": (lambda v: v == 0 or _number(0, 1)(v), "dropout"),

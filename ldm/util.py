@@ -5,7 +5,6 @@ import importlib
 import inspect
 import logging
 import re
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -101,7 +100,7 @@ def resolve(config: Mapping, expected: type | None = None, key: str = ""):
     if expected is None:
         return made
     # A function may make what belongs here, and says so: `def load_lpips(...) -> LPIPS`.
-    makes = typing.get_type_hints(made).get("return") if inspect.isfunction(made) else made
+    makes = inspect.get_annotations(made, eval_str=True).get("return") if inspect.isfunction(made) else made
     if not inspect.isclass(makes) or not issubclass(makes, expected):
         raise UserValueError(
             f"{at}target {target} is {'another class' if inspect.isclass(made) else 'no class'}: "

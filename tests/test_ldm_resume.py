@@ -32,7 +32,7 @@ PLACES = [
     ("SIGTERM", 2),
     ("SIGTERM", 3),
     ("SIGTERM", 5),
-    ("SIGTERM", 7),
+    ("SIGHUP", 7),
     ("SIGUSR1", 2),
 ]
 

@@ -48,7 +48,7 @@ class SaveLast(pl.callbacks.Checkpoint):
     """Keeps `folder`/last.ckpt up to date: at the end of every epoch, every so many steps, and on signals.
 
     every_n_train_steps: updates, 0: only at the ends of epochs. SIGUSR1 saves after the current update;
-    SIGTERM and Ctrl-C save and stop, a second one has its usual effect. It saves only between updates (a
+    SIGTERM, Ctrl-C and a closed terminal save and stop, a second one has its usual effect. It saves only between updates (a
     file never holds half an accumulated gradient), and what was logged until then is on the disk as well.
     """
 
@@ -63,7 +63,9 @@ class SaveLast(pl.callbacks.Checkpoint):
         """Listen to the signals (here, since Lightning installs its own handlers before)."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._previous[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

@@ -3,7 +3,6 @@ main.py)."""
 
 import argparse
 import logging
-import os
 import pdb
 import re
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import pytorch_lightning as pl
 from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from guided_diffusion.errors import UserError, UserValueError
@@ -167,7 +167,7 @@ def _run(options, overrides):
     every = ((lightning.get("modelcheckpoint") or {}).get("params") or {}).get("every_n_train_steps") or 0
     save = SaveLast(run.ckptdir, every)
     trainer_config["strategy"] = make_strategy(trainer_config, model)
-    if options.train and int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
+    if options.train and rank_zero_only.rank == 0:
         lock_folder(run.logdir)
     resume = ExactResume()
     parts = dict(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.training.config import Run, merged
 from ldm.util import instantiate_from_config, resolve
@@ -25,7 +26,7 @@ def make_logger(lightning: Mapping, run: Run, logged: int | None = None) -> Logg
     if logged is not None and issubclass(target, TensorBoardLogger):
         config = merged(config, {"params": {"purge_step": logged}})
     logger = instantiate_from_config(config, Logger, "lightning.logger")
-    if logged is not None and isinstance(logger, CSVLogger) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if logged is not None and isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:
         _continue_csv(logger, logged, "version" in (config.get("params") or {}))
     return logger
 
