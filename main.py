@@ -7,7 +7,7 @@
 
 A run lives in logs/<time>_<name>: configs/, checkpoints/ (last.ckpt, and the best by the model's `monitor`),
 images/, tensorboard/ (in place of upstream's testtube, which is no longer maintained). `kill -USR1` saves,
-SIGTERM and Ctrl-C save and stop; a resumed run continues exactly: weights, optimizers, moving average, random
+SIGTERM, Ctrl-C and a closed terminal save and stop; a resumed run continues exactly: weights, optimizers, moving average, random
 numbers, position in the data.
 """
 

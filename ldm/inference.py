@@ -42,11 +42,7 @@ def load_model(config: Mapping, checkpoint: str | Path) -> LatentDiffusion:
             inner = {key: value for key, value in params[part]["params"].items() if key != "ckpt_path"}
             params[part] = {**params[part], "params": inner}
     params.pop("ckpt_path", None)
-    model = instantiate_from_config({**config["model"], "params": params})
-    if not isinstance(model, LatentDiffusion):
-        raise UserValueError(
-            f"{config['model']['target']} is no latent diffusion model: it cannot be sampled here"
-        )
+    model = instantiate_from_config({**config["model"], "params": params}, LatentDiffusion, "model")
     model.init_from_ckpt(checkpoint)
     return model.to(dist_util.dev()).eval()
 

@@ -1,9 +1,12 @@
 """Objects from configurations, and small helpers (interface: latent-diffusion, ldm/util.py)."""
 
+import difflib
 import importlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.nn import mean_flat
+from ldm.ranges import check_ranges
 
 __all__ = [
     "count_params",
@@ -26,28 +30,116 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+_OWN = ("ldm", "guided_diffusion")  # packages whose parameters ldm/ranges.py knows
+_UNKNOWN = re.compile(r"got an unexpected keyword argument '(\w+)'")
+
 # What configurations write in place of a conditioner's `target`: the first stage serves, or nothing does.
 _NOTHING_TO_MAKE = ("__is_first_stage__", "__is_unconditional__")
 
 
-def instantiate_from_config(config: Mapping | str):
+@runtime_checkable
+class Indexed(Protocol):
+    """Anything with a length and items."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index): ...
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A class whose objects have factors of the learning rate."""
+
+    def schedule(self, n): ...
+
+
+def instantiate_from_config(config: Mapping | str, expected: type | None = None, key: str = ""):
     """config["target"](**config["params"]); None for the words __is_first_stage__ and __is_unconditional__.
 
-    `UserValueError` for a configuration without target, a target that does not exist, and parameters that it
-    does not know or lacks.
+    expected: what the target must be a subclass of; without it any callable is called, so give it wherever the
+    configuration comes from a file. key: where the configuration stands, for messages. `UserValueError` for a
+    target that does not exist or is something else, and for parameters that it does not know or lacks, or that
+    are out of range (ldm/ranges.py).
     """
     if isinstance(config, str) and config in _NOTHING_TO_MAKE:
         return None
-    if not isinstance(config, Mapping) or "target" not in config:
-        raise UserValueError(f"a configuration needs the key `target`, the class to make; got {config!r}")
-    make, params = get_obj_from_str(config["target"]), config.get("params") or {}
+    make, params = resolve(config, expected, key), config.get("params") or {}
+    where = f"params of {config['target']}"
+    if not isinstance(params, Mapping):
+        raise UserValueError(f"{where} must be a mapping of names to values, not {params!r}")
+    if str(getattr(make, "__module__", "")).split(".")[0] in _OWN:
+        check_ranges(params, where)
     try:
         inspect.signature(make).bind(**params)
     except TypeError as error:
-        raise UserValueError(f"params of {config['target']}: {error}") from None
+        raise UserValueError(f"{where}: {error}{_hint(make, error)}") from None
     except ValueError:
         pass  # a class written in C need not tell its signature
-    return make(**params)
+    try:
+        return make(**params)
+    except TypeError as error:  # of a base class, to which ** handed the parameter on
+        if (unknown := _UNKNOWN.search(str(error))) is None or unknown[1] not in params:
+            raise
+        raise UserValueError(f"{where}: {unknown[0]}{_hint(make, error)}") from error
+
+
+def resolve(config: Mapping, expected: type | None = None, key: str = ""):
+    """What `config["target"]` names, which is not called. It must be a subclass of `expected` (if that is given), or a
+    function that is annotated to return one.
+
+    The module that holds it is imported, which runs it: name modules that you trust.
+    """
+    at = f"{key}: " if key else ""
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise UserValueError(f"{at}a configuration needs the key `target`, the class to make; got {config!r}")
+    if unknown := [name for name in config if name not in ("target", "params")]:
+        near = difflib.get_close_matches(str(unknown[0]), ("params",), cutoff=0.7)
+        if near:
+            raise UserValueError(f"{at}unknown key {unknown[0]!r} beside `target`: do you mean {near[0]!r}?")
+    target = config["target"]
+    made = get_obj_from_str(target)
+    if expected is None:
+        return made
+    # A function may make what belongs here, and says so: `def load_lpips(...) -> LPIPS`.
+    makes = inspect.get_annotations(made, eval_str=True).get("return") if inspect.isfunction(made) else made
+    if not inspect.isclass(makes) or not issubclass(makes, expected):
+        raise UserValueError(
+            f"{at}target {target} is {'another class' if inspect.isclass(made) else 'no class'}: "
+            f"here belongs a subclass of {expected.__module__}.{expected.__qualname__}"
+        )
+    return made
+
+
+def refuse_unknown(where: str, names: Iterable, known: Iterable[str]) -> None:
+    """UserValueError that names the first of `names` that is not among the known ones, and the nearest of these."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UserValueError(f"{where}: unknown {name!r}{nearest(name, known)}")
+
+
+def parameters(*functions) -> list[str]:
+    """The names of the parameters of functions or classes, and of the bases to which a class hands on `**`."""
+    names = []
+    for function in functions:
+        for part in inspect.getmro(function) if inspect.isclass(function) else (function,):
+            part = vars(part).get("__init__") if inspect.isclass(part) else part
+            if inspect.isfunction(part):
+                found = inspect.signature(part).parameters.values()
+                names += [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+                if all(p.kind != p.VAR_KEYWORD for p in found):
+                    break
+    return [name for name in dict.fromkeys(names) if name != "self"]
+
+
+def _hint(make, error):
+    unknown = _UNKNOWN.search(str(error))
+    return nearest(unknown[1], parameters(make)) if unknown else ""
+
+
+def nearest(name: object, known: Sequence[str]) -> str:
+    """The end of a message on a name that is not known: the nearest of the known ones, or all."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; do you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}" if known else ""
 
 
 def get_obj_from_str(string: str, reload: bool = False):
@@ -55,8 +147,8 @@ def get_obj_from_str(string: str, reload: bool = False):
 
     `UserValueError` if the path, or a package that the module needs, does not exist.
     """
-    module_name, _, name = string.rpartition(".")
-    if not module_name:
+    module_name, _, name = string.rpartition(".") if isinstance(string, str) else ("", "", "")
+    if not module_name or not all(part.isidentifier() for part in string.split(".")):
         raise UserValueError(f"target {string!r} is not of the form package.module.name")
     try:
         module = importlib.import_module(module_name)

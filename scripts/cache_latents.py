@@ -90,7 +90,7 @@ def open_first_stage(config: dict, ckpt: str) -> torch.nn.Module:
         raise UserValueError("the configuration has no model.params.first_stage_config") from None
     if ckpt:
         params["params"] = {k: v for k, v in params.get("params", {}).items() if k != "ckpt_path"}
-    first_stage = instantiate_from_config(params)
+    first_stage = instantiate_from_config(params, torch.nn.Module, "first_stage_config")
     if ckpt:
         optional = ("loss.", "model_ema.", "colorize")
         load_weights(first_stage, first_stage_weights(ckpt), ckpt, optional=optional)
@@ -105,7 +105,10 @@ def open_extractors(config: dict) -> dict[str, torch.nn.Module]:
     if not isinstance(found, dict) or not found:
         raise UserValueError("the configuration has no model.params.extractors, which make representations")
     return {
-        name: instantiate_from_config(given).eval().requires_grad_(False) for name, given in found.items()
+        name: instantiate_from_config(given, torch.nn.Module, f"extractors.{name}")
+        .eval()
+        .requires_grad_(False)
+        for name, given in found.items()
     }
 
 

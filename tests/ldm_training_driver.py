@@ -40,6 +40,7 @@ class SignalAt(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step and trainer.is_global_zero:
+            self.step = None  # once, also where several batches make an update
             os.kill(os.getpid(), self.number)
 
 
@@ -52,3 +53,66 @@ class LookAtLast(pl.Callback):
         path = os.path.join(trainer.default_root_dir, "checkpoints", "last.ckpt")
         if os.path.exists(path):
             self.seen[trainer.global_step] = torch.load(path, weights_only=True)["global_step"]
+
+
+class Line(pl.LightningModule):
+    """The smallest model that trains: three numbers, dropout's draw, a schedule, a metric to be monitored.
+
+    `seen` notes what every batch was: ("train" or "val", updates before it, epoch, samples, a draw, learning rate).
+    """
+
+    seen: list[tuple] = []
+
+    def __init__(self, monitor="val/loss"):
+        super().__init__()
+        self.monitor = monitor
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def _loss(self, batch, what):
+        draw = torch.rand(())
+        loss = (batch["image"].mean((0, 1, 2)) * (1 + draw) - self.weight).square().mean()
+        rate = self.optimizers().param_groups[0]["lr"]
+        samples = tuple(batch["index"].tolist())
+        if not self.trainer.sanity_checking:
+            self.seen.append((what, self.global_step, self.current_epoch, samples, float(draw), rate))
+        return loss
+
+    def training_step(self, batch, batch_idx):
+        loss = self._loss(batch, "train")
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self._loss(batch, "val"))
+
+
+class Killed(BaseException):
+    """What `KillAt` raises: nothing that runs in the program may catch it."""
+
+
+class KillAt(pl.Callback):
+    """Ends the program at the `count`-th call of a hook, as SIGKILL would."""
+
+    def __init__(self, hook, count):
+        self.hook, self.left = hook, count
+        setattr(self, hook, self._called)
+
+    def _called(self, trainer, *rest):
+        self.left -= not trainer.sanity_checking
+        if self.left == 0:
+            raise Killed
+
+
+called: list[dict] = []
+
+
+class Marker:
+    """A class that belongs nowhere, and notes it when it is called all the same."""
+
+    def __init__(self, **params):
+        called.append(params)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,16 @@ import yaml
 from torch.utils.data import DataLoader
 
 from guided_diffusion.errors import UserError, UserValueError
+from ldm.data.base import Concatenated
 from ldm.data.captions import CaptionFolder
 from ldm.data.folders import ImageFolder
 from ldm.data.latent_cache import fill_cache
-from ldm.data.latents import CachedLatents
+from ldm.data.latents import CachedLatents, check_caches
 from ldm.data.paired import ParallelFolders
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
+from ldm.training.cli import main
+from ldm.training.data import WrappedDataset
+from tests.ldm_models import unet_config
 from tests.test_ldm_data import saved
 
 DD = dict(double_z=True, z_channels=2, resolution=16, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1])
@@ -273,8 +278,10 @@ def test_representations_of_another_encoder_are_refused(captioned, pairs, tmp_pa
 
 def test_a_cache_without_representations_is_as_before(pairs, tmp_path):
     index = fill(pairs, tmp_path / "c", flips=True)
-    names = "format first_stage size keys flips dtype shard_size batch_size items scale_factor".split()
-    assert list(json.loads((tmp_path / "c/index.json").read_text())) == names
+    names = (
+        "format first_stage size keys flips dtype shard_size batch_size items scale_factor options sources"
+    )
+    assert list(json.loads((tmp_path / "c/index.json").read_text())) == names.split()
     assert index.representations is None
     assert set(CachedLatents(tmp_path / "c")[0]) == {
         f"{key}_latent{std}" for key in ("image", "label_map") for std in ("", "_std")
@@ -299,3 +306,89 @@ def test_the_command_stores_representations(captioned, folders, tmp_path, run_sc
     assert "7 items with colours in" in run_script(*words).stdout
     cached = CachedLatents(tmp_path / "c", images=captioned, extractors=extractors)
     assert np.allclose(cached[4]["colours"], 3 * captioned[4]["jpg"][:, :10].mean((0, 1)), atol=1e-5)
+
+
+def edited(folders):
+    saved(np.zeros((16, 20, 3), np.uint8), folders / "a/2.png")
+    return ParallelFolders(folders / "a", folders / "b", [16, 20])
+
+
+def another_partner(folders):
+    saved(np.zeros((16, 20, 3), np.uint8), folders / "b/2.png")
+    return ParallelFolders(folders / "a", folders / "b", [16, 20])
+
+
+CHANGES = {
+    "an edited image": (edited, r"other contents of .*a/2\.png or its pair \(1 of 7 items changed\)"),
+    "an edited partner": (another_partner, r"other contents of .*a/2\.png or its pair \(1 of 7"),
+    "another interpolation": (
+        lambda root: ParallelFolders(root / "a", root / "b", [16, 20], interpolation="nearest"),
+        r"another interpolation \(bicubic instead of nearest\)",
+    ),
+    "another annotation": (
+        lambda root: ParallelFolders(root / "a", root / "b", [16, 20], palette="cityscapes"),
+        "another way of reading label_map",
+    ),
+    "maps as photographs": (
+        lambda root: ParallelFolders(root / "a", root / "b", [16, 20], maps=()),
+        "another way of reading label_map",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, said", CHANGES.values(), ids=CHANGES)
+def test_a_cache_of_changed_images_is_refused(folders, tmp_path, change, said):
+    root = shutil.copytree(folders, tmp_path / "images")
+    fill(ParallelFolders(root / "a", root / "b", [16, 20]), tmp_path / "c")
+    other = change(root)
+    with pytest.raises(UserError, match=said):
+        CachedLatents(tmp_path / "c", images=other)
+    (tmp_path / "c/shard-00001.safetensors").unlink()  # it was interrupted
+    there = contents(tmp_path / "c")
+    with pytest.raises(UserError, match=said) as caught:
+        fill(other, tmp_path / "c")
+    assert "\n" not in str(caught.value) and contents(tmp_path / "c") == there
+
+
+def test_a_cache_that_does_not_say_what_it_is_of_is_read_with_a_warning(pairs, tmp_path, caplog):
+    fill(pairs, tmp_path / "c")
+    path = tmp_path / "c/index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in index.items() if k not in ("options", "sources")}))
+    assert len(CachedLatents(tmp_path / "c", images=pairs)) == COUNT
+    assert "made by an earlier version" in caplog.text
+    with pytest.raises(UserError, match="an earlier version, which did not note"):
+        fill(pairs, tmp_path / "c")
+
+
+def test_training_compares_the_first_stage_and_extractors_in_any_case(captioned, tmp_path):
+    """Wherever the cache stands in the data, and whether or not its configuration names what to compare."""
+    fill(captioned, tmp_path / "c", extractors={"colours": Colours()})
+    model = torch.nn.Module()
+    model.first_stage_model, model.extractors = autoencoder(), torch.nn.ModuleDict({"colours": Colours()})
+    data = WrappedDataset(Concatenated([CachedLatents(tmp_path / "c")]))
+    check_caches(model, data)
+    model.first_stage_model = autoencoder(seed=1)
+    with pytest.raises(UserError, match="was made with another first stage"):
+        check_caches(model, data)
+    model.first_stage_model, model.extractors["colours"] = autoencoder(), Colours(3.0)
+    with pytest.raises(UserError, match="colours instead of colours, or another encoder"):
+        check_caches(model, data)
+
+
+def test_main_refuses_a_cache_of_another_first_stage(captioned, folders, tmp_path):
+    fill(captioned, tmp_path / "c", autoencoder(seed=1))
+    train = {"target": "ldm.data.latents.CachedLatents", "params": {"root": str(tmp_path / "c")}}
+    torch.save({"state_dict": autoencoder().state_dict()}, tmp_path / "ae.ckpt")
+    first_stage = {**CONFIG, "params": {**CONFIG["params"], "ckpt_path": str(tmp_path / "ae.ckpt")}}
+    params = {"first_stage_config": first_stage, "cond_stage_config": "__is_unconditional__"}
+    params |= {"unet_config": unet_config(), "image_size": 8, "channels": 2, "timesteps": 10}
+    config = {
+        "model": {"base_learning_rate": 1, "target": "ldm.models.diffusion.ddpm.LatentDiffusion"},
+        "data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "train": train}},
+        "lightning": {"trainer": {"accelerator": "cpu", "max_steps": 1}},
+    }
+    config["model"]["params"] = params
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="was made with another first stage"):
+        main(["-b", str(tmp_path / "c.yaml"), "-t", "-l", str(tmp_path / "logs")])

@@ -17,10 +17,11 @@ from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError, UserFileError, UserValueError, one_line
 from ldm.data import tar_shards
 from ldm.data.tar_files import read_shard
-from ldm.data.tar_shards import TarShards
+from ldm.data.tar_shards import Position, TarShards
 from ldm.training.checkpoints import SaveLast, StoppedBySignal
 from ldm.training.cli import main
 from ldm.training.data import DataModuleFromConfig
+from ldm.training.position import ExactResume
 from ldm.training.shard_data import ShardDataModule
 from tests.conftest import ROOT
 from tests.test_main import TRAINER, assert_same_training, final, model, run_folder
@@ -176,8 +177,7 @@ def fit(data, folder, epochs=2, steps=-1, checkpoint=None):
         max_epochs=epochs,
         max_steps=steps,
         logger=False,
-        callbacks=[SaveLast(folder)],
-        enable_checkpointing=False,
+        callbacks=[ExactResume(), SaveLast(folder)],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -262,7 +262,7 @@ def test_what_differs_in_the_middle_of_an_epoch_is_named(shards, tmp_path, monke
         "batch_size 2 then and 4 now": dict(batch_size=4),
         "samples 14 then and 16 now": dict(samples=16),
         "data workers 1 then and 2 now": dict(num_workers=2),
-        r"shards 3 \(checksum \w+\) then and 2 \(checksum \w+\) now": dict(folder=other),
+        r"shards 3 \(checksum \w+\) then and 2 \(checksum \w+\) now, sizes of .* now": dict(folder=other),
         "shuffle 4 then and 0 now": dict(shuffle=0),
         "seed 23 then and 24 now": dict(seed=24),
     }
@@ -460,7 +460,7 @@ def test_shards_are_found_by_braces_globs_folders_and_commands(shards):
         f"pipe:cat {folder}/{{000..002}}.tar",
         f"file:{folder}/{{000..002}}.tar",
     ):
-        assert sorted(numbers(one_pass(TarShards(given, 8, 1)))) == list(range(6))
+        assert sorted(numbers(one_pass(TarShards(given, 8, 1, allow_pipes=True)))) == list(range(6))
     assert numbers(one_pass(TarShards(str(packed), 8, 1, shuffle=0))) == [6, 7]
 
 
@@ -490,7 +490,7 @@ def test_shards_that_cannot_be_read_are_named(tmp_path):
         "gopher://host/a.tar": "gopher://host/a.tar cannot be read: .*no gopen handler",
     }.items():
         with pytest.raises(UserError, match=said) as caught:
-            list(TarShards(given, 8, 1))
+            list(TarShards(given, 8, 1, allow_pipes=True))
         assert len(str(caught.value).splitlines()) == 1
 
 
@@ -536,3 +536,18 @@ def test_the_wrong_data_module_is_named(shards):
         DataModuleFromConfig(1, train).setup()
     with pytest.raises(UserError, match="data.train: `wrap` is for mere sequences"):
         ShardDataModule(1, train, wrap=True).setup()
+
+
+def test_a_shard_of_another_size_is_another_shard(shards, tmp_path):
+    """In the middle of an epoch it is refused; a checkpoint from before sizes were noted goes on."""
+    folder = shards([3, 3])
+    data = module(folder, samples=6)
+    data.setup()
+    state = {"epoch": 0, "batches": 1, **data._size(), "lanes": [[tuple(Position())]]}
+    write(folder / "001.tar", samples(range(3, 200)))
+    changed = module(folder, samples=6)
+    changed.setup()
+    with pytest.raises(UserError, match="sizes of shards checksum .* then and checksum .* now"):
+        changed.load_state_dict(state)
+    del state["sizes of shards"]
+    changed.load_state_dict(state)

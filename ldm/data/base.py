@@ -122,4 +122,4 @@ def _path(entry: Mapping[str, Source]) -> str:
 
 
 def _made(data: Dataset | Mapping) -> Dataset:
-    return data if isinstance(data, Dataset) else instantiate_from_config(data)
+    return data if isinstance(data, Dataset) else instantiate_from_config(data, Dataset, "data")

@@ -18,6 +18,7 @@ from ldm.data.latents import (
     CacheIndex,
     encoder_checksum,
     extractor_checksums,
+    identity,
     open_shard,
     shard_path,
 )
@@ -65,6 +66,7 @@ def fill_cache(
         batch_size=batch_size,
         items=tuple(images.paths),
         representations=extractor_checksums(extractors),
+        **identity(images),
     )
     _claim(root, index)
     for number in progress([n for n in range(index.shards) if not shard_path(root, n).exists()]):

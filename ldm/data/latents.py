@@ -9,11 +9,13 @@ Nothing is scaled. Representations of the items' first images may stand beside: 
 import dataclasses
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -25,6 +27,7 @@ from ldm.data.base import Images, Item
 from ldm.data.captions import CaptionFolder
 from ldm.util import instantiate_from_config
 
+_logger = logging.getLogger(__name__)
 FORMAT = 1
 CACHED = "ldm.data.latents.CachedLatents"
 ENCODER = ("encoder.", "quant_conv.")  # the tensors on which latents depend
@@ -46,6 +49,10 @@ class CacheIndex:
     items: tuple[str, ...]  # the images' files
     scale_factor: dict[str, float] | None = None  # 1 / standard deviation, by key; None: not finished
     representations: dict[str, str] | None = None  # checksum of the encoder, by name
+    options: dict[str, str] | None = (
+        None  # of the dataset, and by key how its files are read; None: not noted
+    )
+    sources: tuple[str, ...] | None = None  # checksum of the names, sizes and times of every item's files
 
     @property
     def shards(self) -> int:
@@ -53,9 +60,9 @@ class CacheIndex:
         return -(-len(self.items) // self.shard_size)
 
     def to_json(self) -> str:
-        content = dataclasses.asdict(self)
-        if not self.representations:  # the index is then what it was before there were any
-            del content["representations"]
+        content = {
+            name: value for name, value in vars(self).items() if value is not None or name == "scale_factor"
+        }
         return json.dumps(content, indent=1) + "\n"
 
     @classmethod
@@ -90,6 +97,16 @@ class CacheIndex:
                 return "other representations ({} instead of {}, or another encoder)".format(*names)
             if field.name == "items":
                 return f"other images ({len(mine)} instead of {len(theirs)}, or other names)"
+            if mine is None:
+                return "an earlier version, which did not note what its images hold"
+            if field.name == "options":
+                name = next(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
+                if name in self.keys:
+                    return f"another way of reading {name} (annotation, palette or half)"
+                return f"another {name} ({mine.get(name)} instead of {theirs.get(name)})"
+            if field.name == "sources":
+                edited = [k for k, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
+                return f"other contents of {self.items[edited[0]]} or its pair ({len(edited)} of {len(mine)} items changed)"
             return f"another {field.name} ({_words(mine)} instead of {_words(theirs)})"
         return None
 
@@ -97,6 +114,49 @@ class CacheIndex:
 def shard_path(root: str | Path, number: int) -> Path:
     """The file of a shard."""
     return Path(root) / f"shard-{number:05d}.safetensors"
+
+
+# What of a dataset changes no latent: crops and flips are off when it is cached, captions are drawn when it is read.
+_APART = ("size", "random_crop", "random_flip", "caption", "caption_key")
+
+
+def identity(images: Images) -> dict:
+    """Fields of the index that tell these images from others of the same names.
+
+    A file is known by its name, size and time of change (ns); how it is read by all that its Source says.
+    """
+    sources, told, ways = [], {}, {key: set() for key in images.keys}
+    for entry in images.entries:
+        files = []
+        for key, source in entry.items():
+            way = {name: value for name, value in vars(source).items() if name != "path"}
+            same = tuple(map(id, way.values()))
+            told[same] = told.get(same) or _told(way)
+            ways[key].add(told[same])
+            try:
+                stat = source.path.stat()
+            except OSError as error:
+                raise UserFileError(f"{source.path} cannot be read: {error.strerror}") from None
+            files.append(f"{source.path} {stat.st_size} {stat.st_mtime_ns}")
+        sources.append(_digest("\n".join(files)))
+    plain = {
+        k: str(v) for k, v in vars(images).items() if isinstance(v, str | int | float) and k not in _APART
+    }
+    options = plain | {key: _digest("\n".join(sorted(some))) for key, some in ways.items()}
+    return {"options": options, "sources": tuple(sources)}
+
+
+def _told(value) -> str:
+    """All that a value, a dataclass of such, or an array holds, as text."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return repr({name: _told(inner) for name, inner in value.items()})
+    return _digest(value.tobytes().hex()) if isinstance(value, np.ndarray) else repr(value)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def encoder_checksum(weights: Mapping[str, torch.Tensor]) -> str:
@@ -109,7 +169,11 @@ def extractor_checksums(extractors: Mapping[str, nn.Module | Mapping]) -> dict[s
     None where there are none."""
     checksums = {}
     for name, made in extractors.items():
-        encoder = instantiate_from_config(made) if isinstance(made, Mapping) else made
+        encoder = (
+            instantiate_from_config(made, nn.Module, f"extractors.{name}")
+            if isinstance(made, Mapping)
+            else made
+        )
         # The buffers too: they hold the preprocessing.
         checksums[name] = _checksum({**dict(encoder.named_parameters()), **dict(encoder.named_buffers())})
     return checksums or None
@@ -173,8 +237,15 @@ class CachedLatents(Dataset):
                 f"the cache {root} was made with another first stage than {first_stage}: cache the latents again"
             )
         if images is not None:
-            images = instantiate_from_config(images) if isinstance(images, Mapping) else images
-            self._compare(size=images.size, items=tuple(images.paths), keys=images.keys)
+            if isinstance(images, Mapping):
+                images = instantiate_from_config(images, Images, "images")
+            noted = {} if index.sources is None else identity(images)
+            self._compare(size=images.size, items=tuple(images.paths), keys=images.keys, **noted)
+            if not noted:
+                _logger.warning(
+                    "the cache %s was made by an earlier version, which did not note what its images hold: whether "
+                    "they have changed is not known", root
+                )  # fmt: skip
         if extractors is not None:
             self._compare(representations=extractor_checksums(extractors))
         self.captioned = images if isinstance(images, CaptionFolder) else None
@@ -187,6 +258,14 @@ class CachedLatents(Dataset):
     def scale_factor(self) -> dict[str, float]:
         """1 / the standard deviation of the latents, by key."""
         return self.index.scale_factor
+
+    def check_model(self, model: nn.Module) -> None:
+        """UserError where the cache was made with another first stage, or other extractors, than `model` has."""
+        first_stage = getattr(model, "first_stage_model", None)
+        if first_stage is not None:
+            self._compare(first_stage=encoder_checksum(first_stage.state_dict()))
+        own = extractor_checksums(dict(getattr(model, "extractors", {}).items())) or {}
+        self._compare(representations={**(self.index.representations or {}), **own} or None)
 
     def __getitem__(self, index: int) -> Item:
         number = range(len(self))[index]
@@ -219,6 +298,16 @@ class CachedLatents(Dataset):
             raise UserError(f"the cache {self.root} was made with {difference}: cache the latents again")
 
 
+def check_caches(model: nn.Module, dataset: object) -> None:
+    """`CachedLatents.check_model` for the caches that a dataset is, holds or wraps."""
+    if isinstance(dataset, CachedLatents):
+        dataset.check_model(model)
+    inner = [getattr(dataset, name, None) for name in ("data", "dataset")]
+    for part in (*inner, *getattr(dataset, "datasets", ())):
+        if part is not None:
+            check_caches(model, part)
+
+
 def open_shard(path: Path):
     """An open shard. UserError where it is missing or damaged."""
     try:
@@ -244,10 +333,6 @@ def open_images(config: dict, split: str) -> Images:
         raise UserValueError(
             f"the configuration has no data.params.{split} with images (or CachedLatents with `images`)"
         ) from None
-    images = instantiate_from_config(data)
-    if not isinstance(images, Images):
-        raise UserError(
-            f"{data['target']} cannot be cached: it must be one of the datasets of images in ldm.data"
-        )
+    images = instantiate_from_config(data, Images, f"{split}, of which latents are cached")
     images.random_crop = images.random_flip = False
     return images

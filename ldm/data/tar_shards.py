@@ -6,13 +6,14 @@ share it: lane k of n reads the k-th, (k+n)-th, ... shard of every pass. What a 
 (seed, lane, lanes) alone.
 """
 
+import functools
 import glob
 import hashlib
 import io
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from ldm.data.tar_files import Sample, read_shard
 
 FORMATS = ("jpg", "jpeg", "png", "webp")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # pipe:COMMAND, http://..., not a path
+_PIPE = re.compile(r"pipe:", re.IGNORECASE)
 _PATIENCE = 10_000  # samples in a row without a usable one, before the stream gives up
 _BLOCK, _SAMPLE = 0, 1  # what a seed is for
 
@@ -75,6 +77,7 @@ class TarShards(IterableDataset):
         shuffle: int = 1000,  # samples of a block, which memory holds undecoded; 0: leave as they are
         min_size: int = 0,  # pixels; images with a shorter side below it are left out
         max_bad: int = MAX_BAD,  # broken samples of one process
+        allow_pipes: bool = False,  # run the commands of pipe:COMMAND
     ):
         super().__init__()
         if interpolation not in INTERPOLATIONS:
@@ -84,7 +87,7 @@ class TarShards(IterableDataset):
         _check_number("samples_per_epoch", samples_per_epoch, least=1)
         for name, value in {"shuffle": shuffle, "min_size": min_size, "max_bad": max_bad}.items():
             _check_number(name, value, least=0)
-        self.shards = list_shards(shards)
+        self.shards = list_shards(shards, allow_pipes)
         self.size = parse_size(size)
         self.samples_per_epoch = samples_per_epoch
         self.image_key, self.caption_key = image_key, caption_key
@@ -101,7 +104,13 @@ class TarShards(IterableDataset):
     @property
     def checksum(self) -> str:
         """Eight digits that tell one list of shards from another."""
-        return hashlib.sha256("\n".join(self.shards).encode()).hexdigest()[:8]
+        return _checksum(self.shards)
+
+    @functools.cached_property
+    def sizes(self) -> str:
+        """Eight digits that change with the size of a shard on this machine."""
+        paths = [Path(shard.removeprefix("file:")) for shard in self.shards]
+        return _checksum(str(path.stat().st_size if path.is_file() else None) for path in paths)
 
     def order(self, seed: int, passes: int) -> list[int]:
         """The numbers of the shards in the order of the pass that follows `passes` others."""
@@ -192,14 +201,23 @@ class TarShards(IterableDataset):
         return caption
 
 
-def list_shards(shards: str | Sequence[str]) -> list[str]:
-    """The paths and addresses that `shards` means, as TarShards takes it. UserError where there are none."""
+def _checksum(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+
+
+def list_shards(shards: str | Sequence[str], allow_pipes: bool = False) -> list[str]:
+    """The paths and addresses that `shards` means, as TarShards takes it. UserError where there are none, and for
+    commands unless they are allowed."""
     entries = [shards] if isinstance(shards, str) else shards
     if not isinstance(entries, Sequence) or not all(isinstance(entry, str) for entry in entries):
         raise UserValueError(f"shards must be a path or an address, or a list of such, not {shards!r}")
     found = [shard for entry in entries for shard in _expanded(entry)]
     if not found:
         raise UserFileError("there are no shards: the list is empty")
+    if not allow_pipes and (pipes := [shard for shard in found if _PIPE.match(shard)]):
+        raise UserValueError(
+            f"the shard {pipes[0]} is a command to be run: if you trust it, set allow_pipes: true"
+        )
     if len(set(found)) < len(found):
         twice = next(shard for k, shard in enumerate(found) if shard in found[:k])
         raise UserValueError(f"the shard {twice} is named twice")

@@ -17,7 +17,7 @@ from ldm.models.first_stage_training import FirstStageTraining
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import get_obj_from_str, instantiate_from_config
+from ldm.util import get_obj_from_str, instantiate_from_config, parameters, refuse_unknown
 
 # taming-transformers' quantiser, imported where a model needs it: the KL autoencoder does without that
 # package.
@@ -35,9 +35,10 @@ class _FirstStage(FirstStageTraining):
     def __init__(self, ddconfig, lossconfig, image_key, colorize_nlabels, monitor):
         super().__init__()
         self.image_key = image_key
+        refuse_unknown("ddconfig", ddconfig, parameters(Encoder, Decoder))
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
-        self.loss = instantiate_from_config(lossconfig)
+        self.loss = instantiate_from_config(lossconfig, nn.Module, "lossconfig")
         if colorize_nlabels is not None:
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
         if monitor is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from guided_diffusion.errors import UserValueError
-from ldm.util import instantiate_from_config
+from ldm.util import Schedule, instantiate_from_config
 
 _BETAS = (0.5, 0.9)
 
@@ -64,7 +64,7 @@ class FirstStageTraining(pl.LightningModule):
         ]
         if self.scheduler_config is None:
             return optimizers
-        schedule = instantiate_from_config(self.scheduler_config).schedule
+        schedule = instantiate_from_config(self.scheduler_config, Schedule, "scheduler_config").schedule
         schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
         return optimizers, [{"scheduler": s, "interval": "step", "frequency": 1} for s in schedulers]
 

@@ -105,7 +105,7 @@ class CUDACallback(pl.Callback):
         figures = {key: torch.tensor(value, device=self._device) for key, value in figures.items()}
         figures = {key: float(trainer.strategy.reduce(value)) for key, value in figures.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+            logger.log_metrics(figures, step=trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
         if trainer.is_global_zero:
             _logger.info(
                 "epoch %d: %.1f s, peak memory %.0f MiB",

@@ -2,6 +2,8 @@
 exactly."""
 
 import contextlib
+import errno
+import fcntl
 import logging
 import os
 import signal
@@ -14,6 +16,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from guided_diffusion.checkpoint_util import save_atomic
 from guided_diffusion.errors import UserError, UserFileError
+from ldm.training.position import settle
 
 LAST = "last.ckpt"
 _logger = logging.getLogger(__name__)
@@ -41,12 +44,12 @@ class StoppedBySignal(SystemExit):
         super().__init__(0)
 
 
-class SaveLast(pl.Callback):
+class SaveLast(pl.callbacks.Checkpoint):
     """Keeps `folder`/last.ckpt up to date: at the end of every epoch, every so many steps, and on signals.
 
     every_n_train_steps: updates, 0: only at the ends of epochs. SIGUSR1 saves after the current update;
-    SIGTERM and Ctrl-C save and stop, a second one has its usual effect. It saves only between updates: a
-    file never holds half an accumulated gradient.
+    SIGTERM, Ctrl-C and a closed terminal save and stop, a second one has its usual effect. It saves only between updates (a
+    file never holds half an accumulated gradient), and what was logged until then is on the disk as well.
     """
 
     def __init__(self, folder: str | Path, every_n_train_steps: int = 0):
@@ -54,32 +57,47 @@ class SaveLast(pl.Callback):
         self.every_n_train_steps = every_n_train_steps
         self._asked: set[int] = set()
         self._previous: dict[int, object] = {}
+        self._saved = self._stop = False
 
     def on_train_start(self, trainer, pl_module) -> None:
         """Listen to the signals (here, since Lightning installs its own handlers before)."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._previous[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """Save if it is time, or if a signal on any rank asks for it."""
+        """Save if it is time, or if a signal on any rank asks for it. An epoch's last batch is saved by the epoch's
+        end, after the validation."""
         accumulated = max(trainer.accumulate_grad_batches, getattr(pl_module, "accumulate_grad_batches", 1))
         asked = self._on_any_rank(trainer, bool(self._asked))
         if (batch_idx + 1) % accumulated and not trainer.is_last_batch:
             return
         step = trainer.global_step
+        final = step == trainer.max_steps
         due = self.every_n_train_steps and step % self.every_n_train_steps == 0
-        if asked or due or step == trainer.max_steps:
+        if (asked and not final) if trainer.is_last_batch else (asked or due or final):
             self.save(trainer)
-        if not asked:
-            return
-        stop = self._on_any_rank(trainer, not self._asked <= {signal.SIGUSR1})
-        self._asked.clear()
-        if stop:
+        if asked:
+            self._stop = self._on_any_rank(trainer, not self._asked <= {signal.SIGUSR1})
+            self._asked.clear()
+
+    def on_train_batch_start(self, trainer, *rest) -> None:
+        """Once a saved step's metrics are logged: write the logs, and stop if a signal asked for it."""
+        if self._saved:
+            self._saved = False
+            for logger in trainer.loggers:
+                logger.save()
+        if self._stop:
             if trainer.is_global_zero:
-                _logger.warning("stopped by a signal after %d steps; saved %s", step, self.path)
+                _logger.warning(
+                    "stopped by a signal after %d steps; saved %s", trainer.global_step, self.path
+                )
             raise StoppedBySignal
+
+    on_validation_start = on_train_end = on_train_batch_start
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         """Save, unless the epoch was cut short: then the last batch's checkpoint is the one to resume
@@ -97,6 +115,7 @@ class SaveLast(pl.Callback):
     def save(self, trainer: pl.Trainer) -> None:
         """Write last.ckpt; every rank takes part."""
         trainer.save_checkpoint(trainer.strategy.broadcast(str(self.path)), weights_only=False)
+        self._saved = True
 
     def _note(self, number, frame):
         self._asked.add(number)
@@ -107,8 +126,31 @@ class SaveLast(pl.Callback):
         return trainer.strategy.reduce_boolean_decision(flag, all=False)
 
 
-def check_resumable(path: str | Path, model: torch.nn.Module) -> None:
-    """See that `path` is a whole checkpoint of a training run of this `model`.
+_locks: dict[str, object] = {}
+
+
+def lock_folder(folder: str | Path) -> None:
+    """Keep a run's folder for this process until it ends, however it ends.
+
+    `UserError` where another training has it. A file system without locks is used without one.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(os.path.realpath(folder), ".lock")
+    if path in _locks:
+        return
+    file = open(path, "a")  # held as long as it is open; data workers do not inherit this kind of lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{folder} is in use by another training: wait for it, or start a run of its own"
+            ) from None
+    _locks[path] = file
+
+
+def check_resumable(path: str | Path, model: torch.nn.Module) -> int:
+    """See that `path` is a whole checkpoint of a training run of this `model`; the batches that its logs have.
 
     `UserFileError` if it is missing; `UserError` if it is damaged, weights alone, or another model's.
     """
@@ -134,3 +176,4 @@ def check_resumable(path: str | Path, model: torch.nn.Module) -> None:
                 else "has another"
             )
             raise UserError(f"{path} is not a checkpoint of this {type(model).__name__}: it {what} {name}")
+    return settle(content["loops"])[1]

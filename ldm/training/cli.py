@@ -11,13 +11,23 @@ from collections.abc import Mapping, Sequence
 
 import pytorch_lightning as pl
 from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from guided_diffusion.errors import UserError, UserValueError
-from ldm.training.checkpoints import AtomicCheckpointIO, SaveLast, StoppedBySignal, check_resumable
+from ldm.data.latents import check_caches
+from ldm.training.checkpoints import (
+    AtomicCheckpointIO,
+    SaveLast,
+    StoppedBySignal,
+    check_resumable,
+    lock_folder,
+)
 from ldm.training.config import Run, load_config, locate
 from ldm.training.data import DataModuleFromConfig
-from ldm.training.setup import make_callbacks, make_logger, make_strategy, prepare_trainer, world_size
+from ldm.training.logs import make_logger
+from ldm.training.position import ExactResume
+from ldm.training.setup import make_callbacks, make_strategy, prepare_trainer, world_size
 from ldm.util import instantiate_from_config
 
 _logger = logging.getLogger(__name__)
@@ -28,6 +38,7 @@ _YES, _NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 # Lightning's warnings about what is meant to be so.
 _NO_CONCERN = (
     ".*your dataloader is not resumable",  # the position in the data is in the checkpoint all the same
+    "Experiment logs directory .* exists",  # its CSV file is put back
     "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
     "Using ModelCheckpoint with manual optimization",  # checkpoints are taken after the update
     "Detected call of .lr_scheduler.step",  # the discriminator's schedule runs before it takes part
@@ -136,8 +147,8 @@ def _run(options, overrides):
     lightning = plain.pop("lightning", None) or {}
 
     pl.seed_everything(options.seed, verbose=False)
-    model = instantiate_from_config(plain["model"])
-    data = instantiate_from_config(plain["data"])
+    model = instantiate_from_config(plain["model"], pl.LightningModule, "model")
+    data = instantiate_from_config(plain["data"], pl.LightningDataModule, "data")
     trainer_config = prepare_trainer(lightning.get("trainer") or {}, model)
     if isinstance(data, DataModuleFromConfig):
         data.seed = options.seed
@@ -149,24 +160,30 @@ def _run(options, overrides):
         _logger.info(
             "data %s: %s, %d samples", name, type(getattr(dataset, "data", dataset)).__name__, len(dataset)
         )
-    if run.resume:
-        check_resumable(run.resume, model)
+        check_caches(model, dataset)
+    logged = check_resumable(run.resume, model) if run.resume else None
     model.learning_rate = _learning_rate(plain, options.scale_lr, trainer_config, model)
 
     every = ((lightning.get("modelcheckpoint") or {}).get("params") or {}).get("every_n_train_steps") or 0
     save = SaveLast(run.ckptdir, every)
     trainer_config["strategy"] = make_strategy(trainer_config, model)
-    trainer = pl.Trainer(
-        **trainer_config,
-        logger=make_logger(lightning, run),
-        callbacks=[save, *make_callbacks(lightning, plain, model, run, options.seed)],
+    if options.train and rank_zero_only.rank == 0:
+        lock_folder(run.logdir)
+    resume = ExactResume()
+    parts = dict(
+        logger=make_logger(lightning, run, logged if options.train else None),
+        callbacks=[resume, *make_callbacks(lightning, plain, model, run, options.seed), save],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.logdir,
     )
-    _work(trainer, model, data, run, options)
+    try:
+        trainer = pl.Trainer(**trainer_config, **parts)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lightning.trainer: {error}") from error
+    _work(trainer, model, data, run, options, resume)
 
 
-def _work(trainer, model, data, run: Run, options):
+def _work(trainer, model, data, run: Run, options, resume: ExactResume):
     """Train, test, or both."""
     testable = hasattr(data, "test_dataloader") and "test" in getattr(data, "dataset_configs", ())
     test = testable and not options.no_test and type(model).test_step is not pl.LightningModule.test_step
@@ -177,6 +194,12 @@ def _work(trainer, model, data, run: Run, options):
     checkpoint = str(run.resume) if run.resume else None
     if options.train:
         trainer.fit(model, data, ckpt_path=checkpoint)
+        if not resume.begun and trainer.is_global_zero:
+            _logger.info(
+                "the run %s is finished after %d steps: to go on, raise lightning.trainer.max_steps or max_epochs",
+                run.logdir,
+                trainer.global_step,
+            )
     if test:
         trainer.test(model, data, ckpt_path=None if options.train else checkpoint)
 

@@ -1,6 +1,7 @@
 """The configuration of a training run: YAML files, overrides, and where the run lives."""
 
 import inspect
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from ldm.training.checkpoints import LAST
+from ldm.util import nearest
 
 _KNOWN = {
     "": ("model", "data", "lightning"),
@@ -103,6 +105,12 @@ def load_config(
     return merged
 
 
+def merged(default: Mapping, given: Mapping | None) -> dict:
+    """`default` (target, params) with what is `given` in its place."""
+    given = given or {}
+    return {**default, **given, "params": {**(default.get("params") or {}), **(given.get("params") or {})}}
+
+
 def _read(path):
     if not Path(path).is_file():
         raise UserFileError(f"there is no configuration {path}")
@@ -117,23 +125,32 @@ def _read(path):
 
 def _check(config):
     for section, known in _KNOWN.items():
-        values = config if not section else config.get(section)
-        if values is None:
-            values = {}
-        if not isinstance(values, Mapping):
-            raise UserValueError(f"the section `{section}` of the configuration is not a mapping")
-        _refuse_unknown(section, values, known)
+        _refuse_unknown(section, _section(config, section), known)
+    names = [f"lightning.callbacks.{name}" for name in _section(config, "lightning.callbacks")]
+    for name in ("model", "data", "lightning.modelcheckpoint", "lightning.logger", *names):
+        _section(config, f"{name}.params")
     for section in ("model", "data"):
         if not config.get(section):
             raise UserError(f"the configuration has no section `{section}`")
         if "target" not in config[section]:
             raise UserError(f"the section `{section}` of the configuration needs the key `target`")
     rate = config["model"].get("base_learning_rate")
-    if not isinstance(rate, int | float) or not rate > 0:
+    if not isinstance(rate, int | float) or not 0 < rate < math.inf:
         raise UserValueError(f"model.base_learning_rate must be a positive number, got {rate!r}")
-    trainer = (config.get("lightning") or {}).get("trainer") or {}
     known = [name for name in inspect.signature(pl.Trainer.__init__).parameters if name not in _OWN]
-    _refuse_unknown("lightning.trainer", trainer, [*known, "gpus"])
+    _refuse_unknown("lightning.trainer", _section(config, "lightning.trainer"), [*known, "gpus"])
+
+
+def _section(config, name):
+    """The mapping at a dotted name, empty where there is nothing."""
+    path = ""
+    for part in name.split(".") if name else ():
+        path, config = f"{path}.{part}".lstrip("."), config.get(part)
+        if config is None:
+            return {}
+        if not isinstance(config, Mapping):
+            raise UserValueError(f"`{path}` in the configuration is not a mapping")
+    return config
 
 
 def _refuse_unknown(section, values, known):
@@ -141,5 +158,5 @@ def _refuse_unknown(section, values, known):
     if unknown:
         where = f"section `{section}`" if section else "top level"
         raise UserValueError(
-            f"unknown key {', '.join(unknown)} in the configuration's {where}; it has {', '.join(known)}"
+            f"unknown key {', '.join(unknown)} in the configuration's {where}{nearest(unknown[0], known)}"
         )

@@ -5,6 +5,7 @@ drawn from (seed, epoch), and before a sample is read, the generators of torch, 
 seeded for it. So neither the number of workers nor a restart changes which crop an image gets.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoint_util import seed_everything
-from guided_diffusion.errors import UserError, UserValueError
+from guided_diffusion.errors import UserError
 from guided_diffusion.seeding import derive_seed
-from ldm.util import instantiate_from_config
+from ldm.util import Indexed, instantiate_from_config
 
 _NAMES = ("train", "validation", "test", "predict")
 
@@ -113,8 +114,6 @@ class DataModuleFromConfig(pl.LightningDataModule):
         shuffle_val_dataloader: bool = False,
     ):
         super().__init__()
-        if batch_size < 1:
-            raise UserValueError(f"batch_size must be positive, got {batch_size}")
         self.batch_size, self.wrap, self.use_worker_init_fn = batch_size, wrap, use_worker_init_fn
         cores = os.cpu_count() or 1
         self.num_workers = min(2 * batch_size, cores) if num_workers is None else num_workers
@@ -125,7 +124,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         # Lightning asks which of these there are, and only calls those.
         for name in self.dataset_configs:
             hook = "val" if name == "validation" else name
-            setattr(self, f"{hook}_dataloader", getattr(self, f"_{name}_loader"))
+            make = self._train_loader if name == "train" else functools.partial(self._loader, name)
+            setattr(self, f"{hook}_dataloader", make)
 
     def setup(self, stage: str | None = None) -> None:
         """Make the datasets, once."""
@@ -133,7 +133,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return
         self.datasets = {}
         for name, config in self.dataset_configs.items():
-            dataset = instantiate_from_config(config)
+            dataset = instantiate_from_config(config, Indexed if self.wrap else Dataset, f"data.{name}")
             self._check(name, config["target"], dataset)
             self.datasets[name] = WrappedDataset(dataset) if self.wrap else dataset
 
@@ -160,7 +160,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """Continue from `state_dict()`. `UserError` in the middle of an epoch whose data or batches
         differ."""
         now = self._size()
-        then = {key: state_dict.get(key) for key in now}
+        late = ("sizes of shards",)  # which earlier versions did not note
+        then = {key: state_dict.get(key, now[key] if key in late else None) for key in now}
         if state_dict.get("batches") and now != then:
             what = ", ".join(
                 f"{key} {then[key]} then and {now[key]} now" for key in now if now[key] != then[key]
@@ -185,15 +186,6 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if self._resume_at:
             self._sampler.go_to(**self._resume_at)
         return loader
-
-    def _validation_loader(self) -> DataLoader:
-        return self._loader("validation")
-
-    def _test_loader(self) -> DataLoader:
-        return self._loader("test")
-
-    def _predict_loader(self) -> DataLoader:
-        return self._loader("predict")
 
     def _loader(self, name):
         dataset = self.datasets[name]

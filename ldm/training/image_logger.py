@@ -107,9 +107,10 @@ class ImageLogger(pl.Callback):
         return image_grid(images)
 
     def _write(self, trainer, split, name, grid, place):
-        for logger in trainer.loggers:
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # by which Lightning logs, so that a resumed
+        for logger in trainer.loggers:  # run's logs are cut in one place
             if isinstance(logger, pl.loggers.TensorBoardLogger):
-                logger.experiment.add_image(f"{split}/{name}", grid.clamp(0, 1), trainer.global_step)
+                logger.experiment.add_image(f"{split}/{name}", grid.clamp(0, 1), step)
         folder = Path(self.save_dir or trainer.default_root_dir) / "images" / split
         folder.mkdir(parents=True, exist_ok=True)
         pixels = (grid.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

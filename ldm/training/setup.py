@@ -9,7 +9,7 @@ from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 
 from guided_diffusion.errors import UserError, UserValueError
 from ldm.training.callbacks import StepSeeds
-from ldm.training.config import Run
+from ldm.training.config import Run, merged
 from ldm.util import instantiate_from_config
 
 _MAX_EPOCHS = 1000
@@ -117,21 +117,6 @@ def _check_fsdp(model):
         )
 
 
-def _merged(default: Mapping, given: Mapping | None) -> dict:
-    """`default` (target, params) with what is `given` in its place."""
-    given = given or {}
-    return {**default, **given, "params": {**(default.get("params") or {}), **(given.get("params") or {})}}
-
-
-def make_logger(lightning: Mapping, run: Run):
-    """lightning.logger, by default TensorBoard in logdir/tensorboard (upstream's testtube is gone)."""
-    params = {"save_dir": str(run.logdir), "name": "tensorboard", "version": ""}
-    default = {"target": "pytorch_lightning.loggers.TensorBoardLogger", "params": params}
-    given = lightning.get("logger") or {}
-    another = given.get("target", default["target"]) != default["target"]
-    return instantiate_from_config(given if another else _merged(default, given))
-
-
 def make_callbacks(
     lightning: Mapping, config: Mapping, model: pl.LightningModule, run: Run, seed: int
 ) -> list[pl.Callback]:
@@ -159,11 +144,14 @@ def make_callbacks(
     }
     given = lightning.get("callbacks") or {}
     configs = {
-        name: _merged(defaults.get(name, {}), given.get(name))
+        name: merged(defaults.get(name, {}), given.get(name))
         for name in (*defaults, *(name for name in given if name not in defaults))
         if name not in given or given[name] is not None
     }
-    callbacks = [instantiate_from_config(config) for config in configs.values()]
+    callbacks = [
+        instantiate_from_config(config, pl.Callback, f"lightning.callbacks.{name}")
+        for name, config in configs.items()
+    ]
     return [StepSeeds(seed), *callbacks, _best_checkpoints(lightning, model, run)]
 
 
@@ -172,7 +160,11 @@ def _best_checkpoints(lightning, model, run):
     if getattr(model, "monitor", None):
         params |= {"monitor": model.monitor, "save_top_k": 3}
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
-    config = _merged({"target": target, "params": params}, lightning.get("modelcheckpoint"))
+    config = merged({"target": target, "params": params}, lightning.get("modelcheckpoint"))
+    # One file an epoch: a resumed run writes it again, instead of another with -v1 in its name.
+    several = {"every_n_train_steps", "train_time_interval"} & config["params"].keys()
+    several = several or "val_check_interval" in (lightning.get("trainer") or {})
+    config["params"].setdefault("enable_version_counter", bool(several))
     # last.ckpt is kept by SaveLast: two writers of one file would not do.
     config["params"] = {**config["params"], "save_last": None}
-    return instantiate_from_config(config)
+    return instantiate_from_config(config, pl.callbacks.ModelCheckpoint, "lightning.modelcheckpoint")

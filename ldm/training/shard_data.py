@@ -104,7 +104,7 @@ class ShardDataModule(DataModuleFromConfig):
             return
         lanes = [[Position(*position) for position in lane] for lane in state_dict["lanes"]]
         now = self._layout()
-        if all(state_dict.get(key) == value for key, value in now.items()):
+        if all(state_dict.get(key, value) == value for key, value in now.items()):
             self._resume_lanes = lanes[dist_util.get_rank()]
             return
         _logger.info("the shards or those who read them have changed: a new pass over the shards begins")
@@ -131,8 +131,9 @@ class ShardDataModule(DataModuleFromConfig):
         strategy = self.trainer.strategy
         counts = torch.tensor(counts, dtype=torch.float32, device=strategy.root_device)
         broken, small = strategy.reduce(counts, reduce_op="sum").tolist()
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in self.trainer.loggers:
-            logger.log_metrics({"data/broken": broken, "data/small": small}, step=self.trainer.global_step)
+            logger.log_metrics({"data/broken": broken, "data/small": small}, step=step)
         if self.trainer.is_global_zero:
             _logger.info("skipped so far: %d broken samples, %d small images", broken, small)
 
@@ -152,6 +153,7 @@ class ShardDataModule(DataModuleFromConfig):
             "processes": dist_util.get_world_size(),
             "data workers": max(1, self._workers(shards)),
             "shards": f"{len(shards.shards)} (checksum {shards.checksum})",
+            "sizes of shards": f"checksum {shards.sizes}",
             "shuffle": shards.shuffle,
             "seed": self.seed,
         }

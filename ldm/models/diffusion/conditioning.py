@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.seeding import PerSample
@@ -52,7 +53,7 @@ class Conditioning:
                 )
             self.cond_stage_model = self.first_stage_model
             return
-        model = instantiate_from_config(config)
+        model = instantiate_from_config(config, nn.Module, "cond_stage_config")
         if model is None and self.cond_stage_trainable:
             raise UserValueError("there is no conditioner to train: cond_stage_trainable must be off")
         self.cond_stage_model = model if model is None or self.cond_stage_trainable else frozen(model)

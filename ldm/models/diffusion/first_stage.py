@@ -40,7 +40,7 @@ class FirstStageCoding:
 
     def instantiate_first_stage(self, config: Mapping) -> None:
         """Make `first_stage_model`, frozen."""
-        self.first_stage_model = frozen(instantiate_from_config(config))
+        self.first_stage_model = frozen(instantiate_from_config(config, nn.Module, "first_stage_config"))
 
     @torch.no_grad()
     def encode_first_stage(self, x: torch.Tensor):

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.seeding import PerSample, derive_seed
-from ldm.util import instantiate_from_config
+from ldm.util import Schedule, instantiate_from_config
 
 _logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class DiffusionTraining(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate)
         if self.scheduler_config is None:
             return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
+        schedule = instantiate_from_config(self.scheduler_config, Schedule, "scheduler_config").schedule
         scheduler = {"scheduler": LambdaLR(optimizer, schedule), "interval": "step", "frequency": 1}
         return [optimizer], [scheduler]
 

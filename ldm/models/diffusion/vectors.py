@@ -89,7 +89,10 @@ class VectorModalities:
             raise UserValueError(
                 f"extractors.{unknown[0]}: the vector modalities are {', '.join(widths) or 'none'}"
             )
-        made = {name: frozen(instantiate_from_config(config)) for name, config in extractors.items()}
+        made = {
+            name: frozen(instantiate_from_config(config, nn.Module, f"extractors.{name}"))
+            for name, config in extractors.items()
+        }
         for name, extractor in made.items():
             if extractor.width != widths[name]:
                 raise UserValueError(

@@ -156,7 +156,7 @@ class _ScalingLayer(nn.Module):
 def _perceptual_network(config: Mapping) -> nn.Module:
     """The frozen network of `config`, in evaluation mode."""
     try:
-        network = instantiate_from_config(config)
+        network = instantiate_from_config(config, nn.Module, "perceptual_config")
     except ValueError as error:  # the evaluations' errors are ValueErrors too
         raise UserValueError(f"the perceptual loss (perceptual_config): {error}") from error
     if hasattr(network, "shift") and hasattr(network, "scale"):
