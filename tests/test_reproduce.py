@@ -216,7 +216,7 @@ def test_a_failure_beside_others_lets_them_end_and_names_its_output(reproduce):
 def test_another_command_than_before_is_refused_until_asked_for(reproduce):
     assert reproduce().returncode == 0
     job = reproduce("--set", "steps=5")
-    assert job.returncode == 2 and "train-A-seed0 was run before by another command" in job.stderr
+    assert job.returncode == 2 and "train-A-seed0 was run before with another command" in job.stderr
     job = reproduce("--set", "steps=5", "--again", "train", "--only", "A")
     assert job.returncode == 0 and "train-A-seed0 from 0" in job.stdout
     assert (reproduce.out / "train-A-seed0/log.txt").read_text() == "0\n1\n2\n3\n4\n"
@@ -256,12 +256,12 @@ def changed(**parts):
     [
         (
             changed(steps={"train": {"rum": "python"}}),
-            "is not a table as experiments/_tables.py describes it",
+            "is not a table as configs/tables/README.md describes it",
         ),
         (changed(cells={"accuracy": {"from": "train.scores", "key": "a"}}), "no step makes train.scores"),
         (changed(rows=[{"id": "A*", "title": ""}, {"id": "A+", "title": ""}]), "two rows have the same id"),
         (changed(variables={}), "uses {stop}, which is not declared"),
-        (changed(also=["draw"]), "has no step draw"),
+        (changed(also=["draw"]), "there is no step draw"),
     ],
 )
 def test_mistakes_in_a_table(reproduce, table, message):
