@@ -96,6 +96,7 @@ class Plan:
         self.title, self.columns, self.cells, self.notes = title, columns, cells or {}, notes
         self.steps = {name: Step(name, **step) for name, step in steps.items()}
         self.rows, self.also = [Row(**row) for row in rows], also
+        scales = {name: own for name, own in scales.items() if own is not None}
         if self.scale not in scales:
             raise UserValueError(f"{self.path} has the scales {', '.join(scales)}, not {self.scale}")
         self.variables = {**(variables or {}), **scales[self.scale]}
@@ -171,7 +172,7 @@ class Plan:
 
     def left_out(self, job: Job) -> bool:
         """Whether a variable that the step, or one that it needs, cannot do without is empty."""
-        empty = any(not self.variable(name, job) for name in job.step.only_with)
+        empty = any(not Names(self, job).fill(f"{{{name}}}") for name in job.step.only_with)
         return empty or any(self.left_out(other) for other in self.needs(job))
 
     def needs(self, job: Job) -> list[Job]:
