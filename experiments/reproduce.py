@@ -23,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,7 +112,7 @@ def run(plan: Plan, state: "State", jobs: list[Job], at_once: int, lock: int) ->
 
     UserError that names the command which fails; those that run beside it are waited for first.
     """
-    commands, reporter = Commands(plan, state, at_once, lock), Reporter(sys.stdout, {})
+    commands, reporter = Commands(plan, at_once, lock), Reporter(sys.stdout, {})
     common = {"uptodate": [lambda task, values: values["finished"]], "verbosity": 0, "io": {"capture": False}}
     tasks = [
         dict_to_task(
@@ -127,8 +126,16 @@ def run(plan: Plan, state: "State", jobs: list[Job], at_once: int, lock: int) ->
     for task in tasks:  # all of them before any runs
         if state.get_values(task.name):
             state.get_status(task, control.tasks)
-    with commands:
+    handlers = {n: signal.signal(n, lambda n, _: sys.exit(128 + n)) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
         MThreadRunner(state, reporter, num_process=at_once).run_all(control.task_dispatcher())
+    finally:
+        commands.stop()  # there are some where this process is told to stop (by signal, or Ctrl-C)
+        for task in tasks:
+            if task.values and not task.values["finished"]:
+                state.remove_success(task)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if reporter.failed:
         raise UserError(reporter.failed[0])
 
@@ -251,21 +258,24 @@ def forget(plan: Plan, state: State, names: list[str]) -> None:
 class Commands:
     """The commands of jobs, run in the root of the repository.
 
-    Where this process is told to stop (SIGTERM, SIGHUP, Ctrl-C) they are told so once and may take their time to save:
-    in sessions of their own they do not hear the terminal's or the scheduler's signal as well, which would end them at
-    once. At a second signal they are killed. They inherit the lock: one that outlives this process still holds it.
+    In sessions of their own they do not hear the terminal's or the scheduler's signal, which would end them at once. They
+    inherit the lock: one that outlives this process still holds it.
     """
 
-    def __init__(self, plan: Plan, state: State, at_once: int, lock: int):
-        self.plan, self.state, self.at_once, self.lock = plan, state, at_once, lock
-        self.running, self.starting = {}, threading.Lock()
+    def __init__(self, plan: Plan, at_once: int, lock: int):
+        self.plan, self.at_once, self.lock = plan, at_once, lock
+        self.running, self.stopped = set(), False
 
-    def run(self, job: Job, task) -> dict | TaskFailed:
-        """For doit: what is to be noted of a job that has ended well, or what went wrong."""
+    def run(self, job: Job, task) -> TaskFailed | None:
+        """For doit: what went wrong, if anything."""
+        started, before = time.monotonic(), task.values["seconds"]
         try:
             words = self.plan.command(job)
-            code, said = self._wait(job, task, words)
+            with self._started(job, words) as process:
+                code = process.wait()
+                task.values["seconds"] = before + time.monotonic() - started
             if code:
+                said = f"in {self._output(job)}" if self.at_once > 1 else "above"
                 raise UserError(
                     f"step {job.name} failed with exit code {code}: {shlex.join(words)} - mend what it says {said} and "
                     "give the same command again: it continues there"
@@ -273,59 +283,43 @@ class Commands:
             made_by(self.plan, job)
         except UserError as error:
             return TaskFailed(str(error))
-        return task.values | {"finished": True}
+        task.values["finished"] = True
 
-    def _wait(self, job, task, words):
-        print(f"\n{job.name}:\n$ {shlex.join(words)}", flush=True)
+    def _output(self, job):
+        return ROOT / self.plan.out / "output" / f"{job.name}.txt"
+
+    @contextlib.contextmanager
+    def _started(self, job, words):
+        options, text = {}, f"\n{job.name}:\n$ {shlex.join(words)}\n"
         (ROOT / self.plan.made(job, "here")).mkdir(parents=True, exist_ok=True)
-        options, said, before, start = {}, "above", task.values["seconds"], time.monotonic()
         with contextlib.ExitStack() as stack:
             if self.at_once > 1:
-                output = ROOT / self.plan.out / "output" / f"{job.name}.txt"
-                output.parent.mkdir(exist_ok=True)
-                said = f"in {output}"
-                print(f"  output: {output}", flush=True)
+                self._output(job).parent.mkdir(exist_ok=True)
+                file = stack.enter_context(open(self._output(job), "a"))
                 threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.at_once))}
-                file = stack.enter_context(open(output, "a"))
                 options = {"stdout": file, "stderr": subprocess.STDOUT, "env": threads | dict(os.environ)}
-            stack.enter_context(self.starting)
+                text += f"  output: {file.name}\n"
+            if self.stopped:
+                raise UserError("told to stop")
+            print(text, end="", flush=True)
+            words = [sys.executable if word == "python" else word for word in words]
             try:
                 process = subprocess.Popen(
-                    [sys.executable if word == "python" else word for word in words],
-                    **options,
-                    cwd=ROOT,
-                    pass_fds=(self.lock,),
-                    start_new_session=True,
+                    words, cwd=ROOT, pass_fds=(self.lock,), start_new_session=True, **options
                 )
             except OSError as error:
                 raise UserError(f"{shlex.join(words)} cannot be started: {error.strerror}") from error
-            self.running[process] = task, lambda: before + time.monotonic() - start
-        code = process.wait()
-        del self.running[process]
-        task.values["seconds"] = before + time.monotonic() - start
-        return code, said
+        self.running.add(process)
+        yield process
+        self.running.remove(process)
 
-    def __enter__(self):
-        def stop(number, frame):
-            sys.exit(128 + number)
-
-        self.former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-
-    def __exit__(self, *_):
-        self.starting.acquire()  # for good: none starts any more
-        running = dict(self.running)
-        try:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait()
-        finally:
-            for process, (task, seconds) in running.items():
-                process.kill()
-                task.values["seconds"] = seconds()
-                self.state.remove_success(task)
-            for number, handler in self.former.items():
-                signal.signal(number, handler)
+    def stop(self) -> None:
+        """Tell those that run, once, and wait: they may take their time to save."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+        while self.running:
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager
