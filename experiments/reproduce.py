@@ -78,7 +78,7 @@ def main():
     jobs = plan.jobs(rows, () if only else plan.also)
     if args.dry_run:
         for job in jobs:
-            print(f"# {job.name}\n{shlex.join(plan.command(job, resolve=False))}")
+            print(f"# {job.name}\n{shlex.join(job.command(resolve=False))}")
         return
     folder = ROOT / plan.out
     with alone(folder) as lock:
@@ -117,7 +117,7 @@ def run(plan: Plan, state: "State", jobs: list[Job], at_once: int, lock: int) ->
     tasks = [
         dict_to_task(
             {"name": job.name, "actions": [(commands.run, [job])], "meta": {"job": job}, **common}
-            | {"task_dep": [other.name for other in plan.needs(job)]}
+            | {"task_dep": [other.name for other in job.needs()]}
         )
         for job in jobs
     ]
@@ -181,7 +181,7 @@ class State(Dependency):
 
     def get_status(self, task, tasks_dict, get_log=False):
         job, before = task.meta["job"], self.get_values(task.name)
-        reads, task.file_dep = read_by(self.plan, job)
+        reads, task.file_dep = read_by(job)
         task.values = {"finished": False, "seconds": 0.0, **before, "reads": reads}
         self._set(task.name, "_values_:", task.values)
         status = super().get_status(task, tasks_dict, get_log=True)
@@ -201,7 +201,7 @@ class State(Dependency):
                     "needs it, another --out keeps both"
                 )
         if before.get("finished"):
-            made_by(self.plan, job)
+            made_by(job)
         else:
             self.save_success(task)
         return status
@@ -216,28 +216,28 @@ class State(Dependency):
         self.backend.dump()
 
 
-def made_by(plan: Plan, job: Job) -> list[Path]:
+def made_by(job: Job) -> list[Path]:
     """The files that a finished job has made. UserError for those that are not there."""
-    made = [ROOT / plan.made(job, name) for name in job.step.makes or ["here"]]
+    made = [ROOT / job.made(name) for name in job.step.makes or ["here"]]
     return [
         file for path in made for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()
     ]
 
 
-def read_by(plan: Plan, job: Job) -> tuple[dict[str, str], set[str]]:
+def read_by(job: Job) -> tuple[dict[str, str], set[str]]:
     """What a job's result depends on: its command and the content of configurations that it names, as texts by name, and
     files: others that it names, and those made by the jobs that it needs."""
-    words = plan.command(job, resolve=False)
+    words = job.command(resolve=False)
     texts, files = {"command": shlex.join(words)}, set()
     for path in {ROOT / part for word in words for part in (word, word.rpartition("=")[2]) if part}:
         if path.suffix in (".yaml", ".yml") and path.is_file():
             content = json.dumps(OmegaConf.to_container(load_with_bases(path)), sort_keys=True)
             texts[str(relative(path))] = hashlib.sha256(content.encode()).hexdigest()
-        elif path.suffix != ".py" and path.is_file() and not path.is_relative_to(ROOT / plan.out):
+        elif path.suffix != ".py" and path.is_file() and not path.is_relative_to(ROOT / job.plan.out):
             files.add(str(path))
-    for other in plan.needs(job):
+    for other in job.needs():
         with contextlib.suppress(UserError):  # not made yet, or gone, which is told of that job
-            files |= {str(path) for path in made_by(plan, other)}
+            files |= {str(path) for path in made_by(other)}
     return texts, files
 
 
@@ -248,10 +248,10 @@ def forget(plan: Plan, state: State, names: list[str]) -> None:
         raise UserError(f"--again {unknown[0]}: there is no such step")
     stale = set()
     for job in jobs:  # each stands after what it needs
-        if {job.step.name, job.name} & set(names) or stale & {other.name for other in plan.needs(job)}:
+        if {job.step.name, job.name} & set(names) or stale & {other.name for other in job.needs()}:
             stale.add(job.name)
             state.remove(job.name)
-            shutil.rmtree(ROOT / plan.made(job, "here"), ignore_errors=True)
+            shutil.rmtree(ROOT / job.here, ignore_errors=True)
     state.backend.dump()
 
 
@@ -270,7 +270,7 @@ class Commands:
         """For doit: what went wrong, if anything."""
         started, before = time.monotonic(), task.values["seconds"]
         try:
-            words = self.plan.command(job)
+            words = job.command()
             with self._started(job, words) as process:
                 code = process.wait()
                 task.values["seconds"] = before + time.monotonic() - started
@@ -280,7 +280,7 @@ class Commands:
                     f"step {job.name} failed with exit code {code}: {shlex.join(words)} - mend what it says {said} and "
                     "give the same command again: it continues there"
                 )
-            made_by(self.plan, job)
+            made_by(job)
         except UserError as error:
             return TaskFailed(str(error))
         task.values["finished"] = True
@@ -291,7 +291,7 @@ class Commands:
     @contextlib.contextmanager
     def _started(self, job, words):
         options, text = {}, f"\n{job.name}:\n$ {shlex.join(words)}\n"
-        (ROOT / self.plan.made(job, "here")).mkdir(parents=True, exist_ok=True)
+        (ROOT / job.here).mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if self.at_once > 1:
                 self._output(job).parent.mkdir(exist_ok=True)

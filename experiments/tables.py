@@ -19,6 +19,7 @@ from guided_diffusion.errors import UserError, UserFileError, UserValueError, on
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs" / "tables"
+BUILT_IN = ("here", "out", "data", "seed", "row", "scale", "found")
 
 
 @dataclass(frozen=True)
@@ -45,29 +46,112 @@ class Row:
     cells: Mapping[str, Any] = field(default_factory=dict)
     also: list[str] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Job:
-    """A step for one row and one seed (None where the step does not depend on it)."""
-
-    step: Step
-    row: Row | None
-    seed: int | None
-
     @property
-    def name(self) -> str:
-        """Unique within a table, and the name of the job's folder."""
-        parts = [
-            self.step.name,
-            self.row and slug(self.row.id),
-            None if self.seed is None else f"seed{self.seed}",
-        ]
-        return "-".join(part for part in parts if part)
+    def slug(self) -> str:
+        """The id as a part of file names."""
+        return re.sub(r"[^\w.]+", "_", self.id)
 
 
-def slug(text: str) -> str:
-    """An id as a part of file names."""
-    return re.sub(r"[^\w.]+", "_", text)
+class Job:
+    """A step of a table for one row and one seed (None where the step does not depend on it)."""
+
+    def __init__(self, plan: "Plan", step: Step, row: Row | None, seed: int | None):
+        self.plan, self.step, self.row, self.seed = plan, step, row, seed
+        parts = [step.name, row and row.slug, None if seed is None else f"seed{seed}"]
+        self.name = "-".join(part for part in parts if part)  # unique within a table, and that of its folder
+        self.here = f"{plan.out}/{self.name}"
+
+    def needs(self) -> list["Job"]:
+        """The jobs that this one mentions or names."""
+        texts = [self.step.run, *self.step.makes.values(), *(self.step.resume or {}).values()]
+        try:
+            mentioned = [
+                name.rpartition(".")[0] for text in texts for name in self._names(text) if "." in name
+            ]
+        except RecursionError:
+            self.plan.refuse(f"variables of step {self.step.name} need each other")
+        jobs = [self.plan.job(name, self.row, self.seed) for name in [*self.step.needs, *mentioned]]
+        return list({job.name: job for job in jobs if job.name != self.name}.values())
+
+    def left_out(self) -> bool:
+        """Whether a variable that the step, or one that it needs, cannot do without is empty."""
+        empty = any(not self.fill(f"{{{name}}}") for name in self.step.only_with)
+        return empty or any(job.left_out() for job in self.needs())
+
+    def command(self, resolve: bool = True) -> list[str]:
+        """The words of what is to be run now: `resume` where it applies, and patterns as the files that they match
+        (`resolve`); else as declared."""
+        found = (
+            newest(self.fill(self.step.resume["when"], glob.escape)) if resolve and self.step.resume else None
+        )
+        return self._words(self.step.resume["run"] if found else self.step.run, resolve, found or "")
+
+    def made(self, name: str, resolve: bool = True) -> str:
+        """The path of what the job makes ("here": its folder). UserError where nothing matches its pattern."""
+        if name == "here":
+            return self.here
+        if name not in self.step.makes:
+            self.plan.refuse(f"step {self.step.name} does not make {name}")
+        path = self.fill(self.step.makes[name])
+        if not resolve:
+            return path
+        if (found := newest(self.fill(self.step.makes[name], glob.escape))) is None:
+            raise UserError(
+                f"step {self.name} ended without an error but has not made {name} ({path}), or it is gone; "
+                f"--again {self.name} runs it anew"
+            )
+        return found
+
+    def fill(
+        self, text: str, quote: Callable[[str], str] = str, resolve: bool = False, found: str = ""
+    ) -> str:
+        """`text` with the names in it filled in, and their values quoted."""
+
+        class Names(Formatter):
+            def get_field(_, name, args, kwargs):
+                return quote(self._value(name, resolve, found)), name
+
+        return Names().format(text)
+
+    def _words(self, text, resolve, found):
+        """Split before names are filled in; a variable that is a word of its own may be several."""
+        words = []
+        for word in shlex.split(text):
+            alone = re.fullmatch(r"\{(\w+)\}", word)
+            if alone and alone[1] not in BUILT_IN:
+                words += self._words(self._variable(alone[1]), resolve, found)
+            else:
+                words.append(self.fill(word, str, resolve, found))
+        return words
+
+    def _names(self, text):
+        """The names in a text, and those in the variables that it takes."""
+        for _, name, _, _ in Formatter().parse(text):
+            if name is not None:
+                yield name
+                if "." not in name and name not in BUILT_IN:
+                    yield from self._names(self._variable(name))
+
+    def _value(self, name, resolve, found):
+        step, dot, made = name.rpartition(".")
+        if dot:
+            job = self.plan.job(step, self.row, self.seed)
+            return job.made(made, resolve and job.name != self.name)
+        if name not in BUILT_IN:
+            return self.fill(self._variable(name), str, resolve, found)
+        if name == "data" and not self.plan.data:
+            raise UserValueError(f"step {self.step.name} needs the data: say where it is with --data")
+        known = {"here": self.here, "found": found, "row": self.row and self.row.id, "seed": self.seed}
+        value = known[name] if name in known else getattr(self.plan, name)
+        if value is None:
+            self.plan.refuse(f"step {self.step.name} uses {{{name}}} but is not per {name}")
+        return str(value)
+
+    def _variable(self, name):
+        known = {**self.plan.variables, **(self.row.set if self.row else {}), **self.plan.changes}
+        if name not in known:
+            self.plan.refuse(f"step {self.step.name} uses {{{name}}}, which is not declared")
+        return str(known[name])
 
 
 class Plan:
@@ -103,7 +187,7 @@ class Plan:
         known = sorted({*self.variables, *(name for row in self.rows for name in row.set)})
         if unknown := sorted(set(self.changes) - set(known)):
             raise UserValueError(f"--set {unknown[0]}: the variables of {self.path} are {', '.join(known)}")
-        if len({slug(row.id) for row in self.rows}) < len(self.rows):
+        if len({row.slug for row in self.rows}) < len(self.rows):
             self.refuse("two rows have the same id, or ids that differ in signs alone")
         for step in self.steps.values():
             if step.resume is not None and set(step.resume) != {"when", "run"}:
@@ -152,8 +236,8 @@ class Plan:
         def add(job, path=()):
             if job.name in path:
                 self.refuse(f"step {job.name} needs itself ({' -> '.join(path)})")
-            if job.name not in found and not self.left_out(job):
-                for other in self.needs(job):
+            if job.name not in found and not job.left_out():
+                for other in job.needs():
                     add(other, (*path, job.name))
                 found[job.name] = job
 
@@ -168,64 +252,19 @@ class Plan:
         step, row = self._step(name), self.choose([other])[0] if at else row
         if ("row" in step.per and row is None) or ("seed" in step.per and seed is None):
             self.refuse(f"{name} runs per {' and '.join(step.per)}, a step that needs it does not")
-        return Job(step, row if "row" in step.per else None, seed if "seed" in step.per else None)
-
-    def left_out(self, job: Job) -> bool:
-        """Whether a variable that the step, or one that it needs, cannot do without is empty."""
-        empty = any(not Names(self, job).fill(f"{{{name}}}") for name in job.step.only_with)
-        return empty or any(self.left_out(other) for other in self.needs(job))
-
-    def needs(self, job: Job) -> list[Job]:
-        """The jobs that this one mentions or names."""
-        names = Names(self, job)
-        names.used += [self.job(name, job.row, job.seed) for name in job.step.needs]
-        for text in [job.step.run, *job.step.makes.values(), *(job.step.resume or {}).values()]:
-            names.fill(text)
-        return [other for other in {j.name: j for j in names.used}.values() if other.name != job.name]
-
-    def command(self, job: Job, resolve: bool = True) -> list[str]:
-        """The words of what is to be run now: `resume` where it applies, and patterns as the files that they match
-        (`resolve`); else as declared."""
-        found = self._newest(job.step.resume["when"], job) if resolve and job.step.resume else None
-        return Names(self, job, resolve, found or "").words(job.step.resume["run"] if found else job.step.run)
-
-    def made(self, job: Job, name: str, resolve: bool = True) -> str:
-        """The path of what a job makes ("here": its folder). UserError where nothing matches its pattern."""
-        if name == "here":
-            return f"{self.out}/{job.name}"
-        if name not in job.step.makes:
-            self.refuse(f"step {job.step.name} does not make {name}")
-        path = Names(self, job).fill(job.step.makes[name])
-        if resolve and (newest := self._newest(job.step.makes[name], job)) is None:
-            raise UserError(
-                f"step {job.name} ended without an error but has not made {name} ({path}), or it is gone; "
-                f"--again {job.name} runs it anew"
-            )
-        return newest if resolve else path
-
-    def _newest(self, pattern: str, job: Job) -> str | None:
-        """The newest file that matches a pattern with names, below the repository's root or absolute."""
-        found = glob.glob(str(ROOT / Names(self, job, quote=glob.escape).fill(pattern)))
-        return str(relative(max(found, key=lambda file: Path(file).stat().st_mtime))) if found else None
+        return Job(self, step, row if "row" in step.per else None, seed if "seed" in step.per else None)
 
     def _step(self, name: str) -> Step:
         if name not in self.steps:
             self.refuse(f"there is no step {name}")
         return self.steps[name]
 
-    def variable(self, name: str, job: Job) -> str:
-        """What a name of the table, the scale, the row or --set stands for, names in it not yet filled in."""
-        known = {**self.variables, **(job.row.set if job.row else {}), **self.changes}
-        if name not in known:
-            self.refuse(f"step {job.step.name} uses {{{name}}}, which is not declared")
-        return str(known[name])
-
     def numbers(self, row: Row) -> dict[str, list[float]]:
         """A row's measured numbers by column, one for each seed; none where the step is left out."""
         measured = {}
         for column, (step, made, key) in self.cells_of(row).items():
             jobs = {job.name: job for job in (self.job(step, row, seed) for seed in self.seeds)}.values()
-            values = [_number(ROOT / self.made(job, made), key) for job in jobs if not self.left_out(job)]
+            values = [_number(ROOT / job.made(made), key) for job in jobs if not job.left_out()]
             times = self.columns[column].get("times", 1)
             measured[column] = [times * value for value in values if value is not None]
         return measured
@@ -235,14 +274,14 @@ class Plan:
         has any for the table. Rows and columns without any number are left out."""
         rows = [row for row in rows if row.paper or any(measured[row.id].values())]
         shown = [n for n in self.columns if any(n in row.paper or measured[row.id].get(n) for row in rows)]
-        compared = any(row.paper for row in rows)
+        compared = {name for row in rows for name in row.paper}
         lines = [["", *(self.columns[name].get("title", name) for name in shown)], ["---"] * (1 + len(shown))]
         for row in rows:
             cells = []
             for name in shown:
                 form, paper = self.columns[name].get("format", ".3f"), row.paper.get(name, "–")
                 cells.append(_mean(measured[row.id].get(name, []), form))
-                if compared:
+                if name in compared:
                     cells[-1] += f"<br>*{format(paper, form) if isinstance(paper, int | float) else paper}*"
             lines.append([row.title, *cells])
         seeds = ", ".join(map(str, self.seeds))
@@ -253,49 +292,10 @@ class Plan:
         return "\n".join([f"**{self.title}**", "", *text, "", about, *self.notes]) + "\n"
 
 
-class Names:
-    """What the names in a job's commands and paths stand for.
-
-    resolve: patterns of other jobs as the files that they match; found: the {found} of `resume`; quote: of values;
-    `used` receives the jobs that are mentioned.
-    """
-
-    def __init__(self, plan: Plan, job: Job, resolve=False, found="", quote: Callable[[str], str] = str):
-        self.plan, self.job, self.resolve, self.quote = plan, job, resolve, quote
-        self.used: list[Job] = []
-        self.own = {"here": plan.made(job, "here"), "out": plan.out, "data": plan.data, "scale": plan.scale}
-        self.own |= {"found": found, "row": job.row and job.row.id, "seed": job.seed}
-
-    def fill(self, text: str, depth: int = 0) -> str:
-        """`text` with the names in it filled in. UserError for unknown ones, and for those that need each other."""
-        if depth > 20:
-            self.plan.refuse(f"the variables in {text!r} need each other")
-        parts = []
-        for literal, name, _, _ in Formatter().parse(text):
-            parts += [literal, "" if name is None else self.quote(self._value(name, depth))]
-        return "".join(parts)
-
-    def words(self, text: str) -> list[str]:
-        """A command's words, split before names are filled in; a variable that is a word of its own may be several."""
-        words = []
-        for word in shlex.split(text):
-            alone = re.fullmatch(r"\{(\w+)\}", word)
-            several = alone and alone[1] not in self.own
-            words += self.words(self.plan.variable(alone[1], self.job)) if several else [self.fill(word)]
-        return words
-
-    def _value(self, name, depth):
-        step, dot, made = name.rpartition(".")
-        if dot:
-            self.used.append(self.plan.job(step, self.job.row, self.job.seed))
-            return self.plan.made(self.used[-1], made, self.resolve and self.used[-1] != self.job)
-        if name not in self.own:
-            return self.fill(self.plan.variable(name, self.job), depth + 1)
-        if name == "data" and not self.plan.data:
-            raise UserValueError(f"step {self.job.step.name} needs the data: say where it is with --data")
-        if self.own[name] is None:
-            self.plan.refuse(f"step {self.job.step.name} uses {{{name}}} but is not per {name}")
-        return str(self.own[name])
+def newest(pattern: str) -> str | None:
+    """The newest file that matches a pattern, below the repository's root or absolute."""
+    found = [Path(file) for file in glob.glob(str(ROOT / pattern))]
+    return str(relative(max(found, key=lambda file: file.stat().st_mtime))) if found else None
 
 
 def relative(path: str | Path) -> Path:

@@ -375,7 +375,7 @@ def test_every_declared_table_can_be_planned(scale, monkeypatch):
         jobs = plan.jobs(plan.rows, plan.also)
         assert len(jobs) >= 2
         for job in jobs:
-            words = plan.command(job, resolve=False)
+            words = job.command(resolve=False)
             assert all(words) and not re.search(r"[{}]", " ".join(words).replace("{m}", "")), words
             files = [
                 word for word in words if re.fullmatch(r"(configs|scripts|experiments|evaluations)/\S+", word)
