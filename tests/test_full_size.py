@@ -9,8 +9,8 @@ import yaml
 from torch import nn
 
 from guided_diffusion.mt.modalities import VectorModality
-from guided_diffusion.mt.model import read_config
 from guided_diffusion.mt.modality_set import ModalitySet
+from guided_diffusion.mt.model import read_config
 from guided_diffusion.nn import checkpoint
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel

@@ -109,6 +109,15 @@ def until(true):
     pytest.fail("it does not come true")
 
 
+def begun(reproduce):
+    """The flags of a slow run, its process, and the log of its training, which has begun."""
+    slow = ("--set", "speed=0.4", "--set", "steps=8", "--only", "A")
+    job = reproduce(*slow, run=started)
+    log = reproduce.out / "train-A-seed0/log.txt"
+    until(lambda: log.exists() and log.read_text())
+    return slow, job, log
+
+
 def test_the_declared_table_is_printed_and_nothing_runs_twice(reproduce):
     job = reproduce("--seeds", "0,1")
     assert job.returncode == 0, job.stderr
@@ -145,10 +154,7 @@ def test_a_failing_command_is_named_and_then_resumed(reproduce):
 
 
 def test_killed_in_the_middle_it_takes_its_command_along_and_continues(reproduce):
-    slow = ("--set", "speed=0.5", "--set", "steps=8", "--only", "A")
-    job = reproduce(*slow, run=started)
-    log = reproduce.out / "train-A-seed0/log.txt"
-    until(lambda: log.exists() and log.read_text())
+    slow, job, log = begun(reproduce)
     busy = reproduce(*slow)
     assert busy.returncode == 2 and "is in use by another process" in busy.stderr
     os.kill(job.pid, signal.SIGTERM)
@@ -333,10 +339,7 @@ def test_an_interrupted_step_goes_on_only_as_what_it_began_as(reproduce):
 
 
 def test_a_run_killed_without_notice_continues(reproduce):
-    slow = ("--set", "speed=0.3", "--set", "steps=6", "--only", "A")
-    job = reproduce(*slow, run=started)
-    log = reproduce.out / "train-A-seed0/log.txt"
-    until(lambda: log.exists() and log.read_text())
+    slow, job, log = begun(reproduce)
     job.kill()
     job.wait(10)
     until(
@@ -344,7 +347,7 @@ def test_a_run_killed_without_notice_continues(reproduce):
     )  # the command that it left holds the folder until it ends
     job = reproduce(*slow)
     assert job.returncode == 0, job.stderr
-    assert log.read_text().split() == [str(k) for k in range(6)]
+    assert log.read_text().split() == [str(k) for k in range(8)]
 
 
 def test_the_folder_of_a_former_version_is_refused(reproduce):
