@@ -274,6 +274,10 @@ class Commands:
             with self._started(job, words) as process:
                 code = process.wait()
                 task.values["seconds"] = before + time.monotonic() - started
+            if self.stopped:
+                return TaskFailed(
+                    f"step {job.name} was told to stop"
+                )  # one that has saved may well end with 0
             if code:
                 said = f"in {self._output(job)}" if self.at_once > 1 else "above"
                 raise UserError(

@@ -14,10 +14,15 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-# A toy training: counts to {steps} in a file, one line each, and stops at {stop} as if it failed.
+# A toy training: counts to {steps} in a file, one line each, and stops at {stop} as if it failed. Told to stop, it saves
+# and ends with 0, as trainings do.
 TRAIN = """
-import json, pathlib, sys, time
+import json, pathlib, signal, sys, time
 here, steps, stop, speed, seed = sys.argv[1:6]
+def end(*_):
+    pathlib.Path(here, "weights-0.txt").write_text("0.1")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
 log = pathlib.Path(here, "log.txt")
 done = len(log.read_text().split()) if log.exists() else 0
 print(f"training {here} from {done} with {sys.argv[6:]}", flush=True)
@@ -102,16 +107,16 @@ def started(name, *arguments):
 
 
 def until(true):
-    for _ in range(300):
+    for _ in range(600):
         if true():
             return
         time.sleep(0.05)
     pytest.fail("it does not come true")
 
 
-def begun(reproduce):
+def begun(reproduce, speed):
     """The flags of a slow run, its process, and the log of its training, which has begun."""
-    slow = ("--set", "speed=0.4", "--set", "steps=8", "--only", "A")
+    slow = ("--set", f"speed={speed}", "--set", "steps=8", "--only", "A")
     job = reproduce(*slow, run=started)
     log = reproduce.out / "train-A-seed0/log.txt"
     until(lambda: log.exists() and log.read_text())
@@ -154,13 +159,15 @@ def test_a_failing_command_is_named_and_then_resumed(reproduce):
 
 
 def test_killed_in_the_middle_it_takes_its_command_along_and_continues(reproduce):
-    slow, job, log = begun(reproduce)
+    slow, job, log = begun(reproduce, 5)
     busy = reproduce(*slow)
     assert busy.returncode == 2 and "is in use by another process" in busy.stderr
     os.kill(job.pid, signal.SIGTERM)
     assert job.wait(10) == 128 + signal.SIGTERM
     done = log.read_text().split()
     assert 1 <= len(done) < 8
+    record = json.loads((reproduce.out / "steps.json").read_text())["train-A-seed0"]["_values_:"]
+    assert not record["finished"] and record["seconds"] > 0.2
     job = reproduce(*slow)  # the lock is free: no command was left behind
     assert job.returncode == 0, job.stderr
     assert f"from {len(done)} with ['resumed'" in job.stdout
@@ -339,7 +346,7 @@ def test_an_interrupted_step_goes_on_only_as_what_it_began_as(reproduce):
 
 
 def test_a_run_killed_without_notice_continues(reproduce):
-    slow, job, log = begun(reproduce)
+    slow, job, log = begun(reproduce, 0.4)
     job.kill()
     job.wait(10)
     until(
