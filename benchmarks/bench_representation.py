@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from guided_diffusion.config_file import load_with_bases  # noqa: E402
 from guided_diffusion.seeding import PerSample  # noqa: E402
 from ldm.util import instantiate_from_config  # noqa: E402
 
@@ -48,9 +49,9 @@ def parser() -> argparse.ArgumentParser:
 
 def make(joint: bool, **modality):
     """The model of the small configurations on given latents and contexts, ready to be trained."""
-    config = OmegaConf.load(FOLDER / "text-to-image-small.yaml")
+    config = load_with_bases(FOLDER / "text-to-image-small.yaml")
     if joint:
-        config = OmegaConf.merge(config, OmegaConf.load(FOLDER / "joint-small.yaml"))
+        config = OmegaConf.merge(config, load_with_bases(FOLDER / "joint-small.yaml"))
     model = OmegaConf.to_container(config, resolve=True)["model"]
     params = model["params"]
     params["first_stage_config"] = {"target": "ldm.models.autoencoder.IdentityFirstStage"}

@@ -1,6 +1,6 @@
 """Train a small CLIP, an encoder of images and one of captions, on a folder of captioned images.
 
-    python experiments/trainclip.py --data_dir flickr900 --out clip64
+    python experiments/train_clip.py --data_dir flickr900 --out clip64
 
 For work on real images and captions where the released weights cannot be had, or are too large. The folder is one of
 ldm.data.captions.CaptionFolder; every tenth image (--held_out_every) is left out. On these a running mean of the

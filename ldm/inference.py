@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from guided_diffusion import dist_util
+from guided_diffusion.config_file import load_with_bases
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.figures import to_uint8
 from guided_diffusion.mt.files import read_labels, read_vectors
-from guided_diffusion.mt.model import read_config
 from ldm.data.folders import read_images as read_sources
 from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -74,7 +74,7 @@ def merged_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) ->
     wrong = [text for text in overrides if "=" not in text or text.startswith("-")]
     if wrong:
         raise UserValueError(f"unknown argument {wrong[0]!r}: overrides are written key.key=value")
-    parts = [OmegaConf.create(read_config(path)) for path in paths]
+    parts = [load_with_bases(path) for path in paths]
     return OmegaConf.to_container(
         OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides))), resolve=True
     )

@@ -229,7 +229,11 @@ def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
         sample = model.sample(random, steps, given=given, sampler="dpm++")
     loop.model.train()
     rows = [Row("image", to_uint8(sample.images), _captions(model.modalities, sample.values))]
-    rows += [Row(m.name, to_uint8(sample.values[m.name])) for m in model.modalities if m.kind == "image"]
+    rows += [
+        Row(m.name, to_uint8(sample.values[m.name]))
+        for m in model.modalities
+        if m.kind == "image" and m.name in sample.values
+    ]
     sheet = contact_sheet(rows)
     number = loop.step + loop.resume_step
     sheet.save(os.path.join(logger.get_dir(), f"samples{number:06d}.png"))

@@ -10,6 +10,7 @@ from torch import nn
 
 from guided_diffusion.mt.modalities import VectorModality
 from guided_diffusion.mt.modality_set import ModalitySet
+from guided_diffusion.mt.model import read_config
 from guided_diffusion.nn import checkpoint
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -60,13 +61,17 @@ def test_the_joint_model_is_the_released_one_and_a_head(encoder):
     assert shapes(first_stage) == FIRST_STAGE["state"]
 
 
-def test_the_recipe_finetunes_that_model():
-    """configs/representation/sd2.yaml is Stable Diffusion 2 but for the modality, and makes the same network."""
+@pytest.mark.parametrize(
+    "recipe, released, size", [("sd2", "v2-inference-v", 768), ("sd2-base", "v2-inference", 512)]
+)
+def test_the_recipe_finetunes_that_model(recipe, released, size):
+    """It is Stable Diffusion 2 but for the modality, and makes the same network."""
     recipe, released = (
-        yaml.safe_load((ROOT / "configs" / name).read_text())["model"]["params"]
-        for name in ("representation/sd2.yaml", "stable-diffusion/v2-inference.yaml")
+        read_config(ROOT / "configs" / name)["model"]["params"]
+        for name in (f"representation/{recipe}.yaml", f"stable-diffusion/{released}.yaml")
     )
-    same = [name for name in released if name not in ("monitor", "use_ema")]
+    same = [name for name in released if name not in ("monitor", "use_ema", "image_size")]
+    assert 8 * recipe["image_size"] == size
     assert {name: recipe[name] for name in same} == {name: released[name] for name in same}
     own = {
         "extractors": {},

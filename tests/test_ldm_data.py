@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from evaluations.segmentation import load_palette as evaluation_palette
 from evaluations.segmentation import to_indices
+from guided_diffusion.config_file import load_with_bases
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.image_datasets import center_crop_arr, random_crop_arr
 from ldm.data.base import Concatenated, FirstStageImages
@@ -229,7 +231,7 @@ def test_real_pairs(unpacked_dev_data):
 @pytest.mark.parametrize("name", ["camvid-small", "camvid-small-baseline"])
 def test_the_small_models_take_the_first_stage_that_the_small_autoencoder_trains(name):
     trained, used = (
-        yaml.safe_load((CONFIGS / file).read_text())
+        OmegaConf.to_container(load_with_bases(CONFIGS / file))
         for file in ("autoencoder/kl-f4-small.yaml", f"translation/{name}.yaml")
     )
     own, other = trained["model"]["params"], used["model"]["params"]["first_stage_config"]["params"]

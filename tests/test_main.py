@@ -311,7 +311,7 @@ def test_mistakes_in_the_configuration_are_named(config, tmp_path):
     refused("cannot be trained: its lossconfig .Identity", *good, frozen)
     refused("no 'photo'.*'image'|'photo'", *good, "model.params.image_key=photo")
     (tmp_path / "bad.yaml").write_text("model: [")
-    refused("bad.yaml is not YAML", "--base", tmp_path / "bad.yaml", "-t")
+    refused("bad.yaml is not valid YAML", "--base", tmp_path / "bad.yaml", "-t")
     refused("cannot be merged.*nothing", *good, "model.params.embed_dim=${nothing}")
 
 

@@ -152,7 +152,7 @@ def test_configuration_is_written_and_read_back(tmp_path):
 
 
 def test_configuration_files_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(UserFileError, match="no such configuration file"):
+    with pytest.raises(UserFileError, match="no configuration file"):
         read_config(tmp_path / "absent.yaml")
     for text, message in (
         ("a: [", "not valid YAML"),

@@ -11,6 +11,7 @@ import torch as th
 from omegaconf import OmegaConf
 
 from .. import checkpoint_util, dist_util
+from ..config_file import load_with_bases
 from ..errors import UserError, UserFileError, UserValueError
 from ..gaussian_diffusion import get_named_beta_schedule
 from ..respace import SpacedDiffusion
@@ -279,16 +280,12 @@ def _read(path, weights):
 
 
 def read_config(path: str | Path) -> dict:
-    """A YAML file as plain values. UserError if it is missing or not a mapping."""
-    if not os.path.isfile(path):
-        raise UserFileError(f"no such configuration file: {path}")
+    """A YAML file over its `base` (see load_with_bases) as plain values. UserError for one that cannot be read."""
+    config = load_with_bases(path)
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        return OmegaConf.to_container(config, resolve=True)
     except Exception as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a mapping from flags to values")
-    return config
 
 
 def write_config(config: Mapping, path: str | Path) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from guided_diffusion.config_file import load_with_bases
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from ldm.training.checkpoints import LAST
 from ldm.util import nearest
@@ -95,7 +95,7 @@ def load_config(
     merged = OmegaConf.create()
     try:
         for path in paths:
-            merged = OmegaConf.merge(merged, _read(path))
+            merged = OmegaConf.merge(merged, load_with_bases(path))
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         for key, value in (flags or {}).items():
             OmegaConf.update(merged, key, value)
@@ -109,18 +109,6 @@ def merged(default: Mapping, given: Mapping | None) -> dict:
     """`default` (target, params) with what is `given` in its place."""
     given = given or {}
     return {**default, **given, "params": {**(default.get("params") or {}), **(given.get("params") or {})}}
-
-
-def _read(path):
-    if not Path(path).is_file():
-        raise UserFileError(f"there is no configuration {path}")
-    try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path} is no configuration: its top level is not a mapping")
-    return config
 
 
 def _check(config):
