@@ -36,10 +36,11 @@ def settle(loops: MutableMapping) -> tuple[str, int]:
         return EPOCH, logged
     for counts in epochs.values():
         counts["processed"] = counts["completed"] = counts["ready"] - 1
-    for counts in (batches["total"], batches["current"]):
-        counts["completed"] = counts["processed"] - (
-            not last
-        )  # at the last one it would end the epoch at once
+    for counts in (
+        batches["total"],
+        batches["current"],
+    ):  # one less at the last batch would end the epoch at once
+        counts["completed"] = counts["processed"] - (not last)
     state["_batches_that_stepped"] -= 1  # Lightning adds it
     return VALIDATED if validated and not ended else BATCH, logged
 
