@@ -88,7 +88,7 @@ def test_representations_are_those_of_transformers(clip, whole, tmp_path, size, 
     wanted = expected(clip, images, **normalisation)
     assert given.shape == (3, D) and encoder.width == D
     # Pillow rounds the resized pixels to whole numbers.
-    agree(given, wanted, rtol=1e-5 if size == (SIZE, SIZE) else 1e-2)
+    agree(given, wanted, rtol=1e-5 if size == (SIZE, SIZE) else 2e-2)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     assert not given.requires_grad and given.norm(dim=1).sub(1).abs().max() > 0.1  # not normalised
 
