@@ -22,7 +22,8 @@ CROSS = dict(use_spatial_transformer=True)
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run(script, *arguments): (exit code, stdout, stderr) of a script in this process."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for folder in (SCRIPTS, ROOT / "experiments"):
+        monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(dist_util, "setup_dist", lambda: None)
 
     def call(script, *arguments):
