@@ -27,9 +27,13 @@ def join(
     detectability: float = 4.0,
     presence: bool = True,
     unshifted_probability: float = 0.33,
+    code_interval: int = 500,
 ) -> "JointDiffusion":
     """`model`, a UNetModel, gets heads and input channels for the modalities `spec` (parse_modalities), and
-    `diffusion` their shifts: the process to train and sample with. UserValueError for what does not fit."""
+    `diffusion` their shifts: the process to train and sample with. UserValueError for what does not fit.
+
+    The flags of the same names are described in this project's `mt_defaults`.
+    """
     channels = model.in_channels
     shape = (channels, model.image_size, model.image_size)
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
@@ -51,7 +55,10 @@ def join(
     last, middle = (int(model.channel_mult[k] * width) for k in (0, -1))
     model.heads = modalities.make_heads(middle, last)
     model.presence = modalities.make_presence(4 * width)
-    return JointDiffusion(diffusion, modalities, model, unshifted_probability)
+    codes = modalities.make_codes(shape)
+    if codes is not None:
+        model.codes = codes
+    return JointDiffusion(diffusion, modalities, model, unshifted_probability, code_interval)
 
 
 def _widen(model, channels):
@@ -70,12 +77,21 @@ def _widen(model, channels):
 class JointDiffusion:
     """A diffusion of images and modalities with upstream's interface; everything else is the diffusion's own.
 
-    diffusion: respaced or not, with an aggregation; network: with heads.
+    diffusion: respaced or not, with an aggregation; network: with heads. The codes of labels are refreshed in
+    training, at the calls 0, 1, 2, 4, ... and every `code_interval`.
     """
 
-    def __init__(self, diffusion, modalities: ModalitySet, network, unshifted_probability: float = 0.0):
+    def __init__(
+        self,
+        diffusion,
+        modalities: ModalitySet,
+        network,
+        unshifted_probability: float = 0.0,
+        code_interval: int = 1,
+    ):
         self.diffusion, self.modalities, self.network = diffusion, modalities, network
-        self.unshifted_probability = unshifted_probability
+        self.unshifted_probability, self.code_interval = unshifted_probability, code_interval
+        self._calls = 0
 
     def __getattr__(self, name):
         return getattr(self.diffusion, name)
@@ -83,11 +99,14 @@ class JointDiffusion:
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """Equation 6: tensors [B] by name, `loss` their sum. model_kwargs: the labels under `y`, values of
         modalities that are not made from the image under their names, and conditioning."""
+        if self._calls % self.code_interval == 0 or not self._calls & (self._calls - 1):
+            self.modalities.refresh_codes(self.network, x_start)
+        self._calls += 1
         random = PerSample(th.randint(2**62, (len(x_start),)).tolist())
         cond = dict(model_kwargs or {})
         batch = derive_values(self.modalities, x_start, batch_of(self.modalities, cond, x_start), random)
         own = {m.data_key for m in self.modalities}
-        return multitask_losses(
+        terms = multitask_losses(
             self.modalities,
             model,
             batch,
@@ -99,6 +118,19 @@ class JointDiffusion:
             conditioning={name: value for name, value in cond.items() if name not in own},
             unshifted_probability=self.unshifted_probability,
         ).terms
+        self._note_variance(batch, terms, t)
+        return terms
+
+    @th.no_grad()
+    def _note_variance(self, batch, terms, t):
+        """A running mean of the Gaussian heads' squared error by timestep: how far a given value is trusted."""
+        index = th.tensor(self.diffusion.timestep_map, device=t.device)[t]
+        for m in self.modalities:
+            if m.likelihood == "gaussian" and f"KL_{m.name}" in terms and m.name not in batch.present:
+                table, error = self.network.heads[m.name].variance, terms[f"KL_{m.name}"]
+                places = index * m.variance_bins // self.modalities.steps
+                for place, value in zip(places.tolist(), error.float(), strict=True):
+                    table[place] = table[place].lerp(value.clamp(min=1e-6), 0.02)
 
     def joint_sample(self, shape, random: PerSample | None = None, **options) -> JointSample:
         """Images of `shape` and their modalities; options: of `mt.sampling.joint_sample`, such as given."""

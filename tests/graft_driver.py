@@ -58,6 +58,8 @@ def made():
     flags = {**script_util.model_and_diffusion_defaults(), **FLAGS, "class_cond": True, "modalities": SPEC}
     network, joint = script_util.create_model_and_diffusion(**flags)
 
+    joint.code_interval = 1
+
     def losses(images, t, cond, noise):
         return joint.training_losses(network, images, t, model_kwargs=cond, noise=noise)
 
@@ -78,8 +80,9 @@ def main():
     network, modalities, diffusion, losses = made()
     filled(network)
     network.train()
-    result = {f"initial {name}": np.array(value.shape) for name, value in network.state_dict().items()}
-    optimizer = th.optim.AdamW(network.parameters(), lr=1e-3)
+    variances = {name: value.clone() for name, value in network.state_dict().items() if "variance" in name}
+    result = {}
+    optimizer = th.optim.AdamW(network.parameters(), lr=1e-4)
     for step in range(STEPS):
         th.manual_seed(step)
         images, noise = th.rand(4, 3, SIZE, SIZE) * 2 - 1, th.randn(4, 3, SIZE, SIZE)
@@ -90,7 +93,10 @@ def main():
         terms["loss"].mean().backward()
         optimizer.step()
         result |= {f"step {step} {name}": value.detach().numpy() for name, value in terms.items()}
-    result |= {f"weight {name}": value.numpy() for name, value in network.state_dict().items()}
+    network.load_state_dict(variances, strict=False)  # measured otherwise by each side
+    state = {name: value for name, value in network.state_dict().items() if not name.startswith("codes")}
+    result |= {f"weight {name}": value.numpy() for name, value in state.items()}
+    modalities.refresh_codes(network, images)
     network.eval()
     label = {"label": th.eye(CLASSES)[[2, 0]]}
     cases = {
