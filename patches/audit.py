@@ -78,8 +78,12 @@ def compare(theirs: tuple[dict, dict], ours: tuple[dict, dict]) -> list[Finding]
     """All findings about one package: everything that upstream has, and what stopped upstream."""
     (there, numbers), (here, computed) = theirs, ours
     found = [Finding("not compared", name, "not compared", why) for name, why in there["failed"].items()]
-    rows = [("names", name, value, here["names"].get(name), describe) for name, value in there["names"].items()]
-    rows += [("flags", name, value, here["flags"].get(name), defaults) for name, value in there["flags"].items()]
+    rows = [
+        ("names", name, value, here["names"].get(name), describe) for name, value in there["names"].items()
+    ]
+    rows += [
+        ("flags", name, value, here["flags"].get(name), defaults) for name, value in there["flags"].items()
+    ]
     rows += [("keys", name, value, here["keys"].get(name), states) for name, value in there["keys"].items()]
     rows += [("numbers", name, value, computed.get(name), arrays) for name, value in numbers.items()]
     for part, name, value, own, judge in rows:
@@ -87,10 +91,16 @@ def compare(theirs: tuple[dict, dict], ours: tuple[dict, dict]) -> list[Finding]
         why = next((here["failed"][place] for place in places if place in here["failed"]), "")
         verdict = ("missing", why) if own is None else judge(value, own)
         found.append(Finding(part, name.replace(":", "."), *verdict))
-    accepted = {k: v for some in yaml.safe_load((ROOT / "patches/differences.yaml").read_text()).values() for k, v in some.items()}
+    accepted = {
+        k: v
+        for some in yaml.safe_load((ROOT / "patches/differences.yaml").read_text()).values()
+        for k, v in some.items()
+    }
     for finding in found:
         if finding.verdict not in GOOD:
-            finding.reason = next((why for p, why in accepted.items() if fnmatch.fnmatchcase(finding.name, p)), None)
+            finding.reason = next(
+                (why for p, why in accepted.items() if fnmatch.fnmatchcase(finding.name, p)), None
+            )
     return found
 
 
@@ -100,7 +110,11 @@ def describe(theirs: dict, ours: dict) -> tuple[str, str]:
         return "changed", f"{theirs['kind']} there, {ours['kind']} here"
     if theirs.get("value") != ours.get("value"):
         return "changed", f"{theirs['value']!r} there, {ours['value']!r} here"
-    return signatures(theirs["params"], ours["params"]) if "params" in theirs and "params" in ours else ("same", "")
+    return (
+        signatures(theirs["params"], ours["params"])
+        if "params" in theirs and "params" in ours
+        else ("same", "")
+    )
 
 
 def signatures(theirs: list, ours: list) -> tuple[str, str]:
@@ -117,10 +131,14 @@ def signatures(theirs: list, ours: list) -> tuple[str, str]:
         if default and default != own_default:
             return "changed", f"default of {name}: {default} there, {own_default} here"
     known = {name for name, _, _ in theirs}
-    more = [(name, default) for name, kind, default in ours if name not in known and not kind.startswith("VAR_")]
+    more = [
+        (name, default) for name, kind, default in ours if name not in known and not kind.startswith("VAR_")
+    ]
     if required := [name for name, default in more if not default]:
         return "changed", f"new parameter {required[0]} has no default"
-    return ("extended", ", ".join(f"{name}={default[0]!r}" for name, default in more)) if more else ("same", "")
+    return (
+        ("extended", ", ".join(f"{name}={default[0]!r}" for name, default in more)) if more else ("same", "")
+    )
 
 
 def defaults(theirs: list, ours: list) -> tuple[str, str]:
@@ -132,7 +150,9 @@ def states(theirs: list, ours: list) -> tuple[str, str]:
     """(verdict, detail) of two state dicts, [name, shape] each."""
     if theirs == ours:
         return "equal", f"{len(theirs)} tensors"
-    only = [entry for entry in theirs if entry not in ours] or [entry for entry in ours if entry not in theirs]
+    only = [entry for entry in theirs if entry not in ours] or [
+        entry for entry in ours if entry not in theirs
+    ]
     return "different", f"{only[0]} is only on one side" if only else "the order differs"
 
 
@@ -153,8 +173,12 @@ def report(package: str, found: list[Finding], stand_ins: list[str], verbose: bo
         print(f"  {part}: " + (", ".join(f"{n} {v}" for v, n in sorted(counts.items())) or "none"))
         for f in some:
             if f.is_fault or verbose or (f.reason and part == "not compared"):
-                print(f"    {f.verdict:9} {f.name}: {f.detail}  {'<-- FAULT' if f.is_fault else f.reason or ''}")
-        if worst := max((float(f.detail) for f in some if part == "numbers" and f.verdict == "equal"), default=0):
+                print(
+                    f"    {f.verdict:9} {f.name}: {f.detail}  {'<-- FAULT' if f.is_fault else f.reason or ''}"
+                )
+        if worst := max(
+            (float(f.detail) for f in some if part == "numbers" and f.verdict == "equal"), default=0
+        ):
             print(f"    largest relative difference: {worst}")
     print(f"  stand-ins for what is not installed: {', '.join(stand_ins) or 'none'}\n")
 
@@ -167,9 +191,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     flags.add_argument("--upstream", metavar="PATH", help="a checkout of openai/guided-diffusion")
     flags.add_argument("--ldm", metavar="PATH", help="a checkout of CompVis/latent-diffusion")
-    flags.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to compare (default: all)")
-    flags.add_argument("--cases", nargs="+", default=(), help="numerical cases, as unet.superres (default: all)")
-    flags.add_argument("--verbose", action="store_true", help="also list what is the same, extended or accepted")
+    flags.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to compare (default: all)"
+    )
+    flags.add_argument(
+        "--cases", nargs="+", default=(), help="numerical cases, as unet.superres (default: all)"
+    )
+    flags.add_argument(
+        "--verbose", action="store_true", help="also list what is the same, extended or accepted"
+    )
     flags.add_argument("--json", metavar="FILE", help="write all findings there")
     args = flags.parse_args(argv)
     if not (args.upstream or args.ldm):
@@ -180,11 +210,18 @@ def main(argv: list[str] | None = None) -> int:
             theirs = probe(Path(path), package, args.parts, args.cases)
             found = compare(theirs, probe(ROOT, package, args.parts, args.cases, like=theirs[0]))
             missed = set(args.parts) - {f.part for f in found}
-            found += [Finding("not compared", f"{part} of {package}", "not compared", "nothing found") for part in missed]
+            found += [
+                Finding("not compared", f"{part} of {package}", "not compared", "nothing found")
+                for part in missed
+            ]
             report(package, found, theirs[0]["stand_ins"], args.verbose)
             findings += found
     faults = [f"{f.part} {f.name}" for f in findings if f.is_fault]
-    verdict = f"{len(faults)} faults: {'; '.join(faults[:3])}{'; ...' if len(faults) > 3 else ''}" if faults else "good"
+    verdict = (
+        f"{len(faults)} faults: {'; '.join(faults[:3])}{'; ...' if len(faults) > 3 else ''}"
+        if faults
+        else "good"
+    )
     print(f"verdict: {verdict}")
     if args.json:
         Path(args.json).write_text(json.dumps([vars(f) for f in findings], indent=1) + "\n")

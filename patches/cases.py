@@ -26,7 +26,13 @@ LATENT = {
     "unet_config": {
         "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
         "params": {
-            **{"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1},
+            **{
+                "image_size": 8,
+                "in_channels": 3,
+                "out_channels": 3,
+                "model_channels": 32,
+                "num_res_blocks": 1,
+            },
             **{"attention_resolutions": [2], "channel_mult": [1, 2], "num_heads": 2, "context_dim": 16},
             "use_spatial_transformer": True,
         },
@@ -148,9 +154,9 @@ class Cases:
             th.manual_seed(number)
             result[step] = getattr(diffusion, step)(model, x_t, t)["sample"]
         th.manual_seed(3)
-        result["guided"] = diffusion.p_sample(model, x_t, t, cond_fn=lambda x, _: 0.3 * x.cos(), model_kwargs={})[
-            "sample"
-        ]
+        result["guided"] = diffusion.p_sample(
+            model, x_t, t, cond_fn=lambda x, _: 0.3 * x.cos(), model_kwargs={}
+        )["sample"]
         if diffusion.num_timesteps <= LONGEST:
             for loop in ("p_sample_loop", "ddim_sample_loop"):
                 th.manual_seed(4)
@@ -179,14 +185,26 @@ class Cases:
         loss, logged = model.p_losses(x, cond, t, noise=noise)
         result |= {"loss": loss} | {f"logged {k}": v for k, v in logged.items()}
         guided = dict(unconditional_guidance_scale=2.0, unconditional_conditioning=null)
-        for name, eta, more in (("ddim", 0.0, {}), ("ddim", 0.0, guided), ("plms", 0.0, {}), ("plms", 0.0, guided)):
+        for name, eta, more in (
+            ("ddim", 0.0, {}),
+            ("ddim", 0.0, guided),
+            ("plms", 0.0, {}),
+            ("plms", 0.0, guided),
+        ):
             if parameterization == "x0":
                 continue  # upstream's samplers take the network's output for noise
             module = importlib.import_module(f"ldm.models.diffusion.{name}")
             # Upstream's register_buffer moves to CUDA.
             kind = type("OnCpu", (getattr(module, f"{name.upper()}Sampler"),), {"register_buffer": _set})
             sampled, _ = kind(model).sample(
-                S=10, batch_size=2, shape=(3, 8, 8), conditioning=cond, x_T=noise, eta=eta, verbose=False, **more
+                S=10,
+                batch_size=2,
+                shape=(3, 8, 8),
+                conditioning=cond,
+                x_T=noise,
+                eta=eta,
+                verbose=False,
+                **more,
             )
             result[f"{name}{' guided' if more else ''}"] = sampled
         return result

@@ -27,7 +27,17 @@ from guided_diffusion.errors import UserError, exit_on_user_error  # noqa: E402
 MARK = "  # mt-diffusion"
 PACKAGE = "guided_diffusion"
 MANIFEST = f"{PACKAGE}/mt/GRAFT"  # checksums of the files that came along
-CORE = ("aggregation", "modalities", "masks", "modality_set", "heads", "losses", "bound", "denoiser", "sampling")
+CORE = (
+    "aggregation",
+    "modalities",
+    "masks",
+    "modality_set",
+    "heads",
+    "losses",
+    "bound",
+    "denoiser",
+    "sampling",
+)
 COPIES = {f"{PACKAGE}/{name}.py": f"{PACKAGE}/{name}.py" for name in ("errors", "seeding", "mt/__init__")}
 COPIES |= {f"{PACKAGE}/mt/{name}.py": f"{PACKAGE}/mt/{name}.py" for name in CORE}
 COPIES |= {f"{PACKAGE}/mt/join.py": "patches/join.py"}
@@ -80,17 +90,17 @@ INSERTIONS = {
         Insertion(
             f"{_D}.p_mean_variance",
             "after",
-            "joint = None\n"
+            "mt_joint = None\n"
             "if self.aggregation is not None:\n"
-            "    {output}, x, joint = self.aggregation.opened({output}, x, t)",
+            "    {output}, x, mt_joint = self.aggregation.opened({output}, x, t)",
             r"(?P<output>\w+) = model\(x, self\._scale_timesteps\(t\)",
         ),
         Insertion(
             f"{_D}.p_mean_variance",
             "before",
-            "if joint is not None:\n"
-            "    mean = self.aggregation.from_frame({returned_mean}, t - 1, joint.encodings)\n"
-            "    return dict({returned}, mean=mean, joint=joint)",
+            "if mt_joint is not None:\n"
+            "    mt_mean = self.aggregation.from_frame({returned_mean}, t - 1, mt_joint.encodings)\n"
+            "    return dict({returned}, mean=mt_mean, joint=mt_joint)",
             r"return \{",
         ),
         Insertion(f"{_D}.condition_mean", "start", _IN.format(out="p_mean_var")),
@@ -99,8 +109,8 @@ INSERTIONS = {
             f"{_D}.condition_score",
             "before",
             'if "joint" in p_mean_var:\n'
-            "    encodings = p_mean_var[\"joint\"].encodings\n"
-            '    {out}["mean"] = self.aggregation.from_frame({out}["mean"], t - 1, encodings)',
+            '    mt_encodings = p_mean_var["joint"].encodings\n'
+            '    {out}["mean"] = self.aggregation.from_frame({out}["mean"], t - 1, mt_encodings)',
             r"return (?P<out>\w+)$",
         ),
         Insertion(f"{_D}.p_sample", "parameter", "randn_like=None,"),
@@ -120,8 +130,8 @@ INSERTIONS = {
             f"{_D}.ddim_sample",
             "before",
             'if "joint" in {out}:\n'
-            '    moved = self.aggregation.from_frame({returned_sample}, t - 1, {out}["joint"].encodings)\n'
-            '    return dict({returned}, sample=moved, joint={out}["joint"])',
+            '    mt_sample = self.aggregation.from_frame({returned_sample}, t - 1, {out}["joint"].encodings)\n'
+            '    return dict({returned}, sample=mt_sample, joint={out}["joint"])',
             r"return \{",
         ),
         Insertion(f"{_D}.ddim_reverse_sample", "after", _IN, r"(?P<out>\w+) = self\.p_mean_variance\("),
@@ -129,9 +139,9 @@ INSERTIONS = {
             f"{_D}.ddim_reverse_sample",
             "before",
             'if "joint" in {out}:\n'
-            "    after = (t + 1).clamp(max=self.num_timesteps - 1)\n"
-            '    moved = self.aggregation.from_frame({returned_sample}, after, {out}["joint"].encodings)\n'
-            "    return dict({returned}, sample=moved)",
+            "    mt_after = (t + 1).clamp(max=self.num_timesteps - 1)\n"
+            '    mt_sample = self.aggregation.from_frame({returned_sample}, mt_after, {out}["joint"].encodings)\n'
+            "    return dict({returned}, sample=mt_sample)",
             r"return \{",
         ),
     ),
@@ -150,11 +160,11 @@ INSERTIONS = {
         # Decoders D_i, and class probabilities (Algorithm 1 feeds an expectation)
         Insertion(f"{_U}.__init__", "parameter", "heads=None,\npresence=None,"),
         Insertion(f"{_U}.__init__", "after", "self.heads = heads\nself.presence = presence", r"self\.out = "),
-        Insertion(f"{_U}.forward", "start", "y, present = y if isinstance(y, tuple) else (y, None)"),
+        Insertion(f"{_U}.forward", "start", "y, mt_present = y if isinstance(y, tuple) else (y, None)"),
         Insertion(
             f"{_U}.forward",
             "after",
-            "if present is not None:\n    {emb} = {emb} + self.presence(present)",
+            "if mt_present is not None:\n    {emb} = {emb} + self.presence(mt_present)",
             r"(?P<emb>\w+) = self\.time_embed\(",
         ),
         Insertion(
@@ -165,11 +175,11 @@ INSERTIONS = {
             "    y = th.zeros(len(y), dtype=th.long, device=y.device)",
             r"if self\.num_classes is not None:",
         ),
-        Insertion(f"{_U}.forward", "after", "middle = {h}", r"(?P<h>\w+) = self\.middle_block\("),
+        Insertion(f"{_U}.forward", "after", "mt_middle = {h}", r"(?P<h>\w+) = self\.middle_block\("),
         Insertion(
             f"{_U}.forward",
             "before",
-            "if self.heads is not None:\n    return self.out({last}), self.heads(middle.type(x.dtype), {last})",
+            "if self.heads is not None:\n    return self.out({last}), self.heads(mt_middle.type(x.dtype), {last})",
             r"return self\.out\((?P<last>\w+)\)",
         ),
         Insertion(
@@ -182,7 +192,9 @@ INSERTIONS = {
     ),
     f"{PACKAGE}/script_util.py": (
         # --modalities masked:U,label:U of every script with these flags
-        Insertion("model_and_diffusion_defaults", "before", '{flags}["modalities"] = ""', r"return (?P<flags>\w+)$"),
+        Insertion(
+            "model_and_diffusion_defaults", "before", '{flags}["modalities"] = ""', r"return (?P<flags>\w+)$"
+        ),
         Insertion("create_model_and_diffusion", "parameter", 'modalities="",'),
         Insertion(
             "create_model_and_diffusion",
@@ -219,7 +231,9 @@ def grafted(text: str, insertions, file: str) -> str:
     try:
         ast.parse(result)
     except SyntaxError as error:
-        raise UserError(f"{file} would not be valid Python with the insertions (line {error.lineno})") from error
+        raise UserError(
+            f"{file} would not be valid Python with the insertions (line {error.lineno})"
+        ) from error
     return result
 
 
@@ -229,7 +243,9 @@ def _function(tree, dotted, file):
         kinds = (ast.ClassDef, ast.FunctionDef)
         found = [n for n in node.body if isinstance(n, kinds) and n.name == part]
         if len(found) != 1:
-            raise UserError(f"{file} has {'no' if not found else 'more than one'} {dotted}: it cannot be grafted")
+            raise UserError(
+                f"{file} has {'no' if not found else 'more than one'} {dotted}: it cannot be grafted"
+            )
         node = found[0]
     return node
 
@@ -245,11 +261,20 @@ def _place(function, insertion, lines, groups, file):
         return _top(first) - 1, lines[first.lineno - 1][: first.col_offset]
     if insertion.where == "parameter":
         arguments = function.args
-        last = max([*arguments.args, *arguments.kwonlyargs, *arguments.defaults, *filter(None, arguments.kw_defaults)],
-                   key=lambda node: (node.end_lineno, node.end_col_offset))
+        last = max(
+            [
+                *arguments.args,
+                *arguments.kwonlyargs,
+                *arguments.defaults,
+                *filter(None, arguments.kw_defaults),
+            ],
+            key=lambda node: (node.end_lineno, node.end_col_offset),
+        )
         line = lines[last.end_lineno - 1]
         if arguments.kwarg or not line[last.end_col_offset :].lstrip().startswith(","):
-            raise UserError(f"{file}, {insertion.function}: its parameters do not stand on lines that end with a comma")
+            raise UserError(
+                f"{file}, {insertion.function}: its parameters do not stand on lines that end with a comma"
+            )
         return last.end_lineno, line[: len(line) - len(line.lstrip())]
     found = []
     for node in ast.walk(function):
@@ -259,12 +284,18 @@ def _place(function, insertion, lines, groups, file):
                 found.append((node, match))
     if len(found) != 1:
         many = "no statement" if not found else "more than one statement"
-        raise UserError(f"{file}, {insertion.function}: {many} like `{insertion.pattern}`; it cannot be grafted")
+        raise UserError(
+            f"{file}, {insertion.function}: {many} like `{insertion.pattern}`; it cannot be grafted"
+        )
     node, match = found[0]
     groups.update(match.groupdict())
     if isinstance(node, ast.Return) and isinstance(node.value, ast.Dict):
         source = ast.get_source_segment("\n".join(lines), node.value)
-        groups["returned"] = ast.unparse(node.value) if "#" in source else " ".join(source.split()).replace("{ ", "{").replace(", }", "}")
+        groups["returned"] = (
+            ast.unparse(node.value)
+            if "#" in source
+            else " ".join(source.split()).replace("{ ", "{").replace(", }", "}")
+        )
         for key, value in zip(node.value.keys, node.value.values, strict=True):
             if isinstance(key, ast.Constant):
                 groups[f"returned_{key.value}"] = ast.unparse(value)
@@ -304,13 +335,15 @@ def removal(checkout: Path) -> tuple[dict[str, bytes], list[str]]:
     changed = {}
     for file in INSERTIONS:
         text = _text(checkout / file)
-        changed[file] = "".join(l for l in text.splitlines(keepends=True) if MARK not in l).encode()
+        changed[file] = "".join(row for row in text.splitlines(keepends=True) if MARK not in row).encode()
     files = []
     for line in manifest.read_text().splitlines():
         total, file = line.split(maxsplit=1)
         path = checkout / file
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != total:
-            raise UserError(f"{file} was changed since it was put there: keep your change elsewhere, and restore it")
+            raise UserError(
+                f"{file} was changed since it was put there: keep your change elsewhere, and restore it"
+            )
         files.append(file)
     return changed, [*files, MANIFEST]
 
@@ -326,7 +359,10 @@ def diff(checkout: Path, changed: dict[str, bytes]) -> str:
     """The change as a unified diff."""
     parts = []
     for file, content in changed.items():
-        before, after = _text(checkout / file).splitlines(keepends=True), content.decode().splitlines(keepends=True)
+        before, after = (
+            _text(checkout / file).splitlines(keepends=True),
+            content.decode().splitlines(keepends=True),
+        )
         parts += difflib.unified_diff(before, after, f"a/{file}", f"b/{file}")
     return "".join(parts)
 

@@ -139,15 +139,21 @@ class JointDiffusion:
 
     def p_sample_loop(self, model, shape, noise=None, clip_denoised=True, model_kwargs=None, **options):
         """Images alone, as upstream's scripts ask for them; labels `y` in model_kwargs are given."""
-        return self._images(shape, noise, model_kwargs, sampler="ddpm", clip_denoised=clip_denoised, **options)
+        return self._images(
+            shape, noise, model_kwargs, sampler="ddpm", clip_denoised=clip_denoised, **options
+        )
 
     def ddim_sample_loop(self, model, shape, noise=None, clip_denoised=True, model_kwargs=None, **options):
         """See `p_sample_loop`."""
-        return self._images(shape, noise, model_kwargs, sampler="ddim", clip_denoised=clip_denoised, **options)
+        return self._images(
+            shape, noise, model_kwargs, sampler="ddim", clip_denoised=clip_denoised, **options
+        )
 
     def _images(self, shape, noise, model_kwargs, denoised_fn=None, device=None, eta=0.0, **options):
         if noise is not None or denoised_fn is not None or eta:
-            raise UserValueError("with modalities, samplers take no noise, denoised_fn or eta: use joint_sample")
+            raise UserValueError(
+                "with modalities, samplers take no noise, denoised_fn or eta: use joint_sample"
+            )
         cond = dict(model_kwargs or {})
         given = batch_of(self.modalities, cond).values
         own = {m.data_key for m in self.modalities}

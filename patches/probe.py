@@ -79,7 +79,9 @@ def main() -> None:
     request, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     root, package = Path(request["root"]), request["package"]
     # An editable installation of this project would stand in for what the checkout lacks, or before its package.
-    sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+    sys.meta_path[:] = [
+        f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")
+    ]
     sys.path[0] = str(root)
     os.chdir(folder)
     stand_ins = StandIns(root)
