@@ -188,7 +188,8 @@ def _plain(value):
 
 def script_names(root: Path) -> list[str]:
     files = [*root.glob("scripts/*.py"), *root.glob("evaluations/*.py"), *root.glob("main.py")]
-    return sorted(str(f.relative_to(root)) for f in files if "parse" in f.read_text())
+    programs = (f for f in files if "parse" in f.read_text() and "__main__" in f.read_text())
+    return sorted(str(f.relative_to(root)) for f in programs)
 
 
 class _Parsed(BaseException):
