@@ -79,7 +79,6 @@ class GaussianDiffusion:
     betas: float [T] in (0, 1], from t = 0 on; model_mean_type, model_var_type, loss_type: the enums above;
     rescale_timesteps: the model is called with t * 1000 / T. Tables are NumPy float64 attributes under upstream's
     names.
-
     aggregation: where modalities are diffused with the image, what shifts the latent (mt/aggregation.py).
     """
 
@@ -140,16 +139,13 @@ class GaussianDiffusion:
         noise=None,
         encodings=None,
     ):
-        """A sample of q(x_t | x_0): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; noise is drawn unless given.
-
-        encodings: modality name -> e_i shaped like x_start; their shift is added (paper equation 4).
-        """
+        """A sample of q(x_t | x_0): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; noise is drawn unless given."""
         if noise is None:
             noise = th.randn_like(x_start)
         _expect_shape("noise", noise, x_start)
         x_t = _at(self.sqrt_alphas_cumprod, t, x_start) * x_start
         x_t = x_t + _at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
-        if encodings:
+        if encodings:  # modality name -> e_i shaped like x_start (paper equation 4)
             x_t = self.aggregation.from_frame(x_t, t, encodings)
         return x_t
 
@@ -160,12 +156,9 @@ class GaussianDiffusion:
         t,
         encodings=None,
     ):
-        """(mean, variance, clipped log variance) of q(x_{t-1} | x_t, x_0).
-
-        encodings: the posterior is that of z_t, given the modalities (paper equation 5).
-        """
+        """(mean, variance, clipped log variance) of q(x_{t-1} | x_t, x_0)."""
         _expect_shape("x_t", x_t, x_start)
-        if encodings:
+        if encodings:  # of z_{t-1} given z_t and the modalities (paper equation 5)
             x_t = self.aggregation.to_frame(x_t, t, encodings)
         mean = _at(self.posterior_mean_coef1, t, x_t) * x_start + _at(self.posterior_mean_coef2, t, x_t) * x_t
         if encodings:
@@ -182,12 +175,10 @@ class GaussianDiffusion:
 
         denoised_fn is applied to the predicted x_0, then clip_denoised clips that to [-1, 1]. ValueError if
         the model's output does not have the shape that the variance type asks for.
-
         With an aggregation x is z_t and `mean` that of z_{t-1}, where the model returns a `JointOutput` with the
         modalities' encodings; the result has that under `joint`.
         """
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        joint = None
         if self.aggregation is not None:  # from here on x is y_t, which is a plain DDPM
             output, x, joint = self.aggregation.opened(output, x, t)
         output, variance, log_variance = self._model_variance(output, x, t)
@@ -205,7 +196,7 @@ class GaussianDiffusion:
             pred_xstart = process(output)
             mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
         out = {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
-        if joint is not None:
+        if self.aggregation is not None and joint is not None:
             out["mean"] = self.aggregation.from_frame(mean, t - 1, joint.encodings)
             out["joint"] = joint
         return out

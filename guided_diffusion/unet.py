@@ -380,7 +380,6 @@ class UNetModel(_Encoder):
     level as a multiple of model_channels (fractions allowed); num_classes: makes `y` a required input; the
     remaining arguments are passed to the blocks. image_size is kept for callers, the network works at any size
     divisible by its stride.
-
     heads: a module (middle block's output, last features) -> predictions by name, returned beside the output;
     presence: a module of `present` -> what is added to the timestep embedding (both: mt/heads.py).
     """
@@ -457,8 +456,9 @@ class UNetModel(_Encoder):
     ):
         """x [B, in_channels, ...], timesteps [B], y exactly if class-conditional -> [B, out_channels, ...].
 
-        y: class indices int64 [B], or class probabilities float [B, classes], where zeros mean no class;
-        present: what `presence` takes. With heads: (that output, their predictions by name).
+        y: class indices int64 [B].
+        Or class probabilities float [B, classes], zeros for no class; present: what `presence` takes. With heads
+        the result is (that output, their predictions by name).
         """
         emb = self._embed(timesteps, y)
         if present is not None:

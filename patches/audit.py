@@ -1,148 +1,231 @@
-"""What MT-Diffusion changes in the code that it builds on, and whether that still does what upstream does.
+"""Is this project what upstream is? Public names, signatures, flags, state-dict keys and numbers, beside checkouts.
 
-    python patches/audit.py                     lines changed per upstream file; is the series fresh?
-    python patches/audit.py --upstream GUIDED_DIFFUSION [--ldm LATENT_DIFFUSION] [--json FILE]
-        public names, signatures, defaults, flags, state-dict keys and numbers, beside a checkout of upstream
-    python patches/audit.py --refresh           rewrite the series from the tree
+    python patches/audit.py --upstream GUIDED_DIFFUSION --ldm LATENT_DIFFUSION
 
-The last line is the verdict. Exit code 0 if it is good, 1 if not, 2 if the command cannot be carried out.
+Each side runs in a process that sees nothing of the other. What is missing, other, or could not be compared is a
+fault, unless differences.yaml gives the reason. The last line is the verdict; exit code 0 if it is good, 1 if not,
+2 if the command cannot be carried out.
 """
 
 import argparse
+import fnmatch
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from guided_diffusion.errors import UserError, exit_on_user_error  # noqa: E402
-from patches import patchset, refresh  # noqa: E402
-from patches.compare import PARTS, Comparison, compare, probe, read_differences  # noqa: E402
 
-GOAL = 300  # changed lines in files that exist upstream
+TOLERANCE = 1e-4  # of the largest value of an array
+PARTS = ("names", "flags", "keys", "numbers")
+GOOD = ("same", "extended", "equal")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of this command."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+@dataclass
+class Finding:
+    """One line of the audit; `reason` where differences.yaml accepts it."""
+
+    part: str  # of PARTS, or "not compared"
+    name: str
+    verdict: str  # one of GOOD, missing, changed, different, not compared
+    detail: str = ""
+    reason: str | None = None
+
+    @property
+    def is_fault(self) -> bool:
+        return self.verdict not in GOOD and self.reason is None
+
+
+def probe(root: Path, package: str, parts=PARTS, cases=(), like: dict | None = None) -> tuple[dict, dict]:
+    """(facts, numbers) of probe.py; like: the other side's facts, whose names are looked for.
+
+    UserError if the checkout has no such package, or Python cannot look at it.
+    """
+    if not (root / package).is_dir():
+        raise UserError(f"{root} has no folder {package}: give a checkout of upstream")
+    names, flags = (list(like[kind]) if like else [] for kind in ("names", "flags"))
+    request = {
+        **{"root": str(root.resolve()), "package": package, "parts": list(parts), "cases": list(cases)},
+        **{"parity": str(ROOT / "tests" / "parity"), "names": names},
+        "modules": sorted({name.split(":")[0] for name in names}),
+        "scripts": sorted({flag.split(" ")[0] for flag in flags}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        question = Path(folder) / "request.json"
+        question.write_text(json.dumps(request))
+        command = [sys.executable, str(ROOT / "patches" / "probe.py"), str(question), folder]
+        # With this project on the path its ldm would hide upstream's, which is a namespace package.
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        job = subprocess.run(command, env=env, capture_output=True, text=True)
+        if job.returncode:
+            last = (job.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{package} of {root} cannot be looked at: {last}")
+        with np.load(Path(folder) / "numbers.npz") as arrays:
+            return json.loads((Path(folder) / "facts.json").read_text()), dict(arrays)
+
+
+def compare(theirs: tuple[dict, dict], ours: tuple[dict, dict]) -> list[Finding]:
+    """All findings about one package: everything that upstream has, and what stopped upstream."""
+    (there, numbers), (here, computed) = theirs, ours
+    found = [Finding("not compared", name, "not compared", why) for name, why in there["failed"].items()]
+    rows = [
+        ("names", name, value, here["names"].get(name), describe) for name, value in there["names"].items()
+    ]
+    rows += [
+        ("flags", name, value, here["flags"].get(name), defaults) for name, value in there["flags"].items()
+    ]
+    rows += [("keys", name, value, here["keys"].get(name), states) for name, value in there["keys"].items()]
+    rows += [("numbers", name, value, computed.get(name), arrays) for name, value in numbers.items()]
+    for part, name, value, own, judge in rows:
+        places = (name.split(":")[0], name.split(" ")[0], f"keys of {name}", name.split("/")[0])
+        why = next((here["failed"][place] for place in places if place in here["failed"]), "")
+        verdict = ("missing", why) if own is None else judge(value, own)
+        found.append(Finding(part, name.replace(":", "."), *verdict))
+    accepted = {
+        k: v
+        for some in yaml.safe_load((ROOT / "patches/differences.yaml").read_text()).values()
+        for k, v in some.items()
+    }
+    for finding in found:
+        if finding.verdict not in GOOD:
+            finding.reason = next(
+                (why for p, why in accepted.items() if fnmatch.fnmatchcase(finding.name, p)), None
+            )
+    return found
+
+
+def describe(theirs: dict, ours: dict) -> tuple[str, str]:
+    """(verdict, detail) of two descriptions of a name."""
+    if theirs["kind"] != ours["kind"]:
+        return "changed", f"{theirs['kind']} there, {ours['kind']} here"
+    if theirs.get("value") != ours.get("value"):
+        return "changed", f"{theirs['value']!r} there, {ours['value']!r} here"
+    return (
+        signatures(theirs["params"], ours["params"])
+        if "params" in theirs and "params" in ours
+        else ("same", "")
     )
-    add = flags.add_argument
-    add("--upstream", metavar="PATH", help="a checkout of openai/guided-diffusion to compare with")
-    add("--ldm", metavar="PATH", help="a checkout of CompVis/latent-diffusion to compare with")
-    add("--parts", default=",".join(PARTS), help="what to compare: names, keys, numbers")
-    add("--cases", default="", help="numerical cases, such as unet.superres,diffusion.lin_kl (default: all)")
-    add("--verbose", action="store_true", help="also list what is the same")
-    add("--json", metavar="FILE", help="write everything there, too")
-    add("--refresh", action="store_true", help="rewrite the series from the tree")
-    add("--base", metavar="REF", help="with --refresh: a revision or folder with the single-task files")
-    add(
-        "--into-base",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="with --refresh: the edits of this file since then belong to the single-task code",
+
+
+def signatures(theirs: list, ours: list) -> tuple[str, str]:
+    """(verdict, detail): can whoever calls theirs call ours, with the same meaning? [name, kind, [default]] each."""
+    by_name = {name: (place, kind, default) for place, (name, kind, default) in enumerate(ours)}
+    for place, (name, kind, default) in enumerate(theirs):
+        if name not in by_name:
+            if kind.startswith("VAR_") and any(k == kind for _, k, _ in ours):
+                continue  # *args under another name
+            return "changed", f"parameter {name} is missing"
+        position, own_kind, own_default = by_name[name]
+        if kind.startswith("POSITIONAL") and (own_kind != kind or position != place):
+            return "changed", f"parameter {name} is no longer number {place + 1}"
+        if default and default != own_default:
+            return "changed", f"default of {name}: {default} there, {own_default} here"
+    known = {name for name, _, _ in theirs}
+    more = [
+        (name, default) for name, kind, default in ours if name not in known and not kind.startswith("VAR_")
+    ]
+    if required := [name for name, default in more if not default]:
+        return "changed", f"new parameter {required[0]} has no default"
+    return (
+        ("extended", ", ".join(f"{name}={default[0]!r}" for name, default in more)) if more else ("same", "")
     )
-    return flags
+
+
+def defaults(theirs: list, ours: list) -> tuple[str, str]:
+    """(verdict, detail) of a flag's two defaults."""
+    return ("same", "") if theirs == ours else ("changed", f"default {theirs[0]!r} there, {ours[0]!r} here")
+
+
+def states(theirs: list, ours: list) -> tuple[str, str]:
+    """(verdict, detail) of two state dicts, [name, shape] each."""
+    if theirs == ours:
+        return "equal", f"{len(theirs)} tensors"
+    only = [entry for entry in theirs if entry not in ours] or [
+        entry for entry in ours if entry not in theirs
+    ]
+    return "different", f"{only[0]} is only on one side" if only else "the order differs"
+
+
+def arrays(theirs: np.ndarray, ours: np.ndarray) -> tuple[str, str]:
+    """(verdict, largest difference relative to the largest value)."""
+    if theirs.shape != ours.shape:
+        return "different", f"shape {list(theirs.shape)} there, {list(ours.shape)} here"
+    error = np.abs(ours - theirs).max(initial=0) / max(np.abs(theirs).max(initial=0), 1e-12)
+    return "equal" if error <= TOLERANCE else "different", f"{error:.1e}"
+
+
+def report(package: str, found: list[Finding], stand_ins: list[str], verbose: bool) -> None:
+    """Print counts, and whatever is not simply the same."""
+    print(f"{package}, beside upstream's")
+    for part in (*PARTS, "not compared"):
+        some = [f for f in found if f.part == part]
+        counts = Counter(f.verdict if f.reason is None else f"{f.verdict} with reason" for f in some)
+        print(f"  {part}: " + (", ".join(f"{n} {v}" for v, n in sorted(counts.items())) or "none"))
+        for f in some:
+            if f.is_fault or verbose or (f.reason and part == "not compared"):
+                print(
+                    f"    {f.verdict:9} {f.name}: {f.detail}  {'<-- FAULT' if f.is_fault else f.reason or ''}"
+                )
+        if worst := max(
+            (float(f.detail) for f in some if part == "numbers" and f.verdict == "equal"), default=0
+        ):
+            print(f"    largest relative difference: {worst}")
+    print(f"  stand-ins for what is not installed: {', '.join(stand_ins) or 'none'}\n")
 
 
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
     """Do what the flags say; the exit code."""
-    args = parser().parse_args(argv)
-    if (args.base or args.into_base) and not args.refresh:
-        raise UserError("--base and --into-base go with --refresh")
-    parts = [part for part in args.parts.split(",") if part]
-    if not parts or set(parts) - set(PARTS):
-        raise UserError(f"--parts {args.parts}: choose from {', '.join(PARTS)}")
-    if args.refresh:
-        written = refresh.refresh(patchset.ROOT, args.base, args.into_base)
-        print(f"written: {', '.join(written)}\n")
-    report, faults = {"series": {}, "packages": {}}, []
-    faults += report_series(report["series"])
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    flags.add_argument("--upstream", metavar="PATH", help="a checkout of openai/guided-diffusion")
+    flags.add_argument("--ldm", metavar="PATH", help="a checkout of CompVis/latent-diffusion")
+    flags.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to compare (default: all)"
+    )
+    flags.add_argument(
+        "--cases", nargs="+", default=(), help="numerical cases, as unet.superres (default: all)"
+    )
+    flags.add_argument(
+        "--verbose", action="store_true", help="also list what is the same, extended or accepted"
+    )
+    flags.add_argument("--json", metavar="FILE", help="write all findings there")
+    args = flags.parse_args(argv)
+    if not (args.upstream or args.ldm):
+        raise UserError("give --upstream, --ldm, or both: checkouts to compare with")
+    findings = []
     for package, path in (("guided_diffusion", args.upstream), ("ldm", args.ldm)):
         if path:
-            cases = [case for case in args.cases.split(",") if case] or None
-            theirs = probe(Path(path).resolve(), package, parts, cases)
-            ours = probe(patchset.ROOT, package, parts, cases, like=theirs)
-            comparison = compare(theirs, ours, package, read_differences())
-            print_comparison(comparison, args.verbose)
-            faults += [f"{f.part} {f.name}" for f in comparison.faults]
-            if not any(f.part in parts for f in comparison.findings):
-                faults.append(f"nothing of {package} could be compared")
-            report["packages"][package] = asdict(comparison)
-    verdict = f"verdict: good{'' if args.upstream or args.ldm else ' (not compared with upstream)'}"
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        verdict = f"verdict: {len(faults)} faults: {'; '.join(faults[:3])}{more}"
-    print(verdict)
-    report |= {"verdict": verdict, "faults": faults}
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if faults else 0
-
-
-def report_series(report: dict) -> list[str]:
-    """Print lines changed per upstream file; what is wrong with the series."""
-    plan, root = patchset.read_plan(), patchset.ROOT
-    changed: dict[str, list[int]] = {}
-    for name in patchset.series(root):
-        for part in (root / patchset.FOLDER / name).read_text().split("diff --git a/")[1:]:
-            total = changed.setdefault(part.split(" ", 1)[0], [0, 0])
-            for k, number in enumerate(patchset.count_lines(part)):
-                total[k] += number
-    print(f"{'file that exists upstream':55} {'lines':>6} {'added':>6} {'removed':>8}")
-    untouched = [file for file in plan.upstream if (root / file).exists() and file not in changed]
-    for file, (added, removed) in changed.items():
-        print(f"{file:55} {_lines(root / file):6} {added:6} {removed:8}")
-    print(f"{f'{len(untouched)} others':55} {sum(_lines(root / f) for f in untouched):6} {0:6} {0:8}")
-    total = sum(map(sum, changed.values()))
-    new = [
-        file
-        for some in patchset.new_files(plan, patchset.project_files(root)).values()
-        for file in some
-        if file.endswith(".py") and not file.startswith("tests/")
-    ]
-    print(
-        f"{total} changed lines (goal: below {GOAL}); "
-        f"{sum(_lines(root / f) for f in new)} lines in {len(new)} new files"
+            theirs = probe(Path(path), package, args.parts, args.cases)
+            found = compare(theirs, probe(ROOT, package, args.parts, args.cases, like=theirs[0]))
+            missed = set(args.parts) - {f.part for f in found}
+            found += [
+                Finding("not compared", f"{part} of {package}", "not compared", "nothing found")
+                for part in missed
+            ]
+            report(package, found, theirs[0]["stand_ins"], args.verbose)
+            findings += found
+    faults = [f"{f.part} {f.name}" for f in findings if f.is_fault]
+    verdict = (
+        f"{len(faults)} faults: {'; '.join(faults[:3])}{'; ...' if len(faults) > 3 else ''}"
+        if faults
+        else "good"
     )
-    stale = refresh.problems(root)
-    print("the series is fresh\n" if not stale else "".join(f"stale: {line}\n" for line in stale))
-    report |= {"changed": changed, "total": total, "untouched": untouched, "new_files": new, "stale": stale}
-    return stale + ([f"{total} changed lines in upstream's files"] if total >= GOAL else [])
-
-
-def _lines(path):
-    return len(path.read_text().splitlines())
-
-
-def print_comparison(comparison: Comparison, verbose: bool) -> None:
-    """Print what is extended, missing, changed or different, and counts of the rest."""
-    print(f"{comparison.package}, beside upstream's")
-    for part in ("names", "flags", "keys", "numbers"):
-        findings = [f for f in comparison.findings if f.part == part]
-        if not findings:
-            continue
-        counts = Counter(f.verdict for f in findings)
-        print(f"  {part}: " + ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items())))
-        for f in findings:
-            if verbose or f.verdict not in ("same", "equal"):
-                why = f"  [{f.accepted}]" if f.accepted else "  <-- FAULT" if f.is_fault else ""
-                print(f"    {f.verdict:9} {f.name}{f': {f.detail}' if f.detail else ''}{why}")
-        if part == "numbers":
-            worst = max(
-                (f for f in findings if f.verdict == "equal"), key=lambda f: float(f.detail), default=None
-            )
-            if worst:
-                print(f"    largest relative difference of the equal ones: {worst.detail} ({worst.name})")
-    for name, why in comparison.not_loaded.items():
-        print(f"  upstream's {name} does not load here: {why}")
-    if comparison.stand_ins:
-        print(f"  stand-ins for what is not installed: {', '.join(comparison.stand_ins)}")
-    print(f"  only here: {len(comparison.only_here)} names (in --json)\n")
+    print(f"verdict: {verdict}")
+    if args.json:
+        Path(args.json).write_text(json.dumps([vars(f) for f in findings], indent=1) + "\n")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

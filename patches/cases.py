@@ -3,6 +3,7 @@
 The configurations are those of tests/parity. Nothing is imported from either side before a case asks for it.
 """
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -21,6 +22,39 @@ LDM_CLASSES = {
     "vq": ("ldm.models.autoencoder", "VQModel"),
 }
 TABLES = ("betas", "alphas_cumprod", "posterior_variance", "posterior_mean_coef1", "posterior_mean_coef2")
+LATENT = {
+    "unet_config": {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {
+            **{
+                "image_size": 8,
+                "in_channels": 3,
+                "out_channels": 3,
+                "model_channels": 32,
+                "num_res_blocks": 1,
+            },
+            **{"attention_resolutions": [2], "channel_mult": [1, 2], "num_heads": 2, "context_dim": 16},
+            "use_spatial_transformer": True,
+        },
+    },
+    "first_stage_config": {
+        "target": "ldm.models.autoencoder.AutoencoderKL",
+        "params": {
+            "ddconfig": {
+                **{"ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": []},
+                **{"in_channels": 3, "double_z": True, "z_channels": 3, "resolution": 16, "dropout": 0.0},
+            },
+            **{"embed_dim": 3, "lossconfig": {"target": "torch.nn.Identity"}},
+        },
+    },
+    "cond_stage_config": {
+        "target": "ldm.modules.encoders.modules.ClassEmbedder",
+        "params": {"embed_dim": 16, "n_classes": 5, "key": "class_label"},
+    },
+    **{"timesteps": 100, "image_size": 8, "channels": 3, "linear_start": 0.0015, "linear_end": 0.0195},
+    **{"cond_stage_key": "class_label", "conditioning_key": "crossattn", "scale_factor": 0.18},
+    "original_elbo_weight": 0.01,
+}
 LONGEST = 60  # steps of a sampling loop that is run whole
 
 
@@ -48,17 +82,20 @@ class Cases:
 
     def names(self) -> list[str]:
         """Cases with numbers, as `group.name`."""
-        return list(self._all("unet", "diffusion", "autoencoder"))
+        latent = ["latent.eps", "latent.x0"] if self.package == "ldm" else []
+        return [*self._all("unet", "diffusion", "autoencoder"), *latent]
 
-    def keys(self, name: str) -> dict:
-        """{"state": [[tensor's name, shape], ...]} of a released model; no memory is used."""
+    def keys(self, name: str) -> list:
+        """[[tensor's name, shape], ...] of a released model; no memory is used."""
         _, _, case = self._all("keys")[name]
         with th.device("meta"):
             model = self._build(case)
-        return {"state": [[key, list(value.shape)] for key, value in model.state_dict().items()]}
+        return [[key, list(value.shape)] for key, value in model.state_dict().items()]
 
     def run(self, name: str) -> dict[str, np.ndarray]:
         """The numbers of a case."""
+        if name.startswith("latent."):
+            return self._latent(name.removeprefix("latent."))
         folder, group, case = self._all("unet", "diffusion", "autoencoder")[name]
         with np.load(folder / f"{name.split('.', 1)[1]}.npz") as data:
             inputs = {key: th.from_numpy(data[key]) for key in data.files if data[key].size}
@@ -117,13 +154,59 @@ class Cases:
             th.manual_seed(number)
             result[step] = getattr(diffusion, step)(model, x_t, t)["sample"]
         th.manual_seed(3)
-        result["guided"] = diffusion.p_sample(model, x_t, t, cond_fn=lambda x, _: 0.3 * x.cos())["sample"]
+        result["guided"] = diffusion.p_sample(
+            model, x_t, t, cond_fn=lambda x, _: 0.3 * x.cos(), model_kwargs={}
+        )["sample"]
         if diffusion.num_timesteps <= LONGEST:
             for loop in ("p_sample_loop", "ddim_sample_loop"):
                 th.manual_seed(4)
                 result[loop] = getattr(diffusion, loop)(model, tuple(x0.shape), device="cpu")
             th.manual_seed(5)
             result["bound"] = diffusion.calc_bpd_loop(model, x0)["total_bpd"]
+        return result
+
+    @th.no_grad()
+    def _latent(self, parameterization):
+        """A small LatentDiffusion with labels as context: its state dict, loss, coding and samplers."""
+        model = importlib.import_module("ldm.models.diffusion.ddpm").LatentDiffusion(
+            **LATENT, parameterization=parameterization
+        )
+        for part in (model.model, model.first_stage_model, model.cond_stage_model):
+            self.fill(part)
+        model.eval()
+        draw = th.Generator().manual_seed(0)
+        x, noise = (th.randn(2, 3, 8, 8, generator=draw) for _ in range(2))
+        t = th.tensor([3, 70])
+        cond, null = (model.get_learned_conditioning({"class_label": th.tensor(y)}) for y in ([1, 4], [0, 0]))
+        # Of the filled weights and their average the names and shapes, of the schedule the numbers.
+        state = model.state_dict().items()
+        result = {f"state {k}": th.tensor(v.shape) if "." in k else v for k, v in state}
+        result |= {"decoded": model.decode_first_stage(x), "q_sample": model.q_sample(x, t, noise=noise)}
+        loss, logged = model.p_losses(x, cond, t, noise=noise)
+        result |= {"loss": loss} | {f"logged {k}": v for k, v in logged.items()}
+        guided = dict(unconditional_guidance_scale=2.0, unconditional_conditioning=null)
+        for name, eta, more in (
+            ("ddim", 0.0, {}),
+            ("ddim", 0.0, guided),
+            ("plms", 0.0, {}),
+            ("plms", 0.0, guided),
+        ):
+            if parameterization == "x0":
+                continue  # upstream's samplers take the network's output for noise
+            module = importlib.import_module(f"ldm.models.diffusion.{name}")
+            # Upstream's register_buffer moves to CUDA.
+            kind = type("OnCpu", (getattr(module, f"{name.upper()}Sampler"),), {"register_buffer": _set})
+            sampled, _ = kind(model).sample(
+                S=10,
+                batch_size=2,
+                shape=(3, 8, 8),
+                conditioning=cond,
+                x_T=noise,
+                eta=eta,
+                verbose=False,
+                **more,
+            )
+            result[f"{name}{' guided' if more else ''}"] = sampled
         return result
 
 
@@ -137,6 +220,10 @@ class ToyModel:
         phase = t.float().mul(1e-3).reshape(-1, 1, 1, 1)
         mean = (x * (1 + phase)).sin() + 0.2 * x.roll(1, dims=2)
         return th.cat([mean, (2 * x - phase).cos()], dim=1) if self.learn_sigma else mean
+
+
+def _set(owner, name, value):
+    setattr(owner, name, value)
 
 
 def _load(path):

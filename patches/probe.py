@@ -1,43 +1,37 @@
-"""What one checkout is like: its public names, flags, state-dict keys and numbers. A process of its own.
+"""What one checkout is like: names, flags, state-dict keys and numbers of a package, in a process of its own.
 
-python patches/probe.py REQUEST.json FOLDER writes facts.json and numbers.npz into the folder. The audit
-starts it once per package and side, since both sides' packages have the same names. It imports nothing of
-this project but cases.py.
+python patches/probe.py REQUEST.json FOLDER writes facts.json and numbers.npz into the folder. The audit starts it
+once per package and side, since both sides have the same names; of this project it imports cases.py alone.
 """
 
+import argparse
 import enum
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import inspect
 import json
+import operator
+import os
+import runpy
 import sys
 import traceback
 import types
 from pathlib import Path
 
-# Upstream asks for these at import; where they are not installed a stand-in serves, which accepts everything.
+import numpy as np
+import pytorch_lightning  # before the stand-ins, which it must not see
+
+# What upstream imports and may be missing here; what of it is not installed gets a stand-in that accepts everything.
 REPLACEABLE = (
-    "albumentations",
-    "blobfile",
-    "clip",
-    "cv2",
-    "imageio",
-    "kornia",
-    "mpi4py",
-    "pytorch_lightning.utilities.distributed",
-    "requests",
-    "scann",
-    "taming",
-    "tensorflow",
-    "torch._six",
-    "transformers",
+    *("albumentations", "blobfile", "clip", "cv2", "imageio", "imwatermark", "kornia", "mpi4py", "natsort"),
+    *("pytorch_lightning.utilities.distributed", "requests", "scann", "skimage", "taming", "tensorflow"),
+    *("torch._six", "torchvision", "transformers"),
 )
 
 
 class _Anything(types.ModuleType):
-    """A module that has every attribute."""
+    """A module that has every attribute: a class whose instances have every method."""
 
     __all__ = ()
     __path__ = ()
@@ -49,15 +43,12 @@ class _Anything(types.ModuleType):
 
 
 def _pass_through(*args, **kwargs):
-    """As a decorator it returns what it decorates; otherwise nothing in particular."""
+    """As a decorator it returns what it decorates."""
     return args[-1] if args and inspect.isfunction(args[-1]) else None
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """The last finder to be asked: stand-ins for what is replaceable, not installed, and imported below `root`.
-
-    Libraries that import something optional go on without it.
-    """
+    """The last finder to be asked; for imports by files below `root` only, since libraries do without."""
 
     def __init__(self, root: Path):
         self.root, self.used = root, set()
@@ -84,29 +75,45 @@ def _importer() -> Path:
     return Path(frame.f_code.co_filename)
 
 
-def main():
-    request = json.loads(Path(sys.argv[1]).read_text())
-    folder = Path(sys.argv[2])
-    root, package = Path(request["root"]).resolve(), request["package"]
-    sys.path.insert(0, str(root))
-    # An editable installation of this project would fill in modules that the checkout lacks.
+def main() -> None:
+    request, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    root, package = Path(request["root"]), request["package"]
+    # An editable installation of this project would stand in for what the checkout lacks, or before its package.
     sys.meta_path[:] = [
         f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")
     ]
+    sys.path[0] = str(root)
+    os.chdir(folder)
     stand_ins = StandIns(root)
     sys.meta_path.append(stand_ins)
-    found = Path(importlib.import_module(package).__path__[0]).resolve()
-    if found.parent != root:
-        raise SystemExit(f"{root} has no package {package} (Python finds {found})")
-    facts = {"modules": {}, "scripts": {}, "keys": {}}
-    if "names" in request["what"]:
-        lookup = request.get("lookup")
-        for module in module_names(root, package, lookup):
-            facts["modules"][module] = describe_module(module, package, (lookup or {}).get(module))
-        if package == "guided_diffusion":
-            facts["scripts"] = describe_scripts(root, request.get("scripts"))
-    if {"keys", "numbers"} & set(request["what"]):
-        facts |= numbers_and_keys(request, package, folder)
+    facts = {"names": {}, "flags": {}, "keys": {}, "failed": {}}
+    numbers = {}
+
+    def attempt(what, compute, *args):
+        try:
+            return compute(*args)
+        except Exception as error:  # whatever foreign code raises: the audit reports it
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(at.filename).name}:{at.lineno}"
+            facts["failed"][what] = f"{type(error).__name__}: {error}".splitlines()[0] + f" ({place})"
+            return {}
+
+    if "names" in request["parts"]:
+        for module in request["modules"] or module_names(root, package):
+            wanted = [n.removeprefix(f"{module}:") for n in request["names"] if n.startswith(f"{module}:")]
+            facts["names"] |= attempt(module, describe_module, module, wanted)
+    if "flags" in request["parts"]:
+        for script in request["scripts"] or script_names(root):
+            facts["flags"] |= attempt(script, flags_of, root, script)
+    if {"keys", "numbers"} & set(request["parts"]):
+        sys.path.append(str(Path(__file__).parent))
+        cases = importlib.import_module("cases").Cases(Path(request["parity"]), package)
+        for name in cases.models() if "keys" in request["parts"] else ():
+            facts["keys"] |= attempt(f"keys of {name}", lambda name=name: {name: cases.keys(name)})
+        for name in cases.names() if "numbers" in request["parts"] else ():
+            if name in (request["cases"] or (name,)):
+                numbers |= {f"{name}/{key}": value for key, value in attempt(name, cases.run, name).items()}
+    np.savez(folder / "numbers.npz", **numbers)
     facts["stand_ins"] = sorted(stand_ins.used)
     (folder / "facts.json").write_text(json.dumps(facts))
 
@@ -114,28 +121,22 @@ def main():
 # Names
 
 
-def module_names(root, package, lookup):
-    """The package's modules, and those that are looked for."""
-    files = sorted((root / package).rglob("*.py"))
-    own = [".".join(f.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for f in files]
-    return sorted(set(own) | set(lookup or ()))
+def module_names(root: Path, package: str) -> list[str]:
+    files = (f.relative_to(root).with_suffix("") for f in sorted((root / package).rglob("*.py")))
+    return [".".join(f.parts).removesuffix(".__init__") for f in files]
 
 
-def describe_module(name, package, wanted):
-    """{"error"} or {"names": {dotted name: description}}; wanted: names that upstream's module has."""
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = "there is no such module" if error.name == name else f"{type(error).__name__}: {error}"
-        return {"error": missing, "names": {}}
-    except Exception as error:  # whatever a foreign module raises at import
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0], "names": {}}
-    public = {k for k, v in vars(module).items() if _is_own(k, v, module)}
-    top = {full.split(".")[0] for full in wanted or ()}
-    names = {}
-    for key in sorted(public | {k for k in top if hasattr(module, k)}):
-        names |= describe(key, getattr(module, key), package)
-    return {"error": None, "names": names}
+def describe_module(module: str, wanted: list[str]) -> dict:
+    """{"module:name": description}: of the names `wanted`, or of all public ones that the module defines."""
+    imported, found = importlib.import_module(module), {}
+    own = [key for key, value in vars(imported).items() if _is_own(key, value, imported)]
+    own += [f"{key}.{name}" for key in own for name in _members(getattr(imported, key))]
+    for name in wanted or own:
+        try:
+            found[f"{module}:{name}"] = _describe(operator.attrgetter(name)(imported))
+        except AttributeError:
+            pass  # not in found: missing
+    return found
 
 
 def _is_own(key, value, module):
@@ -146,48 +147,29 @@ def _is_own(key, value, module):
     return isinstance(value, (bool, int, float, str, tuple, list))
 
 
-def describe(name, value, package):
-    """A function, a constant, or a class with its public methods, by dotted name."""
+def _members(value):
+    """Public members of a class, and its constructor, that come from the checkout itself."""
     if isinstance(value, enum.EnumMeta):
-        return {name: {"kind": "enum"}} | {
-            f"{name}.{member}": {"kind": "member"} for member in value.__members__
-        }
+        return list(value.__members__)
+    if not inspect.isclass(value):
+        return []
+    own = [c for c in value.__mro__ if c.__module__.split(".")[0] in ("guided_diffusion", "ldm")]
+    return sorted({k for c in own for k in vars(c) if k == "__init__" or not k.startswith("_")})
+
+
+def _describe(value):
     if inspect.isclass(value):
-        found = {name: {"kind": "class"}}
-        for key in dir(value):
-            holder = next((c for c in value.__mro__ if key in vars(c)), object)
-            if not holder.__module__.startswith(package.split(".")[0]) and not _in_project(holder):
-                continue
-            member = inspect.getattr_static(value, key)
-            if key == "__init__" or not key.startswith("_"):
-                found[f"{name}.{key}"] = _describe_member(getattr(value, key, member))
-        return found
-    if inspect.isfunction(value):
-        return {name: _describe_member(value)}
+        return {"kind": "class"}
+    if callable(value):
+        try:
+            found = inspect.signature(value).parameters.values()
+        except (TypeError, ValueError):
+            return {"kind": "callable"}
+        params = [[p.name, p.kind.name, [] if p.default is p.empty else [_plain(p.default)]] for p in found]
+        return {"kind": "callable", "params": params}
     if isinstance(value, (bool, int, float, str, tuple, list)):
-        return {name: {"kind": "constant", "value": _plain(value)}}
-    return {name: {"kind": type(value).__name__}}
-
-
-def _in_project(cls):
-    return cls.__module__.split(".")[0] in ("guided_diffusion", "ldm")
-
-
-def _describe_member(value):
-    if not callable(value):
-        return {"kind": "attribute"}
-    try:
-        parameters = inspect.signature(value).parameters.values()
-    except (TypeError, ValueError):
-        return {"kind": "callable"}
-    return {
-        "kind": "callable",
-        "params": [
-            {"name": p.name, "kind": p.kind.name}
-            | ({} if p.default is p.empty else {"default": _plain(p.default)})
-            for p in parameters
-        ],
-    }
+        return {"kind": "constant", "value": _plain(value)}
+    return {"kind": "attribute"}
 
 
 def _plain(value):
@@ -201,66 +183,42 @@ def _plain(value):
     return getattr(value, "__name__", type(value).__name__)
 
 
-# Scripts
+# Flags
 
 
-def describe_scripts(root, wanted):
-    """Name -> {"flags": {flag: default}} or {"error"} of the scripts that have a create_argparser."""
-    folder = root / "scripts"
-    if not folder.is_dir():
-        return {}
-    sys.path.insert(0, str(folder))
-    names = wanted or [p.stem for p in sorted(folder.glob("*.py")) if "create_argparser" in p.read_text()]
-    return {name: _flags(folder / f"{name}.py") for name in names}
+def script_names(root: Path) -> list[str]:
+    files = [*root.glob("scripts/*.py"), *root.glob("evaluations/*.py"), *root.glob("main.py")]
+    programs = (f for f in files if "parse" in f.read_text() and "__main__" in f.read_text())
+    return sorted(str(f.relative_to(root)) for f in programs)
 
 
-def _flags(path):
-    if not path.exists():
-        return {"error": "there is no such script"}
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+class _Parsed(BaseException):
+    """Raised in place of parsing: (the parser,)."""
+
+
+def _stop(parser, *args, **kwargs):
+    raise _Parsed(parser)
+
+
+def flags_of(root: Path, script: str) -> dict:
+    """{"script --flag": [default]} of the parser that a script, run as a program, parses first."""
+    argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_known_args = _stop
+    pytorch_lightning.Trainer.add_argparse_args = staticmethod(lambda parser: parser)  # of Lightning 1
+    sys.argv = [script]
+    path = list(sys.path)
+    sys.path.insert(0, str((root / script).parent))
     try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "create_argparser"):
-            return {"error": "it has no create_argparser"}
-        actions = module.create_argparser()._actions
-    except Exception as error:  # whatever a foreign script raises at import
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-    return {"error": None, "flags": {a.dest: _plain(a.default) for a in actions if a.dest != "help"}}
-
-
-# Numbers
-
-
-def numbers_and_keys(request, package, folder):
-    """State-dict keys of the released models, and numbers.npz of the cases: "case/name" -> array."""
-    import numpy as np
-
-    spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
-    cases = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cases)
-    runner = cases.Cases(Path(request["parity"]), package)
-    facts, arrays = {"keys": {}, "failed": {}}, {}
-    if "keys" in request["what"]:
-        facts["keys"] = {name: _try(lambda name=name: runner.keys(name)) for name in runner.models()}
-    if "numbers" in request["what"]:
-        for name in runner.names():
-            if request["cases"] and name not in request["cases"]:
-                continue
-            result = _try(lambda name=name: runner.run(name))
-            if "error" in result:
-                facts["failed"][name] = result["error"]
-            arrays |= {f"{name}/{key}": value for key, value in result.items() if key != "error"}
-    np.savez(folder / "numbers.npz", **arrays)
-    return facts
-
-
-def _try(compute):
-    try:
-        return compute()
-    except Exception as error:  # whatever foreign code raises: the audit reports it and goes on
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return {"error": f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"}
+        runpy.run_path(str(root / script), run_name="__main__")
+    except _Parsed as stopped:
+        actions = stopped.args[0]._actions
+        return {
+            f"{script} {max(a.option_strings, key=len, default=a.dest)}": [_plain(a.default)]
+            for a in actions
+            if a.dest != "help"
+        }
+    finally:
+        sys.path[:] = path
+    raise RuntimeError("it parses no flags")
 
 
 if __name__ == "__main__":

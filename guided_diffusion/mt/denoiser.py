@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch as th
 
 from ..errors import UserValueError
-from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, _at
+from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, _extract_into_tensor
 from ..seeding import PerSample
 from .aggregation import JointOutput
 from .modality_set import Batch, ModalitySet, Values
@@ -103,7 +103,7 @@ class JointDenoiser:
         elif process.model_mean_type is not ModelMeanType.EPSILON:
             raise UserValueError("a given U modality needs a network that predicts the noise or the image")
         channels = z.shape[1]
-        mean = output[:, :channels] + _at(gain, t, z) * score
+        mean = output[:, :channels] + _extract_into_tensor(gain, t, z.shape) * score
         return th.cat([mean, output[:, channels:]], dim=1)
 
     @th.no_grad()

@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 import torch.nn as nn
 
-from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, _at
+from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, _extract_into_tensor
 from ..nn import conv_nd, normalization, zero_module
 from ..script_util import create_classifier
 
@@ -132,7 +132,7 @@ def joint_gradient(process: GaussianDiffusion, image: th.Tensor, t: th.Tensor) -
     """
     if process.model_mean_type is ModelMeanType.START_X:
         return image
-    weight = _at(1 / np.maximum(process.sqrt_recipm1_alphas_cumprod, 1), t, image)
+    weight = _extract_into_tensor(1 / np.maximum(process.sqrt_recipm1_alphas_cumprod, 1), t, image.shape)
     still = image.detach()
     return still + weight * (image - still)
 

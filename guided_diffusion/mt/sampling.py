@@ -260,7 +260,7 @@ def joint_sample(
             random.randn_like,
             clip_denoised=clip_denoised,
             cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
+            model_kwargs=model_kwargs or {},
             **options,
         )
         for out in tqdm(steps, total=diffusion.num_timesteps, disable=not progress, desc=sampler):

@@ -109,7 +109,7 @@ class Sampler:
         self.diffusion = make_diffusion(
             self.model.diffusion.betas,
             self.model.parameterization,
-            self.model.diffusion.aggregation,
+            getattr(self.model.diffusion, "aggregation", None),
             kept=sorted({0, *steps.tolist()}),
         )
         self.ddim_eta = ddim_eta

@@ -55,8 +55,9 @@ def make_diffusion(
         model_mean_type=mean_type,
         model_var_type=ModelVarType.FIXED_SMALL,
         loss_type=LossType.MSE,
-        aggregation=aggregation,
     )
+    if aggregation is not None:
+        options["aggregation"] = aggregation
     return GaussianDiffusion(**options) if kept is None else SpacedDiffusion(kept, **options)
 
 
