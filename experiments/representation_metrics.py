@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Curve, Row, contact_sheet, line_plot, to_uint8
+from guided_diffusion.mt.modality_set import UNetEncoder
 from ldm import inference
 from ldm.data.captions import CaptionFolder
 from ldm.models.diffusion.joint import JointLatentDiffusion
@@ -153,7 +154,8 @@ class Bench:
         rows = torch.cat([rows, torch.zeros_like(rows[:1])]).to(self.model.device)
         z = rows.new_zeros(len(rows), *self.model.latent_shape)
         t = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        output, _ = Denoiser(self.model)(z, t, context=self.model.modalities.tokens(rows))
+        tokens = UNetEncoder(self.model.modalities, None, z).tokens(rows)
+        output, _ = Denoiser(self.model)(z, t, context=tokens)
         output = output.float().flatten(1).cpu()
         return output[:-1], output[:-1] - output[-1:]
 
