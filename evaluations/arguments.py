@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from evaluations.features import BATCH_SIZE
+from guided_diffusion.image_files import LABEL_FROM
 
 
 def positive(text: str) -> int:
@@ -38,6 +39,16 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=positive, default=BATCH_SIZE, help="images per step of the network"
     )
     add_device_option(parser)
+
+
+def add_label_option(parser: argparse.ArgumentParser) -> None:
+    """--label_from."""
+    parser.add_argument(
+        "--label_from",
+        choices=LABEL_FROM,
+        default="auto",
+        help="what gives the classes of a folder's images, as in training",
+    )
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

@@ -6,18 +6,11 @@ import sys
 import time
 from collections.abc import Iterator
 
-EXIT_CODE = 2
+from guided_diffusion.errors import EXIT_CODE
+from guided_diffusion.errors import UserError as EvaluationError  # an input that cannot be evaluated
+from guided_diffusion.errors import UserFileError as MissingFileError
 
-
-class EvaluationError(ValueError):
-    """An input that cannot be evaluated. The message says what was wrong and what to do."""
-
-
-class MissingFileError(EvaluationError, FileNotFoundError):
-    """A file or folder that is not there."""
-
-    def __str__(self) -> str:  # OSError would print an errno
-        return str(self.args[0])
+__all__ = ["EXIT_CODE", "EvaluationError", "MissingFileError", "exit_on_error"]
 
 
 @contextlib.contextmanager

@@ -1,19 +1,19 @@
 """Sets of images, read in pieces: an .npz file as ADM's samplers write it, a folder, or an array in memory."""
 
+import contextlib
 import queue
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import IO, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from evaluations.errors import EvaluationError, MissingFileError
+from evaluations.errors import EvaluationError
+from guided_diffusion import image_files
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 DECODERS = 8  # threads; Pillow releases the interpreter's lock while it decodes
 AHEAD = 4  # batches that are read while the network works
 T = TypeVar("T")
@@ -52,21 +52,31 @@ class NpzImages:
             raise EvaluationError(
                 f"{path} has no array {key} (it holds {', '.join(sorted(keys)) or 'nothing'})"
             )
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+        with self._member() as member:
             self.shape, self._fortran, self._dtype = _read_header(member, self.name)
         check_array(self.shape, self._dtype, self.name, lambda: self._rows(0, self.shape[0], 256))
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         yield from self._rows(start, stop, size)
 
+    @contextlib.contextmanager
+    def _member(self) -> Iterator[IO[bytes]]:
+        """The array's bytes, open. EvaluationError for what cannot be read of them (a bad checksum too)."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as member:
+                yield member
+        except EvaluationError:
+            raise
+        except image_files.UNREADABLE_ARRAYS as error:
+            raise EvaluationError(f"{self.name} cannot be read: {error}") from error
+
     def _rows(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         if self._fortran:  # its rows are not consecutive in the file
-            with np.load(self.path) as arrays:
-                array = arrays[self.key]
+            array = load_array(self.path, self.key)
             yield from (array[first : min(first + size, stop)] for first in range(start, stop, size))
             return
         row = int(np.prod(self.shape[1:])) * self._dtype.itemsize
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as member:
+        with self._member() as member:
             _read_header(member, self.name)
             member.seek(start * row, 1)
             for first in range(start, stop, size):
@@ -84,8 +94,6 @@ class FolderImages:
     """
 
     def __init__(self, files: list[Path], name: str, size: int | None = None):
-        if not files:
-            raise EvaluationError(f"{name} holds no images ({', '.join(sorted(EXTENSIONS))})")
         self.files, self.name, self.size = files, name, size
         height, width = self._decode(files[0]).shape[:2]
         self.shape = (len(files), height, width, 3)
@@ -115,34 +123,30 @@ def open_images(path: str | Path, size: int | None = None) -> Images:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, sorted by path."""
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise MissingFileError(f"folder {folder} does not exist")
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    """All image files below a folder, sorted by path. EvaluationError where there is none."""
+    return [Path(file) for file in image_files.list_images(Path(folder).expanduser())]
 
 
 def npz_keys(path: str | Path) -> set[str]:
     """Names of the arrays in an .npz file."""
-    if not Path(path).is_file():
-        raise MissingFileError(f"{path} does not exist")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {name.removesuffix(".npy") for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
-        raise EvaluationError(f"{path} is not an .npz file (it is damaged, or something else)") from error
+    with image_files.open_arrays(path) as arrays:
+        return set(arrays)
 
 
 def load_array(path: str | Path, key: str) -> np.ndarray:
-    """One array of an .npz file. Raises EvaluationError where it is missing or not numeric."""
-    keys = npz_keys(path)
-    if key not in keys:
-        raise EvaluationError(f"{path} has no array {key} (it holds {', '.join(sorted(keys)) or 'nothing'})")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[key]
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"{key} of {path} cannot be read ({error})") from error
+    """One array of an .npz file. Raises EvaluationError where it is missing, damaged or not numeric."""
+    with image_files.open_arrays(path) as arrays:
+        if key not in arrays:
+            raise EvaluationError(
+                f"{path} has no array {key} (it holds {', '.join(sorted(arrays)) or 'nothing'})"
+            )
+        return arrays[key]
+
+
+def class_names(path: str | Path) -> list[str] | None:
+    """The names of the classes that an .npz file brings for its labels, None where it has none."""
+    with image_files.open_arrays(path) as arrays:
+        return image_files.stored_class_names(arrays, path)
 
 
 def check_array(shape: tuple, dtype: np.dtype, name: str, pieces: Callable[[], Iterable[np.ndarray]]) -> None:
@@ -169,25 +173,9 @@ def check_array(shape: tuple, dtype: np.dtype, name: str, pieces: Callable[[], I
 
 
 def decode_image(file: Path, size: int | None = None) -> np.ndarray:
-    """One image file as uint8 RGB [H, W, 3], cropped to a square of `size` pixels if that is given."""
-    try:
-        with Image.open(file) as image:
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise EvaluationError(f"{file} cannot be read as an image ({error})") from error
-    return np.asarray(center_crop(image, size) if size else image)
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square, scaled to `size` pixels the way ADM prepares its training data (`center_crop_arr`)."""
-    # Halving by averages first, then bicubic for the rest: avoids the aliasing of one large step.
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    scaled = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(scaled, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    """One image file as uint8 RGB [H, W, 3], cropped as ADM's training does to `size` pixels if that is given."""
+    image = image_files.read_pixels(file)
+    return image_files.center_crop_arr(image, size) if size else np.asarray(image)
 
 
 def prefetch(items: Iterable[T], ahead: int = AHEAD) -> Iterator[T]:

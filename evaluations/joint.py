@@ -6,7 +6,8 @@
 
 Images stand under arr_0, uint8 [N, H, W, 3], the other half of each pair under --modality (in the reference under
 --ref_modality, if it has another name there):
-    integers [N], or floats [N, C] that are probabilities     labels; -1 or all 0 is unknown
+    integers [N], or floats [N, C] that are probabilities     labels; -1 or all 0 is unknown; class_names [classes]
+                                                              beside them tells which number is which
     integers [N, H, W]                                        segmentation maps (class indices; needs --palette)
     uint8 [N, H, W, 3]                                        images: masked copies or, with --palette, colour maps
     other floats [N, D]                                       representations
@@ -27,7 +28,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,7 @@ from evaluations.arguments import add_json_option, add_network_options
 from evaluations.errors import EvaluationError, exit_on_error
 from evaluations.features import BATCH_SIZE, extract_features
 from evaluations.frechet import frechet_distance
-from evaluations.images import ArrayImages, NpzImages, load_array
+from evaluations.images import ArrayImages, NpzImages, class_names, load_array
 from evaluations.inception import RESIZE_MODE, Inception, load_inception
 from evaluations.joint_metrics import (
     fit_classifier,
@@ -54,7 +55,8 @@ from evaluations.joint_metrics import (
     partner_scale,
     regrouped_frechet,
 )
-from evaluations.segmentation import Palette, load_palette, to_indices
+from guided_diffusion.image_files import check_labels, renumber
+from guided_diffusion.palettes import Palette, load_palette, to_indices
 
 Kind = Literal["labels", "maps", "images", "vectors"]
 
@@ -112,6 +114,7 @@ class Partner:
     kind: Kind
     data: np.ndarray  # labels as integers [N], -1 for unknown
     name: str
+    class_names: list[str] | None = None  # of labels
 
 
 def read_partner(path: str | Path, key: str) -> Partner:
@@ -119,7 +122,7 @@ def read_partner(path: str | Path, key: str) -> Partner:
     data, name = load_array(path, key), f"{key} of {path}"
     integer = np.issubdtype(data.dtype, np.integer)
     if data.ndim == 1 and integer:
-        return Partner("labels", data.astype(np.int64), name)
+        return Partner("labels", check_labels(data, len(data), name), name, class_names(path))
     if data.ndim == 3 and integer:
         return Partner("maps", data, name)
     if data.ndim == 4 and data.shape[-1] == 3 and data.dtype == np.uint8:
@@ -129,7 +132,7 @@ def read_partner(path: str | Path, key: str) -> Partner:
             raise EvaluationError(f"{name} holds NaN or infinite values")
         total = data.sum(1)
         if (data >= 0).all() and (np.isclose(total, 1, atol=1e-3) | (total == 0)).all():
-            return Partner("labels", np.where(total > 0, data.argmax(1), -1), name)
+            return Partner("labels", np.where(total > 0, data.argmax(1), -1), name, class_names(path))
         return Partner("vectors", data, name)
     raise EvaluationError(
         f"{name} is {data.dtype} {list(data.shape)}, expected labels [N], maps [N, H, W], "
@@ -278,6 +281,11 @@ def run(args: argparse.Namespace) -> None:
     if len({partner.kind for partner in partners}) > 1:
         kinds = ", ".join(f"{partner.name}: {partner.kind}" for partner in partners)
         raise EvaluationError(f"the pairs are not of one kind ({kinds})")
+    if partners[0].class_names:  # the reference's numbers hold for all
+        partners[1:] = [
+            replace(p, data=renumber(p.data, p.class_names, partners[0].class_names, p.name))
+            for p in partners[1:]
+        ]
     sizes = {NpzImages(path).shape[1:3] for path in files}
     if len(sizes) > 1:
         raise EvaluationError(f"the images are of different sizes {sorted(sizes)} (height, width)")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from evaluations.errors import EvaluationError
 from evaluations.frechet import frechet_distance
-from evaluations.segmentation import Confusion, Palette, to_indices
+from evaluations.segmentation import Confusion
+from guided_diffusion.palettes import Palette, to_indices
 
 MASK_VALUE = 127.5  # 0 in [-1, 1]: what masked pixels hold
 MASK_TOLERANCE = 12  # of 255: generated grey is never exact

@@ -4,10 +4,11 @@ or where its weights cannot be had. They compare models on one data set, and are
     python evaluations/judge.py train cifar10/train judge.pt --image_size 16
     python evaluations/judge.py score judge.pt cifar10/test samples.npz --image_size 16 --labels label --json scores.json
 
-Images are folders, or .npz files with uint8 [N, H, W, 3] under arr_0. `train` needs their classes (the folder or file
-name prefix, or arr_1), leaves every tenth image out and prints the accuracy there. `score` prints Frechet distance, precision and recall of the
+Images are folders, or .npz files with uint8 [N, H, W, 3] under arr_0. `train` needs their classes (those that training
+takes, see --label_from, or arr_1), leaves every tenth image out and prints the accuracy there. `score` prints Frechet distance, precision and recall of the
 judge's 256 features, the Inception Score formula on its class probabilities and, with --labels, how often the label
-generated with an image (int [N], or probabilities [N, classes]) is the one that the judge sees.
+generated with an image (int [N], or probabilities [N, classes]) is the one that the judge sees: by the classes' names,
+where the samples bring them (class_names).
 """
 
 import argparse
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluations.arguments import add_device_option, add_json_option, new_file, positive
+from evaluations.arguments import add_device_option, add_json_option, add_label_option, new_file, positive
 from evaluations.errors import EvaluationError, exit_on_error
 from evaluations.frechet import frechet_bias, frechet_distance
 from evaluations.images import load_array
@@ -37,6 +38,7 @@ from evaluations.make_reference import pick, select
 from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
 from evaluations.weights import existing_file, sha256_of
+from guided_diffusion import image_files
 
 FEATURES = 256
 BATCH_SIZE = 128
@@ -47,8 +49,9 @@ FORMAT = "mt-diffusion-judge-1"
 class Judge(nn.Module):
     """A small convolutional classifier for uint8 RGB images of any size from 8 pixels on."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, class_names: list[str] | None = None):
         super().__init__()
+        self.class_names = class_names
 
         def block(width_in: int, width: int) -> nn.Sequential:
             convolution = nn.Conv2d(width_in, width, 3, padding=1, bias=False)
@@ -93,18 +96,19 @@ def train_judge(
     seed: int = 0,
     device: str = "cpu",
     progress: bool = False,
+    class_names: list[str] | None = None,
 ) -> tuple[Judge, float]:
     """A judge of images uint8 [N, H, W, 3] with labels int [N], and its accuracy on every tenth, which it never saw.
 
     EvaluationError for fewer than two classes or labels that are not 0..K-1.
     """
-    classes = int(labels.max()) + 1 if len(labels) else 0
-    if classes < 2 or labels.min() < 0:
+    classes = max(len(class_names or ()), int(labels.max(initial=-1)) + 1)
+    if classes < 2 or labels.min() < 0 or labels.min() == labels.max():
         raise EvaluationError(
             f"a judge needs labels from 0 on of at least two classes, got {np.unique(labels)[:5]}"
         )
     torch.manual_seed(seed)
-    judge = Judge(classes).to(device)
+    judge = Judge(classes, class_names).to(device)
     x, y = _tensor(images), torch.from_numpy(labels.astype(np.int64))
     held_out = torch.arange(len(x)) % HELD_OUT == 0
     rows = (~held_out).nonzero()[:, 0]
@@ -155,9 +159,8 @@ def inspect(judge: Judge, images: np.ndarray, device: str = "cpu") -> tuple[Tens
 def save_judge(judge: Judge, accuracy: float, path: str | Path) -> None:
     """Write a judge with its accuracy on held-out images."""
     classes = judge.head.out_features
-    torch.save(
-        {"format": FORMAT, "classes": classes, "accuracy": accuracy, "model": judge.state_dict()}, path
-    )
+    content = {"format": FORMAT, "classes": classes, "class_names": judge.class_names}
+    torch.save({**content, "accuracy": accuracy, "model": judge.state_dict()}, path)
 
 
 def load_judge(path: str | Path) -> tuple[Judge, float]:
@@ -172,7 +175,7 @@ def load_judge(path: str | Path) -> tuple[Judge, float]:
         raise EvaluationError(f"{path} cannot be read as weights: {error}") from error
     if not (isinstance(content, dict) and content.get("format") == FORMAT):
         raise EvaluationError(f"{path} is not a judge: make one with `judge.py train`")
-    judge = Judge(content["classes"])
+    judge = Judge(content["classes"], content.get("class_names"))
     judge.load_state_dict(content["model"])
     return judge.eval(), content["accuracy"]
 
@@ -183,9 +186,15 @@ def score(
     samples: np.ndarray,
     labels: np.ndarray | None,
     device: str = "cpu",
+    class_names: list[str] | None = None,
 ) -> Judgement:
-    """Judge samples uint8 [M, H, W, 3] against reference images [N, H, W, 3] with the judge in `path`."""
+    """Judge samples uint8 [M, H, W, 3] against reference images [N, H, W, 3] with the judge in `path`.
+
+    class_names: of the labels [M]; None where their numbers are the judge's.
+    """
     judge, accuracy = load_judge(path)
+    if labels is not None and judge.class_names:
+        labels = image_files.renumber(labels, class_names, judge.class_names, "the samples' file")
     if reference.shape[1:] != samples.shape[1:]:
         raise EvaluationError(f"reference images are {reference.shape[1:3]}, samples {samples.shape[1:3]}")
     expected, _ = inspect(judge.to(device), reference, device)
@@ -208,14 +217,17 @@ def score(
     )
 
 
-def _images(source: str, size: int | None, number: int | None = None, seed: int = 0):
-    """(images uint8 [N, H, W, 3], classes [N] or None) of a folder or .npz, or `number` of them drawn by `seed`."""
-    selection = select(source, size)
+def _images(
+    source: str, size: int | None, number: int | None = None, seed: int = 0, label_from: str = "auto"
+):
+    """(images uint8 [N, H, W, 3], classes [N] or None, their names or None) of a folder or .npz, or `number` of them
+    drawn by `seed`."""
+    selection = select(source, size, label_from=label_from)
     chosen = np.arange(selection.images.shape[0])
     if number and number < len(chosen):
         chosen = np.sort(np.random.default_rng(seed).choice(len(chosen), number, replace=False))
     labels = None if selection.labels is None else selection.labels[chosen]
-    return pick(selection.images, chosen), labels
+    return pick(selection.images, chosen), labels, selection.class_names
 
 
 def _labels(path: str, key: str) -> np.ndarray:
@@ -223,11 +235,7 @@ def _labels(path: str, key: str) -> np.ndarray:
     array = load_array(path, key)
     if array.ndim == 2 and np.issubdtype(array.dtype, np.floating):
         return np.where(array.sum(1) > 0, array.argmax(1), -1)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise EvaluationError(
-            f"{key} of {path} is {array.dtype} {list(array.shape)}: labels are integers [N] or [N, K]"
-        )
-    return array
+    return image_files.check_labels(array, len(array), f"{key} of {path}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -238,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a judge on labelled images")
     train.add_argument("data", help="folder of images, or .npz with arr_0 and arr_1")
     train.add_argument("judge", type=new_file)
+    add_label_option(train)
     train.add_argument("--epochs", type=positive, default=6)
     judge = commands.add_parser("score", help="judge samples")
     judge.add_argument("judge")
@@ -260,16 +269,17 @@ def main() -> None:
     with exit_on_error():
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if args.command == "train":
-            images, labels = _images(args.data, args.image_size)
+            images, labels, names = _images(args.data, args.image_size, label_from=args.label_from)
             if labels is None:
-                raise EvaluationError(f"{args.data} has no labels (arr_1)")
-            judge, accuracy = train_judge(images, labels, args.epochs, args.seed, device, progress=True)
+                raise EvaluationError(f"{args.data} has no labels: arr_1, file names CLASS_..., or folders")
+            judge, accuracy = train_judge(images, labels, args.epochs, args.seed, device, True, names)
             save_judge(judge.cpu(), accuracy, args.judge)
             print(f"accuracy on held-out images: {accuracy:.4f}")
             return
         labels = _labels(args.samples, args.labels) if args.labels else None
-        reference, _ = _images(args.reference, args.image_size, args.num_images, args.seed)
-        result = score(args.judge, reference, _images(args.samples, None)[0], labels, device)
+        reference, _, _ = _images(args.reference, args.image_size, args.num_images, args.seed)
+        samples, _, names = _images(args.samples, None)
+        result = score(args.judge, reference, samples, labels, device, names)
         for name in (
             "frechet",
             "frechet_bias",

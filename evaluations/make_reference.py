@@ -6,9 +6,9 @@
     torchrun --nproc_per_node 8 evaluations/make_reference.py imagenet/train ref64.npz --image_size 64
 
 The statistics (`mu`, `sigma`, `mu_s`, `sigma_s`) are those of all the source's images; `arr_0` keeps --num_images of
-them, drawn by --seed, for precision and recall. An image's class is the folder it lies in or, in a flat folder, its
-file name up to the first underscore, as in ADM's data loader; of an .npz it is the number in arr_1. `meta` says how all
-this was computed, as JSON.
+them, drawn by --seed, for precision and recall. An image's class is what training takes for it (the file name up to
+the first underscore, else the folder; --label_from says which); of an .npz it is the number in arr_1. --labels writes
+the classes' names too, as `class_names`. `meta` says how all this was computed, as JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ if not __package__:  # run as a script: look for modules in the repository, not 
 import numpy as np
 
 from evaluations import distributed
-from evaluations.arguments import add_network_options, new_file, positive
+from evaluations.arguments import add_label_option, add_network_options, new_file, positive
 from evaluations.errors import EvaluationError, exit_on_error
 from evaluations.evaluator import META
 from evaluations.features import BATCH_SIZE, stream_features
@@ -34,14 +34,16 @@ from evaluations.images import (
     FolderImages,
     Images,
     NpzImages,
+    class_names,
     list_images,
     load_array,
     npz_keys,
 )
 from evaluations.inception import RESIZE_MODE, Inception, load_inception
+from guided_diffusion import image_files
 
 NUM_IMAGES = 10_000  # that ADM's reference batches keep
-CROP_MODE = "box-halving-bicubic-center"  # of images.center_crop
+CROP_MODE = "box-halving-bicubic-center"  # of center_crop_arr
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Selection:
     """The images that make the reference, with the class of each where it is known."""
 
     images: Images
-    labels: np.ndarray | None  # [N] numbers of the classes in alphabetical order, or arr_1 of the .npz
+    labels: np.ndarray | None  # [N] numbers of the classes, as training numbers them, or arr_1 of the .npz
+    class_names: list[str] | None = None  # of these numbers
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,28 @@ class Meta:
     weights_sha256: str
 
 
-def select(source: str | Path, image_size: int | None = None, classes: list[str] | None = None) -> Selection:
+def select(
+    source: str | Path,
+    image_size: int | None = None,
+    classes: list[str] | None = None,
+    label_from: str = "auto",
+) -> Selection:
     """Images of a folder or .npz, only those of `classes` if given. Raises EvaluationError where none are left."""
     source = Path(source).expanduser()
     if source.is_file():
         return _select_from_npz(source, image_size, classes)
-    files = list_images(source)
-    if not files:
-        raise EvaluationError(f"{source} holds no images")
-    names = [_class_name(file, source) for file in files]
-    known = sorted(set(names))
-    if classes is not None:
-        if missing := sorted(set(classes) - set(known)):
-            raise EvaluationError(f"{source} has no images of class {', '.join(missing[:5])}")
-        files = [file for file, name in zip(files, names, strict=True) if name in set(classes)]
-        names = [name for name in names if name in set(classes)]
-    labels = np.array([known.index(name) for name in names])
-    return Selection(FolderImages(files, str(source), image_size), labels)
+    try:
+        found = image_files.list_labelled_images(source, label_from)
+    except image_files.NoLabelsError:
+        if classes or label_from != "auto":
+            raise
+        return Selection(FolderImages(list_images(source), str(source), image_size), None)
+    wanted = set(found.class_names if classes is None else classes)
+    if missing := sorted(wanted - set(found.class_names)):
+        raise EvaluationError(f"{source} has no images of class {', '.join(missing[:5])}")
+    kept = [i for i, label in enumerate(found.labels) if found.class_names[label] in wanted]
+    images = FolderImages([Path(found.paths[i]) for i in kept], str(source), image_size)
+    return Selection(images, np.array(found.labels)[kept], found.class_names)
 
 
 def _select_from_npz(source: Path, image_size: int | None, classes: list[str] | None) -> Selection:
@@ -93,24 +101,20 @@ def _select_from_npz(source: Path, image_size: int | None, classes: list[str] | 
         raise EvaluationError(
             f"{images.name} has shape {list(images.shape)}: --image_size scales folders only"
         )
-    labels = load_array(source, "arr_1") if "arr_1" in npz_keys(source) else None
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise EvaluationError(
-            f"arr_1 of {source} has shape {list(labels.shape)}, expected one label per image"
-        )
+    labels, names = None, class_names(source)
+    if "arr_1" in npz_keys(source):
+        labels = image_files.check_labels(load_array(source, "arr_1"), images.shape[0], f"arr_1 of {source}")
     if classes is None:
-        return Selection(images, labels)
+        return Selection(images, labels, names)
     if labels is None:
         raise EvaluationError(f"{source} has no labels (arr_1) to select classes by")
-    wanted = [int(name) for name in classes if name.lstrip("-").isdigit()]
-    if len(wanted) < len(classes) or not set(wanted) <= set(labels.tolist()):
-        raise EvaluationError(f"the classes of {source} are numbers from {labels.min()} to {labels.max()}")
+    numbers = {name: i for i, name in enumerate(names or map(str, range(labels.max(initial=-1) + 1)))}
+    wanted = [numbers.get(name) for name in classes]
+    if not set(wanted) <= set(labels.tolist()):
+        known = ", ".join(list(numbers)[:10]) if names else f"numbers from {labels.min()} to {labels.max()}"
+        raise EvaluationError(f"the classes of {source} are {known}")
     chosen = np.flatnonzero(np.isin(labels, wanted))
-    return Selection(ArrayImages(pick(images, chosen), images.name), labels[chosen])
-
-
-def _class_name(file: Path, root: Path) -> str:
-    return file.parent.name if file.parent != root else file.name.split("_")[0]
+    return Selection(ArrayImages(pick(images, chosen), images.name), labels[chosen], names)
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -162,8 +166,9 @@ def write_reference(
     spatial: Statistics,
     meta: Meta,
     labels: np.ndarray | None,
+    names: list[str] | None = None,
 ) -> None:
-    """Write the .npz, whole or not at all."""
+    """Write the .npz, whole or not at all; `names` are those of the labels' classes."""
     arrays = {
         "arr_0": images,
         "mu": pool.mu,
@@ -173,6 +178,8 @@ def write_reference(
     }
     if labels is not None:
         arrays["arr_1"] = labels
+        if names:
+            arrays["class_names"] = np.array(names)
     unfinished = Path(f"{path}.unfinished")
     with open(unfinished, "wb") as file:
         np.savez(file, **arrays, **{META: np.array(json.dumps(asdict(meta)))})
@@ -195,6 +202,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--labels", action="store_true", help="also write the labels of the kept images, as arr_1"
     )
+    add_label_option(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the images kept")
     add_network_options(parser)
     return parser.parse_args(arguments)
@@ -211,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output.suffix != ".npz":
         raise EvaluationError(f"{args.output} cannot be written: a reference batch is an .npz file")
     classes = read_classes(args.classes) if args.classes else None
-    selection = select(args.source, args.image_size, classes)
+    selection = select(args.source, args.image_size, classes, args.label_from)
     if args.labels and selection.labels is None:
         raise EvaluationError(f"{args.source} has no labels (arr_1)")
     network = load_inception(args.inception, args.device)
@@ -233,7 +241,7 @@ def run(args: argparse.Namespace) -> None:
         weights_sha256=network.sha256,
     )
     labels = selection.labels[kept] if args.labels else None
-    write_reference(args.output, pick(selection.images, kept), *computed, meta, labels)
+    write_reference(args.output, pick(selection.images, kept), *computed, meta, labels, selection.class_names)
     print(f"{args.output}: statistics of {count} images, {len(kept)} of them kept")
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from evaluations import distributed
 from evaluations.errors import EvaluationError, MissingFileError
+from guided_diffusion.image_files import to_uint8
 
 STRENGTH = 0.5
 
@@ -77,7 +78,7 @@ def restore(
             if labels is not None:
                 kwargs["y"] = torch.from_numpy(labels[indices.start : indices.stop]).long().to(device)
             x = sdedit(diffusion, model, x, random.randn_like, strength, use_ddim, kwargs)
-            parts.append(((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu())
+            parts.append(to_uint8(x).cpu())
             bar.update(len(indices))
     gathered = distributed.gather_rows(torch.cat(parts), len(masked))
     return None if gathered is None else gathered.numpy()

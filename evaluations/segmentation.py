@@ -7,102 +7,34 @@ Each side is a folder of images, paired by file name, or an .npz (arr_0): colour
 which counts as the nearest colour of the palette, or class indices [N, H, W]. Pixels whose truth is void do not
 count; a prediction of void counts as a miss, and against no other class (Cityscapes' own rule).
 
-A palette is one of evaluations/palettes, or a file with one class per line, `R G B name`, in the order of the class
-indices; a line named `void` (any number of them, anywhere) is a colour that does not count, `void exactly` one that
-does not attract its neighbours either. A number in brackets after a name is not read here. GIMP's .gpl files have this
-form.
+A palette is one of guided_diffusion/palettes, or a file of that form: one class per line, `R G B name`, in the order
+of the class indices, and colours that do not count (`void`, `void exactly`).
 """
 
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script: look for modules in the repository, not in this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from PIL import Image
 
 from evaluations.arguments import add_json_option
-from evaluations.errors import EvaluationError, MissingFileError, exit_on_error
+from evaluations.errors import EvaluationError, exit_on_error
 from evaluations.images import list_images, load_array
+from guided_diffusion.image_files import read_image, to_channels
+from guided_diffusion.palettes import NUMBERS, VOID_NUMBER, Palette, load_palette, to_indices
 
-PALETTES = Path(__file__).resolve().parent / "palettes"
-VOID_INDEX = 255  # in index maps, beside the palette's own
 # Cityscapes names the same image differently in each of its folders.
 SUFFIXES = ("_leftImg8bit", "_gtFine_color", "_gtFine_labelTrainIds", "_gtFine_labelIds")
 
 
-@dataclass(frozen=True)
-class Palette:
-    """The classes that count, and how they are painted."""
-
-    name: str
-    classes: tuple[str, ...]
-    colors: np.ndarray  # [classes, 3] uint8
-    void_colors: np.ndarray  # [voids, 3] uint8
-    exact_void_colors: np.ndarray = field(
-        default_factory=lambda: np.empty((0, 3), np.uint8)
-    )  # void only if met exactly
-
-    def __len__(self) -> int:
-        return len(self.classes)
-
-
-def load_palette(name: str | Path) -> Palette:
-    """A palette that the project knows (`cityscapes`, `camvid`), or that in a file.
-
-    Raises EvaluationError for a line that is not `R G B name`.
-    """
-    path = Path(name)
-    if not path.is_file():
-        path = PALETTES / f"{name}.txt"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in PALETTES.glob("*.txt")))
-        raise MissingFileError(f"palette {name} does not exist: name a file, or one of {known}")
-    rows = [
-        row
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if (row := _row(line, number, path))
-    ]
-    exactly = [row for row in rows if row[1].startswith("void exactly")]
-    counted = [row for row in rows if row[1] != "void" and row not in exactly]
-    classes = tuple(label for _, label in counted)
-    if not classes or len(set(classes)) < len(classes):
-        raise EvaluationError(f"palette {path} needs at least one class, and every name only once")
-    return Palette(
-        name=path.stem,
-        classes=classes,
-        colors=_colors(counted),
-        void_colors=_colors(row for row in rows if row[1] == "void"),
-        exact_void_colors=_colors(exactly),
-    )
-
-
-def _row(line: str, number: int, path: Path) -> tuple[tuple[int, ...], str] | None:
-    """Colour and name of a palette file's line, None where it has none."""
-    words = line.replace(",", " ").split()
-    if not words or words[0].startswith("#") or words[0] in ("GIMP", "Name:", "Columns:"):
-        return None
-    if len(words) < 4 or not all(word.isdigit() and int(word) < 256 for word in words[:3]):
-        raise EvaluationError(
-            f"line {number} of {path} is not `R G B name` with numbers from 0 to 255: {line}"
-        )
-    name = " ".join(words[3:])
-    return tuple(int(word) for word in words[:3]), re.sub(r" \[\d+\]$", "", name)
-
-
-def _colors(rows: Iterable[tuple[tuple[int, ...], str]]) -> np.ndarray:
-    return np.array([color for color, _ in rows], np.uint8).reshape(-1, 3)
-
-
 CITYSCAPES = load_palette("cityscapes")
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)  # of its classes in *_labelIds.png
 
 
 @dataclass(frozen=True)
@@ -181,58 +113,18 @@ def segmentation_scores(
     return confusion.scores()
 
 
-def to_indices(image: np.ndarray, palette: Palette) -> np.ndarray:
-    """Class indices, len(palette) for void, of a colour map [..., 3] uint8 or an index map.
-
-    A colour counts as the nearest of the palette, void included. In an index map 255, -1 and the number after the last
-    class are void. Raises EvaluationError for floats and for numbers that are no class.
-    """
-    if image.dtype == bool or not np.issubdtype(image.dtype, np.integer):
-        raise EvaluationError(
-            f"a segmentation map must hold integers or uint8 colours, this one is {image.dtype}"
-        )
-    if image.ndim >= 3 and image.shape[-1] == 3:
-        return _nearest(image, palette)
-    k = len(palette)
-    indices = image.astype(np.int64)
-    indices = np.where((indices == VOID_INDEX) | (indices == -1), k, indices)
-    if indices.min() < 0 or indices.max() > k:
-        wrong = int(indices.max()) if indices.max() > k else int(indices.min())
-        raise EvaluationError(
-            f"class {wrong} is not in palette {palette.name}, which has 0 to {k - 1} (and 255: void)"
-        )
-    return indices
-
-
-def _nearest(image: np.ndarray, palette: Palette) -> np.ndarray:
-    colors = np.concatenate([palette.colors, palette.void_colors]).astype(np.int64)
-    # A map has few distinct colours, or at most a few thousand around each where it was generated or compressed.
-    packed = image.reshape(-1, 3).astype(np.int64) @ (1 << 16, 1 << 8, 1)
-    distinct, where = np.unique(packed, return_inverse=True)
-    values = np.stack([distinct >> 16, distinct >> 8 & 255, distinct & 255], 1)
-    nearest = np.concatenate(
-        [
-            ((block[:, None] - colors) ** 2).sum(2).argmin(1)
-            for block in np.array_split(values, len(values) // 65536 + 1)
-        ]
-    )
-    exactly_void = (values[:, None] == palette.exact_void_colors).all(2).any(1)
-    nearest = np.where(exactly_void, len(palette), np.minimum(nearest, len(palette)))
-    return nearest[where.ravel()].reshape(image.shape[:-1])
-
-
 def open_maps(path: str | Path) -> dict[str, np.ndarray | Path]:
     """The maps of a folder or .npz by name; files are not read yet."""
     path = Path(path)
     if path.is_dir():
         files = list_images(path)
-        if not files:
-            raise EvaluationError(f"{path} holds no images")
         return {_pair_name(file.relative_to(path)): file for file in files}
     return {str(number): image for number, image in enumerate(load_array(path, "arr_0"))}
 
 
-def paired_maps(truth: str | Path, predictions: str | Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def paired_maps(
+    truth: str | Path, predictions: str | Path, palette: Palette
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Truth and prediction, image by image, in the order of their names. Raises EvaluationError if some do not pair."""
     first, second = open_maps(truth), open_maps(predictions)
     if lonely := sorted(first.keys() ^ second.keys()):
@@ -240,7 +132,7 @@ def paired_maps(truth: str | Path, predictions: str | Path) -> Iterator[tuple[np
             f"{truth} has {len(first)} maps and {predictions} {len(second)}; {len(lonely)} do not pair, such as {lonely[0]}"
         )
     for name in sorted(first):
-        yield _read_map(first[name]), _read_map(second[name])
+        yield _read_map(first[name], palette), _read_map(second[name], palette)
 
 
 def _pair_name(file: Path) -> str:
@@ -250,19 +142,28 @@ def _pair_name(file: Path) -> str:
     return stem
 
 
-def _read_map(given: np.ndarray | Path) -> np.ndarray:
+def _read_map(given: np.ndarray | Path, palette: Palette) -> np.ndarray:
     if isinstance(given, np.ndarray):
         return given
-    try:
-        with Image.open(given) as image:
-            # A palette image ("P") or a grey one holds the class indices themselves.
-            pixels = np.asarray(image if image.mode in ("P", "L", "I", "I;16") else image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise EvaluationError(f"{given} cannot be read as an image ({error})") from error
-    if given.stem.endswith("_labelIds") and pixels.ndim == 2:
-        table = np.full(256, VOID_INDEX)
-        table[list(CITYSCAPES_IDS)] = range(len(CITYSCAPES_IDS))
-        return table[pixels]
+    image = read_image(given)
+    if image.mode not in NUMBERS:
+        return _colours(given, np.asarray(to_channels(image, 3)), palette)
+    try:  # a palette image ("P") or a grey one holds the class indices themselves
+        if not given.stem.endswith("_labelIds"):
+            return palette.numbers(np.asarray(image))
+        found = CITYSCAPES.numbers(np.asarray(image), ids=True)
+        return np.where(found == len(CITYSCAPES), VOID_NUMBER, found)
+    except EvaluationError as error:
+        raise EvaluationError(f"{given}: {error}") from None
+
+
+def _colours(path: Path, pixels: np.ndarray, palette: Palette) -> np.ndarray:
+    """`pixels` [H, W, 3] unless they are class numbers, which the nearest colours would silently replace."""
+    if pixels.max(initial=0) <= len(palette) and (pixels == pixels[..., :1]).all():
+        try:
+            palette.check_colors(pixels)
+        except EvaluationError as error:
+            raise EvaluationError(f"{path}: {error}") from None
     return pixels
 
 
@@ -288,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Score as the command line asks. Raises EvaluationError."""
     confusion = Confusion(load_palette(args.palette))
-    for truth, prediction in paired_maps(args.truth, args.predictions):
+    for truth, prediction in paired_maps(args.truth, args.predictions, confusion.palette):
         confusion.add(
             to_indices(truth, confusion.palette)[None], to_indices(prediction, confusion.palette)[None]
         )

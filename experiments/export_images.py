@@ -13,10 +13,11 @@ entry of the configuration.
 import argparse
 from pathlib import Path
 
-import torch
+from PIL import Image
 from tqdm import tqdm
 
 from guided_diffusion.errors import UserValueError, exit_on_user_error
+from guided_diffusion.image_files import stored_pixels
 from ldm import inference
 from ldm.data.latents import open_images
 
@@ -41,8 +42,9 @@ def main():
     for number in tqdm(range(count), desc="images", dynamic_ncols=True):
         item = images[number]
         for key in images.keys:
-            image = torch.from_numpy(item[key]).permute(2, 0, 1)[None]
-            inference.save_images(image, Path(args.out) / key, [number])
+            folder = Path(args.out) / key
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(stored_pixels(item[key])).save(folder / f"{number:06}.png")
     print(f"{count} of {', '.join(images.keys)} in {args.out}")
 
 

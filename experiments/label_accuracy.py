@@ -20,7 +20,8 @@ import torch as th
 from guided_diffusion import cli, dist_util
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Curve, line_plot
-from guided_diffusion.image_datasets import hold_out, open_dataset
+from guided_diffusion.image_datasets import classes_of, hold_out, open_dataset
+from guided_diffusion.image_files import LABEL_FROM
 from guided_diffusion.mt.guidance import classifier_flags, load_classifier
 from guided_diffusion.mt.model import JointModel
 from guided_diffusion.script_util import add_dict_to_argparser
@@ -36,6 +37,12 @@ def parser() -> argparse.ArgumentParser:
     add("--model_path", required=True, help="as of mt_image_sample.py")
     add("--weights", default="ema", help="ema, a rate such as 0.9999, or model")
     add("--data_dir", required=True, help="labelled images: a folder or an .npz file")
+    add(
+        "--label_from",
+        choices=LABEL_FROM,
+        default="auto",
+        help="what gives the classes; auto: as in training",
+    )
     add("--times", type=cli.integers, default="0,10,20,50,100,200,300,400,500,600,700,800,900")
     add("--average", type=cli.integers, default="0,10,20", help="the times that are averaged")
     add("--num_samples", type=int, default=1000, help="images, drawn at random")
@@ -60,7 +67,14 @@ def main():
     if label is None:
         raise UserValueError(f"{args.model_path} predicts no label")
     size, channels, classes = model.flags["image_size"], model.flags["image_channels"], label.shape[0]
-    dataset = open_dataset(args.data_dir, size, class_cond=True, random_flip=False, image_channels=channels)
+    dataset = open_dataset(
+        args.data_dir,
+        size,
+        class_cond=True,
+        random_flip=False,
+        image_channels=channels,
+        **classes_of(model.flags, args.label_from),
+    )
     cli.check_classes(dataset.class_names, classes)
     _, (images, cond) = hold_out(dataset, min(args.num_samples, len(dataset)), args.seed)
     known = cond["y"] >= 0

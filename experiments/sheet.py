@@ -11,11 +11,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
+from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet
-from guided_diffusion.image_datasets import EXTENSIONS
+from guided_diffusion.image_files import list_images, read_pixels
 
 
 @exit_on_user_error()
@@ -44,17 +43,14 @@ def main():
 
 
 def images_of(folder: Path) -> dict[str, Path]:
-    """The images of a folder by name. UserFileError where there are none."""
-    files = {path.name: path for path in folder.glob("*") if path.suffix.lower().lstrip(".") in EXTENSIONS}
-    if not files:
-        raise UserFileError(f"no images in {folder}")
-    return files
+    """The images below a folder by name. UserFileError where there are none."""
+    return {str(path.relative_to(folder)): path for path in map(Path, list_images(folder))}
 
 
 def row(title: str, files: dict[str, Path], shown: list[str], columns: int) -> Row:
     """The images `shown` of a folder, or its first ones where it has others."""
     names = shown if set(shown) <= set(files) else sorted(files)[:columns]
-    images = [np.asarray(Image.open(files[name]).convert("RGB")) for name in names]
+    images = [np.asarray(read_pixels(files[name])) for name in names]
     return Row(title, np.stack(images))
 
 

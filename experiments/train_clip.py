@@ -27,6 +27,7 @@ from transformers import CLIPTokenizer
 
 from evaluations.arguments import positive
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
+from guided_diffusion.image_files import stored_pixels
 from ldm.data.captions import CaptionFolder
 from ldm.modules.encoders.small_clip import (
     Retrieval,
@@ -170,7 +171,7 @@ def batches(data: CaptionFolder, tokenizer: CLIPTokenizer, args) -> Iterator[tup
 
 def pixels_of(data: CaptionFolder) -> Tensor:
     """All images, uint8 [N, 3, H, W]."""
-    arrays = [((data[i][data.keys[0]] + 1) * 127.5).round().astype(np.uint8) for i in range(len(data))]
+    arrays = [stored_pixels(data[i][data.keys[0]]) for i in range(len(data))]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 

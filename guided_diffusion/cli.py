@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -10,11 +11,12 @@ import torch.distributed as dist
 
 from . import checkpoint_util, dist_util, logger
 from .errors import UserValueError
-from .image_datasets import load_stream, open_dataset
+from .image_datasets import SquareImages, classes_of, load_stream, open_dataset
+from .image_files import LABEL_FROM
 from .resample import create_named_schedule_sampler
 from .script_util import add_dict_to_argparser, args_to_dict
 from .seeding import derive_seed
-from .train_util import PRECISIONS, TrainLoop
+from .train_util import PRECISIONS, TrainLoop, resumed_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
@@ -70,6 +72,7 @@ def add_training_flags(parser: argparse.ArgumentParser, iterations: bool = True)
     group.add_argument("--precision", choices=PRECISIONS, default="fp32")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--progress", action="store_true", help="show a progress bar")
+    group.add_argument("--label_from", choices=LABEL_FROM, default="auto", help="what gives the classes")
     group.add_argument("--num_workers", type=int, default=1, help="processes that read images, per rank")
     group.add_argument(
         "--max_nonfinite", type=int, default=20, help="steps that may be skipped for NaN or infinity"
@@ -126,11 +129,14 @@ def train(
     loop: type[TrainLoop] = TrainLoop,
     random_crop: bool = False,
     prepare: Callable[[Iterator], Iterator] = iter,
+    from_data: Mapping[str, Callable[[SquareImages], Any]] | None = None,
     **more,
 ) -> None:
     """Train with the flags of `training_defaults` and `add_training_flags`; `more` goes to `loop`.
 
-    prepare: changes the stream of batches (images [b, C, H, W], {"y": [b]}).
+    prepare: changes the stream of batches (images [b, C, H, W], {"y": [b]}). from_data: what `loop` takes by
+    name that depends on the data. The classes' names go into the run's configuration, and those of a run that is
+    continued hold.
     """
     dataset = open_dataset(
         args.data_dir,
@@ -138,9 +144,12 @@ def train(
         class_cond=class_cond,
         random_crop=random_crop,
         image_channels=args.image_channels,
+        **known_classes(args, class_cond),
     )
     if class_cond:
         check_classes(dataset.class_names, args.num_classes)
+        args.class_names, args.label_from = dataset.class_names, dataset.label_from
+    more |= {name: make(dataset) for name, make in (from_data or {}).items()}
     training = loop(
         model=model,
         diffusion=diffusion,
@@ -176,6 +185,15 @@ def train(
     training.run_loop()
 
 
+def known_classes(args: argparse.Namespace, class_cond: bool) -> dict:
+    """What `open_dataset` is told of the classes: those of the run that `train` continues."""
+    told = {"label_from": args.label_from, "num_classes": args.num_classes if class_cond else 0}
+    path = resumed_checkpoint(args.resume_checkpoint) if class_cond else None
+    if path is None:
+        return told
+    return told | classes_of(checkpoint_util.load_complete(path)["config"] or {}, args.label_from)
+
+
 def check_classes(class_names: list[str], num_classes: int) -> None:
     """UserValueError if the data have more classes than the model."""
     if len(class_names) > num_classes:
@@ -195,11 +213,6 @@ def sampler_of(diffusion, use_ddim: bool) -> Callable:
 def random_labels(count: int, num_classes: int) -> th.Tensor:
     """Uniform labels, int64 [count], on this rank's device."""
     return th.randint(num_classes, (count,), device=dist_util.dev())
-
-
-def to_uint8(images: th.Tensor) -> th.Tensor:
-    """[B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C], as it is stored."""
-    return ((images + 1) * 127.5).clamp(0, 255).to(th.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def collect(num_samples: int, draw: Callable[[], Iterable[th.Tensor]]) -> list[np.ndarray]:

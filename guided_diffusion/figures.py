@@ -8,22 +8,30 @@ import numpy as np
 import torch as th
 from PIL import Image, ImageDraw, ImageFont
 
+from . import image_files
+
 _MARGIN, _TEXT = 6, 13
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 
 
-def to_uint8(images: th.Tensor) -> np.ndarray:
-    """Images [B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C], as ADM stores samples."""
-    return (
-        ((images + 1) * 127.5)
-        .round()
-        .clamp(0, 255)
-        .to(th.uint8)
-        .permute(0, 2, 3, 1)
-        .contiguous()
-        .cpu()
-        .numpy()
-    )
+def to_uint8(images: th.Tensor, known: th.Tensor | None = None) -> np.ndarray:
+    """`image_files.to_uint8` as an array on the CPU: [B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C].
+
+    known: bool [B, 1, H, W], or one that broadcasts: pixels that are given data, which come back exactly.
+    """
+    sampled = image_files.to_uint8(images).cpu()
+    if known is None:
+        return sampled.numpy()
+    exact = image_files.stored_pixels(images.permute(0, 2, 3, 1).cpu().numpy())
+    return np.where(known.permute(0, 2, 3, 1).cpu().numpy(), exact, sampled.numpy())
+
+
+def label_captions(labels: Sequence[Sequence[int]], class_names: Sequence[str] = ()) -> list[str]:
+    """A caption for each image: its classes by every modality, [modalities][N], by name where they have names."""
+    names = dict(enumerate(class_names))
+    return [
+        " ".join(names.get(int(n), str(int(n))) for n in numbers) for numbers in zip(*labels, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,71 +1,47 @@
 """Images and their labels for training (interface: openai/guided-diffusion, image_datasets.py).
 
-The data is a folder of images (jpg, jpeg, png, gif; subfolders too), or an .npz file with uint8 images
-[N, H, W, C] under arr_0 and, optionally, integer labels [N] under arr_1 or labels, where -1 means unlabelled.
-
-Where a folder's labels come from, the first rule that gives labels with a meaning:
-1. the file name up to the first "_" (upstream's rule: cat_001.png is a cat);
-2. the folder that the image is in (.../cat/001.png);
-3. the topmost folder (cat/images/001.png).
-Labels have a meaning where there are at least two, and at least half of the images share theirs with
-another. The labels are numbered in the alphabetical order of their names.
+The data is a folder of images (subfolders too), or an .npz file with uint8 images [N, H, W, C] under arr_0 and,
+optionally, integer labels [N] under arr_1 or labels, where -1 means unlabelled, and their class_names [classes].
+Which files are images, and what their classes are, says image_files.py.
 """
 
 import atexit
 import contextlib
 import copy
-import io
-import math
 import random
 import signal
-import struct
 import warnings
 import weakref
-import zipfile
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import blobfile as bf
 import numpy as np
 import torch as th
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util, logger
-from .errors import UserError, UserFileError, UserValueError
-
-EXTENSIONS = ("jpg", "jpeg", "png", "gif")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode for a number of channels
+from .errors import UserError, UserValueError
+from .image_files import (
+    MODES,
+    BadImageError,
+    LabelledImages,
+    center_crop_arr,
+    check_labels,
+    list_images,
+    list_labelled_images,
+    open_arrays,
+    random_crop_arr,
+    read_pixels,
+    renumber,
+    stored_class_names,
+    to_channels,
+)
 
 # Training stops when more images than this cannot be read.
 MAX_BAD = 10
 
-# What Pillow raises for a file that is truncated, corrupt or no image at all.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
 Batches = Iterator[tuple[th.Tensor, dict[str, th.Tensor]]]
-
-
-class LabelledImages(NamedTuple):
-    """The images of a folder. `labels` are indices into `class_names`, which are in alphabetical order."""
-
-    paths: list[str]
-    labels: list[int]
-    class_names: list[str]
-
-
-class BadImageError(UserError):
-    """An image that cannot be read; the message names it and says why."""
 
 
 def load_data(
@@ -82,6 +58,8 @@ def load_data(
     max_bad: int = MAX_BAD,  # unreadable images before training stops
     label_from: str = "auto",  # or "prefix" or "folder", where both have a meaning
     allow_unlabelled: bool = False,  # accept labels of -1
+    class_names: Sequence[str] | None = None,  # of the model: labels are numbered by them
+    num_classes: int = 0,  # numbers that are names stay what they say below it
 ) -> Batches:
     """Endless batches (float32 [B, C, H, W] in [-1, 1], {"y": int64 [B]} or {}) of this rank's share.
 
@@ -98,6 +76,8 @@ def load_data(
         num_shards=dist_util.get_world_size(),
         max_bad=max_bad,
         label_from=label_from,
+        class_names=class_names,
+        num_classes=num_classes,
     )
     if len(dataset) < batch_size:
         raise UserValueError(
@@ -179,11 +159,14 @@ def open_dataset(
     num_shards: int = 1,
     max_bad: int = MAX_BAD,
     label_from: str = "auto",
+    class_names: Sequence[str] | None = None,  # (): of a model of a former version, which has none
+    num_classes: int = 0,
 ) -> "SquareImages":
     """The dataset behind `load_data`: every `num_shards`-th image from `shard` on.
 
-    Its `class_names` tell the number of classes where `class_cond`. Raises UserError where the data is
-    missing, empty or, with `class_cond`, without labels that have a meaning.
+    With `class_cond` it has `class_names` and `label_from`, to be kept with the model and given here for every
+    later folder. Raises UserError where the data is missing, empty or, with `class_cond`, without labels that
+    have a meaning, or with classes that are not among the `class_names` given.
     """
     if not path:
         raise UserValueError("unspecified data directory: give a folder of images or an .npz file")
@@ -198,64 +181,43 @@ def open_dataset(
         max_bad=max_bad,
     )
     if _is_npz(path):
-        images, labels = _read_npz(path)
+        images, labels, names = _read_npz(path)
         if class_cond and labels is None:
             raise UserValueError(
                 f"{path!r} has no labels: add them as integers [N] under 'labels' or 'arr_1'"
             )
-        dataset = ArrayDataset(images, labels if class_cond else None, resolution=image_size, **common)
+        if class_cond and class_names:
+            labels, names = renumber(labels, names, class_names, path), class_names
+        labels = labels if class_cond else None
+        dataset = ArrayDataset(images, labels, resolution=image_size, class_names=names, **common)
     else:
         found = (
-            list_labelled_images(path, label_from)
+            list_labelled_images(path, label_from, class_names, num_classes)
             if class_cond
-            else LabelledImages(_list_images(path), None, [])
+            else LabelledImages(list_images(path), None, [])
         )
-        dataset = ImageDataset(image_size, found.paths, found.labels, class_names=found.class_names, **common)
+        dataset = ImageDataset(
+            image_size,
+            found.paths,
+            found.labels,
+            class_names=found.class_names,
+            label_from=found.label_from,
+            **common,
+        )
     if len(dataset) == 0:
         raise UserValueError(f"{path!r} has fewer images than there are ranks ({num_shards})")
     return dataset
 
 
-def list_labelled_images(data_dir: str, label_from: str = "auto") -> LabelledImages:
-    """All images below a folder with their labels, by the rules at the head of this module.
+def classes_of(config: Mapping, label_from: str = "auto") -> dict[str, Any]:
+    """`class_names` and `label_from` of `open_dataset`, for a later folder of the model that has this configuration.
 
-    `label_from`: "prefix" or "folder" instead of "auto" leaves only that. Raises UserValueError where no rule
-    gives labels with a meaning.
+    label_from: what the user asks for; with `auto` the rule by which the model was trained holds.
     """
-    paths = _list_images(data_dir)
-    rules: dict[str, list[Callable[[str, str], str | None]]] = {
-        "prefix": [_prefix],
-        "folder": [_leaf_folder, _top_folder],
-    }
-    if label_from not in ("auto", *rules):
-        raise UserValueError(f"label_from must be auto, prefix or folder, not {label_from!r}")
-    names = {kind: _first_with_meaning(rules[kind], data_dir, paths) for kind in rules}
-    chosen = next((k for k in rules if label_from in ("auto", k) and names[k]), None)
-    if chosen is None:
-        raise UserValueError(
-            f"{data_dir!r} has no labels with a meaning: among its {len(paths)} images "
-            f"{_tried(label_from)} at least two classes of several images. Name the files "
-            "CLASS_anything.png, or put each class into a folder of its own, or train without class_cond"
-        )
-    class_names = sorted(set(names[chosen]))
-    if label_from == "auto" and all(names.values()) and not _same_partition(*names.values()):
-        logger.warn(
-            f"labels: file names ({', '.join(class_names[:3])}, ...) and folders "
-            f"({', '.join(sorted(set(names['folder']))[:3])}, ...) differ; using the file names. "
-            "label_from=folder takes the folders"
-        )
-    number = {name: i for i, name in enumerate(class_names)}
-    return LabelledImages(paths, [number[name] for name in names[chosen]], class_names)
-
-
-def count_classes(path: str, label_from: str = "auto") -> int:
-    """The number of classes in a folder or .npz file. Raises UserError where it has no labels."""
-    if not _is_npz(path):
-        return len(list_labelled_images(path, label_from).class_names)
-    _, labels = _read_npz(path)
-    if labels is None or labels.max() < 0:
-        raise UserValueError(f"{path!r} has no labels")
-    return int(labels.max()) + 1
+    # A model of a former version has classes, but no names; one without labels has neither.
+    names = config.get("class_names") or (() if config.get("num_classes") else None)
+    rule = config.get("label_from", "auto") if label_from == "auto" else label_from
+    return {"class_names": names, "label_from": rule}
 
 
 class SquareImages(Dataset):
@@ -263,6 +225,8 @@ class SquareImages(Dataset):
 
     A subclass says in `pixels` where they come from. The next one stands in for one that cannot be read.
     """
+
+    label_from = "auto"  # the rule that gave the labels, where they are those of files
 
     def __init__(
         self,
@@ -360,7 +324,9 @@ class ImageDataset(SquareImages):
         image_channels: int = 3,
         max_bad: int = MAX_BAD,
         class_names: Sequence[str] = (),
+        label_from: str = "auto",
     ):
+        self.label_from = label_from
         super().__init__(
             resolution,
             image_paths[shard::num_shards],
@@ -373,16 +339,7 @@ class ImageDataset(SquareImages):
         )
 
     def pixels(self, idx: int, rng: random.Random) -> np.ndarray:
-        path = self.local_images[idx]
-        try:
-            with bf.BlobFile(path, "rb") as file:
-                image = Image.open(file)
-                image.load()
-            image = _to_channels(image, self.image_channels)
-        except Image.UnidentifiedImageError as error:
-            raise BadImageError(f"{path}: not an image") from error
-        except UNREADABLE as error:
-            raise BadImageError(f"{path}: {error}") from error
+        image = read_pixels(self.local_images[idx], self.image_channels)
         return self._crop(image, rng)
 
 
@@ -422,16 +379,7 @@ class ArrayDataset(SquareImages):
                 f"{resolution}x{resolution} with {image_channels}: only 1, 3 and 4 channels can be converted"
             )
         if labels is not None:
-            labels = np.asarray(labels)
-            if (
-                labels.shape != images.shape[:1]
-                or labels.dtype.kind not in "iu"
-                or labels.min(initial=0) < -1
-            ):
-                raise UserValueError(
-                    f"labels must be {len(images)} integers from -1 (unlabelled) up, one for each image, "
-                    f"not {labels.dtype} {list(labels.shape)}"
-                )
+            labels = check_labels(np.asarray(labels), len(images), "an array")
             if class_names is None:
                 class_names = [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
             labels = labels[shard::num_shards]
@@ -451,7 +399,7 @@ class ArrayDataset(SquareImages):
         if not self.random_crop and arr.shape == (self.resolution, self.resolution, self.image_channels):
             return arr
         image = Image.fromarray(arr.squeeze(-1) if arr.shape[-1] == 1 else arr)
-        return self._crop(_to_channels(image, self.image_channels), rng)
+        return self._crop(to_channels(image, self.image_channels), rng)
 
 
 def hold_out(
@@ -538,136 +486,29 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState([low, high, epoch]).permutation(size)
 
 
-def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
-    """The middle square of an image, its shorter side scaled to `image_size`: uint8 [H, W] or [H, W, C]."""
-    arr = np.array(_scale_shorter_side(pil_image, image_size))
-    top, left = ((side - image_size) // 2 for side in arr.shape[:2])
-    return arr[top : top + image_size, left : left + image_size]
-
-
-def random_crop_arr(
-    pil_image: Image.Image,
-    image_size: int,
-    min_crop_frac: float = 0.8,
-    max_crop_frac: float = 1.0,
-    *,
-    rng: random.Random = random,
-) -> np.ndarray:
-    """A random square: uint8 [H, W] or [H, W, C].
-
-    Its side is a random fraction, between the two given, of the image's shorter side. Draws three numbers
-    from `rng`: the scale, the top, the left.
-    """
-    shorter = rng.randrange(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac) + 1)
-    arr = np.array(_scale_shorter_side(pil_image, shorter))
-    top, left = (rng.randrange(side - image_size + 1) for side in arr.shape[:2])
-    return arr[top : top + image_size, left : left + image_size]
-
-
-def _scale_shorter_side(image: Image.Image, target: int) -> Image.Image:
-    # One bicubic step would alias at large factors, so halve by averaging first.
-    while min(image.size) >= 2 * target:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = target / min(image.size)
-    size = (round(image.width * scale), round(image.height * scale))
-    return image.resize(size, resample=Image.Resampling.BICUBIC)
-
-
-def _to_channels(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits: Pillow would clip them at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert(MODES[channels])
-
-
 def _list_image_files_recursively(data_dir: str) -> list[str]:
     """The paths of all images below a folder, depth first in alphabetical order."""
-    results = []
-    for entry in sorted(bf.scandir(data_dir), key=lambda entry: entry.name):
-        stem, _, extension = entry.name.rpartition(".")
-        if stem and extension.lower() in EXTENSIONS:
-            results.append(bf.join(data_dir, entry.name))
-        elif entry.is_dir:
-            results.extend(_list_image_files_recursively(bf.join(data_dir, entry.name)))
-    return results
+    return list_images(data_dir)
 
 
 def _choose(values: Sequence[Any] | np.ndarray, indices: Sequence[int]) -> Sequence[Any] | np.ndarray:
     return values[indices] if isinstance(values, np.ndarray) else [values[idx] for idx in indices]
 
 
-def _list_images(data_dir: str) -> list[str]:
-    if not bf.exists(data_dir):
-        raise UserFileError(f"data not found: {data_dir!r} does not exist")
-    if not bf.isdir(data_dir):
-        raise UserFileError(f"{data_dir!r} is neither a folder of images nor an .npz file")
-    paths = _list_image_files_recursively(data_dir)
-    if not paths:
-        raise UserFileError(f"no images ({', '.join(EXTENSIONS)}) in {data_dir!r} or its subfolders")
-    return paths
-
-
-def _prefix(data_dir: str, path: str) -> str | None:
-    prefix, underscore, _ = bf.basename(path).partition("_")
-    return prefix if underscore else None
-
-
-def _leaf_folder(data_dir: str, path: str) -> str | None:
-    folders = _folders(data_dir, path)
-    return folders[-1] if folders else None
-
-
-def _top_folder(data_dir: str, path: str) -> str | None:
-    folders = _folders(data_dir, path)
-    return folders[0] if folders else None
-
-
-def _folders(data_dir: str, path: str) -> list[str]:
-    return [part for part in path[len(data_dir) :].split("/") if part][:-1]
-
-
-def _first_with_meaning(
-    rules: Sequence[Callable[[str, str], str | None]], data_dir: str, paths: Sequence[str]
-) -> list[str] | None:
-    """The names that the first rule gives whose names have a meaning; None where none has."""
-    for rule in rules:
-        names = [rule(data_dir, path) for path in paths]
-        counts = Counter(names)
-        shared = sum(count for count in counts.values() if count > 1)
-        if None not in counts and len(counts) > 1 and 2 * shared >= len(names):
-            return names
-    return None
-
-
-def _tried(label_from: str) -> str:
-    by_prefix = "the file names up to the first '_'"
-    if label_from == "auto":
-        return f"neither {by_prefix} nor the folders make"
-    return f"{by_prefix if label_from == 'prefix' else 'the folders'} do not make"
-
-
-def _same_partition(a: Sequence[str], b: Sequence[str]) -> bool:
-    return len(set(zip(a, b, strict=True))) == len(set(a)) == len(set(b))
-
-
 def _is_npz(path: str) -> bool:
     return path.lower().endswith(".npz")
 
 
-def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    if not bf.exists(path):
-        raise UserFileError(f"data not found: {path!r} does not exist")
-    with bf.BlobFile(path, "rb") as file:
-        data = io.BytesIO(file.read())
-    try:
-        with np.load(data) as arrays:
-            if "arr_0" not in arrays:
-                raise UserValueError(f"{path!r} has no array arr_0 with the images, only {', '.join(arrays)}")
-            labels = next((arrays[key] for key in ("labels", "arr_1") if key in arrays), None)
-            return arrays["arr_0"], labels
-    except UserValueError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserValueError(f"{path!r} is not a sound .npz file: {error}") from error
+def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
+    """(images, labels [N] or None, names of the classes or None)."""
+    with open_arrays(path) as arrays:
+        if "arr_0" not in arrays:
+            raise UserValueError(f"{path!r} has no array arr_0 with the images, only {', '.join(arrays)}")
+        images = arrays["arr_0"]
+        labels = next((arrays[key] for key in ("labels", "arr_1") if key in arrays), None)
+        if labels is not None:
+            labels = check_labels(labels, len(images), path)
+        return images, labels, stored_class_names(arrays, path)
 
 
 class _Guarded(Dataset):

@@ -193,7 +193,7 @@ class TrainLoop:
     def _load_and_sync_parameters(self):
         """Find what to resume from, and give every rank the same weights."""
         path = find_resume_checkpoint() or self.resume_checkpoint
-        complete = _complete_checkpoint_for(path) if path else None
+        complete = resumed_checkpoint(self.resume_checkpoint)
         if complete:
             logger.log(f"resuming exactly from {complete}")
             self._resume_state = checkpoint_util.load_complete(complete)
@@ -606,6 +606,12 @@ def find_ema_checkpoint(main_checkpoint, step, rate):
 def find_resume_checkpoint():
     """A checkpoint found by other means than the flag: none here. For clusters that restart jobs by themselves."""
     return None
+
+
+def resumed_checkpoint(resume_checkpoint):
+    """The complete checkpoint from which training with this flag goes on, or None."""
+    path = find_resume_checkpoint() or resume_checkpoint
+    return _complete_checkpoint_for(path) if path else None
 
 
 def _complete_checkpoint_for(path):

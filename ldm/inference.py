@@ -16,6 +16,7 @@ from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.figures import to_uint8
 from guided_diffusion.mt.files import read_labels, read_vectors
 from ldm.data.folders import read_images as read_sources
+from ldm.data.images import Reading, reading_of
 from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -129,10 +130,11 @@ def read_given(
     model: LatentDiffusion,
     readers: Mapping[str, Callable] | None = None,
     size: tuple[int, int] | None = None,
+    config: Mapping | None = None,
 ) -> dict:
     """What --given NAME=SOURCE says: images [N, C, H, W] of `size` (default: the model's), labels [N, classes],
     vectors [N, D], or images to read these off. NAME `image` is the image. readers: (source, model) -> value, for
-    other names."""
+    other names. config: the run's: images are read as its data sets read them, labels by its `class_names`."""
     values, readers = {}, readers or {}
     takes = [*(names_of(model) if isinstance(model, JointLatentDiffusion) else []), *readers]
     for spec in specs:
@@ -144,24 +146,29 @@ def read_given(
             raise UserValueError(f"--given {spec}: {name} is given twice")
         if name not in takes:
             raise UserValueError(f"--given {spec}: this model takes {', '.join(takes) or 'nothing'}")
-        values[name] = readers.get(name, lambda s, m, n=name: _read_value(n, s, m, size))(source, model)
+        values[name] = readers.get(name, lambda s, m, n=name: _read_value(n, s, m, size, config or {}))(
+            source, model
+        )
     return values
 
 
-def _read_value(name, source, model, size):
+def _read_value(name, source, model, size, config):
     kind = "image" if name == model.first_stage_key else model.modalities[name].kind
     if kind == "label":
-        return read_labels(source, model.modalities[name])
+        return read_labels(source, model.modalities[name], config.get("class_names") or ())
     if kind == "vector" and Path(source).suffix in (".npy", ".npz"):
         return read_vectors(source, model.modalities[name])
-    return read_model_images(source, model, size)
+    return read_model_images(source, model, size, reading_of(name, config.get("data")))
 
 
 def read_model_images(
-    source: str, model: LatentDiffusion, size: tuple[int, int] | None = None
+    source: str,
+    model: LatentDiffusion,
+    size: tuple[int, int] | None = None,
+    reading: Reading = Reading(),  # noqa: B008 - it is frozen
 ) -> torch.Tensor:
     """Images [N, C, H, W] in [-1, 1] of `size`, or of the model's."""
-    return read_sources(source, size or image_size(model))
+    return read_sources(source, size or image_size(model), reading)
 
 
 def image_size(model: LatentDiffusion) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import torch as th
 
 from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.image_files import to_uint8
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
@@ -47,7 +48,7 @@ def main():
             cond_fn=guidance,
             device=dist_util.dev(),
         )
-        return cli.to_uint8(images), labels
+        return to_uint8(images), labels
 
     logger.log("sampling...")
     cli.save_samples(*cli.collect(args.num_samples, draw))

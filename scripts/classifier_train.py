@@ -83,15 +83,6 @@ def main():
     logger.log("creating model and diffusion...")
     flags = cli.pick(args, classifier_and_diffusion_defaults())
     model, diffusion = create_classifier_and_diffusion(**flags)
-    val_data = None
-    if args.val_data_dir:
-        val_data = load_data(
-            data_dir=args.val_data_dir,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            class_cond=True,
-            image_channels=args.image_channels,
-        )
     cli.train(
         args,
         model.to(dist_util.dev()),
@@ -104,8 +95,23 @@ def main():
         use_fp16=args.classifier_use_fp16,
         lr_anneal_steps=args.iterations if args.anneal_lr else 0,
         noised=args.noised,
-        val_data=val_data,
+        from_data={"val_data": lambda dataset: open_val_data(args, dataset)},
         eval_interval=args.eval_interval,
+    )
+
+
+def open_val_data(args, dataset):
+    """Batches of --val_data_dir with the classes of the training data; None where there is none."""
+    if not args.val_data_dir:
+        return None
+    return load_data(
+        data_dir=args.val_data_dir,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        class_cond=True,
+        image_channels=args.image_channels,
+        class_names=dataset.class_names,
+        label_from=dataset.label_from,
     )
 
 

@@ -5,6 +5,7 @@ python scripts/image_sample.py --model_path ema_0.9999_250000.pt --num_samples 1
 
 from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.image_files import to_uint8
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 
@@ -24,7 +25,7 @@ def main():
         images = sample(
             model, shape, clip_denoised=args.clip_denoised, model_kwargs=kwargs, device=dist_util.dev()
         )
-        return cli.to_uint8(images), *kwargs.values()
+        return to_uint8(images), *kwargs.values()
 
     logger.log("sampling...")
     cli.save_samples(*cli.collect(args.num_samples, draw))

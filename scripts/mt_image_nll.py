@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.image_datasets import open_dataset
+from guided_diffusion.image_datasets import classes_of, open_dataset
+from guided_diffusion.image_files import LABEL_FROM
 from guided_diffusion.mt.modality_set import batch_of
 from guided_diffusion.mt.model import JointModel
 from guided_diffusion.script_util import str2bool
@@ -32,6 +33,12 @@ def parser() -> argparse.ArgumentParser:
     add("--model_path", required=True, help="a run folder or a checkpoint*.pt")
     add("--weights", default="ema", help="ema (its first), a rate such as 0.9999, or model")
     add("--data_dir", required=True, help="a folder of images or an .npz file")
+    add(
+        "--label_from",
+        choices=LABEL_FROM,
+        default="auto",
+        help="what gives the classes; auto: as in training",
+    )
     add("--num_samples", type=int, default=1000, help="images to measure, the first of the data")
     add("--batch_size", type=int, default=16)
     add("--steps", default="", help="a bound over fewer steps (default: all)")
@@ -57,6 +64,7 @@ def main():
         class_cond=labelled,
         random_flip=False,
         image_channels=model.flags["image_channels"],
+        **classes_of(model.flags, args.label_from),
     )
     count = min(args.num_samples, len(dataset))
     own = range(dist_util.get_rank(), count, dist_util.get_world_size())

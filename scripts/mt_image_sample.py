@@ -24,7 +24,8 @@ import torch.distributed as dist
 
 from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
-from guided_diffusion.figures import Row, contact_sheet, to_uint8
+from guided_diffusion.figures import Row, contact_sheet, label_captions, to_uint8
+from guided_diffusion.image_files import are_numbers
 from guided_diffusion.mt.files import GivenImages, read_images, read_labels, read_vectors
 from guided_diffusion.mt.guidance import ClassGuidance, classifier_flags, classifier_guide
 from guided_diffusion.mt.modalities import Modality
@@ -178,7 +179,7 @@ def read_given(
             if images.known is not None:
                 known[name] = images.known
         elif modalities[name].kind == "label":
-            values[name] = read_labels(source, modalities[name])
+            values[name] = read_labels(source, modalities[name], model.class_names)
         else:
             values[name] = read_vectors(source, modalities[name])
     for name in known:
@@ -286,14 +287,15 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
     bad = [name for name in wanted if not np.isfinite(arrays[name]).all()]
     if bad:
         raise UserError(f"the samples of {', '.join(bad)} are not finite: the model or the sampler diverged")
-    images = to_uint8(th.from_numpy(arrays["image"]))
     stored, rows = {}, []
     for name in ["image", *model.modalities.names]:
         if name not in arrays:
             continue
         is_image = name == "image" or model.modalities[name].kind == "image"
-        value = to_uint8(th.from_numpy(arrays[name])) if is_image else arrays[name]
+        value = arrays[name]
         if is_image:
+            known = holes.get(name, th.ones(1, 1, 1, 1, dtype=th.bool)) if name in given else None
+            value = to_uint8(th.from_numpy(value), known)
             rows.append(
                 Row(
                     f"{name} ({'given' if name in given else 'generated'})",
@@ -304,8 +306,10 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
         stored["arr_0" if name == "image" else name] = value
     if "classes" in arrays:
         stored["arr_1"] = arrays["classes"].astype(np.int64)  # ADM's name for the labels
+    if not are_numbers(model.class_names):
+        stored["class_names"] = np.array(model.class_names)  # evaluations tell by them which number is which
     stored |= {f"{name}_known": where[:, 0].numpy() for name, where in holes.items()}
-    path = os.path.join(logger.get_dir(), f"samples_{'x'.join(map(str, images.shape))}.npz")
+    path = os.path.join(logger.get_dir(), f"samples_{'x'.join(map(str, stored['arr_0'].shape))}.npz")
     np.savez(path, **stored)
     sheet = os.path.join(logger.get_dir(), "samples.png")
     contact_sheet(rows).save(sheet)
@@ -319,7 +323,7 @@ def captions(arrays: dict, model: JointModel) -> list[str]:
         for m in model.modalities
         if m.kind == "label" and m.name in arrays
     ]
-    return [" ".join(map(str, numbers)) for numbers in zip(*labels, strict=True)]
+    return label_captions(labels, model.class_names)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ import torch as th
 
 from guided_diffusion import checkpoint_util, cli, dist_util, logger
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
-from guided_diffusion.figures import Row, contact_sheet, to_uint8
-from guided_diffusion.image_datasets import count_classes, hold_out, load_stream, open_dataset
+from guided_diffusion.figures import Row, contact_sheet, label_captions, to_uint8
+from guided_diffusion.image_datasets import classes_of, hold_out, load_stream, open_dataset
 from guided_diffusion.mt.modalities import wants_labels
 from guided_diffusion.mt.model import (
     CONFIG_NAME,
     JointModel,
+    config_of,
     initialise,
     mt_defaults,
     parse_flags,
@@ -57,7 +58,6 @@ def defaults() -> dict:
             held_out=128,  # images that measure the heads and are not trained on; at most a tenth of the data
             random_crop=False,
             random_flip=True,
-            label_from="auto",  # or prefix, folder
             num_workers=2,
             max_bad=10,  # unreadable images before training stops
             max_nonfinite=20,  # steps skipped for NaN or infinity before training stops
@@ -74,19 +74,25 @@ def main():
     dist_util.setup_dist()
     logger.configure(dir=flags["log_dir"] or None, format_strs=log_formats())
     flags = complete(flags)
+    resume = flags["resume_checkpoint"] or (logger.get_dir() if flags["log_dir"] else "")
+    before = config_before(resume)
     dataset = open_dataset(
         flags["data_dir"],
         flags["image_size"],
-        class_cond=flags["num_classes"] > 0,
+        class_cond=wants_labels(flags["modalities"]),
         random_crop=flags["random_crop"],
         random_flip=flags["random_flip"],
         image_channels=flags["image_channels"],
         max_bad=flags["max_bad"],
-        label_from=flags["label_from"],
+        num_classes=flags["num_classes"],
+        **classes_known(flags, before),
     )
+    if dataset.class_names:
+        flags |= {"class_names": dataset.class_names, "label_from": dataset.label_from}
+        flags["num_classes"] = flags["num_classes"] or len(dataset.class_names)
+        cli.check_classes(dataset.class_names, flags["num_classes"])
     dataset, held_out = hold_out(dataset, min(flags["held_out"], len(dataset) // 10), flags["seed"])
-    resume = flags["resume_checkpoint"] or (logger.get_dir() if flags["log_dir"] else "")
-    check_same_model(flags, resume)
+    check_same_model(flags, before, resume)
     th.manual_seed(flags["seed"])  # the same fresh weights everywhere
     model = JointModel.from_flags(flags)
     prepare(model, flags, begun=bool(checkpoint_of(resume)))
@@ -152,8 +158,6 @@ def complete(flags: dict) -> dict:
         raise UserValueError("give --data_dir: a folder of images or an .npz file")
     if not wants_labels(flags["modalities"]):
         flags["num_classes"] = 0
-    elif not flags["num_classes"]:
-        flags["num_classes"] = count_classes(flags["data_dir"], flags["label_from"])
     on_gpu = dist_util.dev().type == "cuda"
     if flags["aggregation"] == "paper" and flags["precision"] in ("bf16", "fp16"):
         raise UserValueError(
@@ -171,17 +175,36 @@ def complete(flags: dict) -> dict:
     return flags
 
 
-def check_same_model(flags: dict, resume: str) -> None:
-    """UserError if the run to resume trained another model, or with other random numbers."""
+def config_before(resume: str) -> dict | None:
+    """The configuration of the run that is continued, None where it begins."""
     path = checkpoint_of(resume)
-    if not os.path.basename(path).startswith("checkpoint"):
+    named = os.path.basename(path).startswith("checkpoint")
+    return checkpoint_util.load_complete(path)["config"] if named else None
+
+
+def classes_known(flags: dict, before: dict | None) -> dict:
+    """What `open_dataset` is told of the classes: those of the run that is continued or begun with, or the user's."""
+    if before is None and flags["init_from"]:
+        before = config_of(flags["init_from"])
+    if before is not None and wants_labels(before.get("modalities", "")):
+        return classes_of(before, flags["label_from"])
+    names = flags["class_names"].split(",") if isinstance(flags["class_names"], str) else flags["class_names"]
+    return {"class_names": [n for n in names if n] or None, "label_from": flags["label_from"]}
+
+
+def check_same_model(flags: dict, before: dict | None, resume: str) -> None:
+    """UserError if the run to resume trained another model, or with other random numbers."""
+    if before is None:
         return
-    before = checkpoint_util.load_complete(path)["config"]
     fixed = [*mt_defaults(), "seed", "held_out", "init_from", "train"]
-    changed = [name for name in fixed if name in before and before[name] != flags[name]]
+    changed = [
+        name for name in fixed if before.get(name, flags[name]) != flags[name] and name != "label_from"
+    ]
     if changed:
         was = ", ".join(f"{name} was {before[name]!r} and is now {flags[name]!r}" for name in changed)
-        raise UserError(f"{path} belongs to another model: {was}. Use another --log_dir, or the former flags")
+        raise UserError(
+            f"{checkpoint_of(resume)} belongs to another model: {was}. Use another --log_dir, or the former flags"
+        )
 
 
 def checkpoint_of(resume: str) -> str:
@@ -228,7 +251,7 @@ def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
         given = random_labels(model.modalities, random)
         sample = model.sample(random, steps, given=given, sampler="dpm++")
     loop.model.train()
-    rows = [Row("image", to_uint8(sample.images), _captions(model.modalities, sample.values))]
+    rows = [Row("image", to_uint8(sample.images), _captions(model, sample.values))]
     rows += [
         Row(m.name, to_uint8(sample.values[m.name]))
         for m in model.modalities
@@ -242,9 +265,9 @@ def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
             log.writer.add_image("samples", np.asarray(sheet), number, dataformats="HWC")
 
 
-def _captions(modalities, values):
-    labels = [values[m.name].argmax(dim=1).tolist() for m in modalities if m.kind == "label"]
-    return [" ".join(map(str, numbers)) for numbers in zip(*labels, strict=True)]
+def _captions(model, values):
+    labels = [values[m.name].argmax(dim=1).tolist() for m in model.modalities if m.kind == "label"]
+    return label_captions(labels, model.class_names)
 
 
 if __name__ == "__main__":

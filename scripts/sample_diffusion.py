@@ -23,10 +23,12 @@ import torch.distributed as dist
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.figures import Row, contact_sheet, to_uint8
+from guided_diffusion.figures import Row, contact_sheet, label_captions, to_uint8
+from guided_diffusion.image_files import MOST_CLASSES, class_number
 from guided_diffusion.seeding import PerSample
 from ldm import inference
 from ldm.checkpoint import trained_steps
+from ldm.data.images import reading_of
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
 
@@ -63,12 +65,11 @@ def main():
     args, overrides = parser().parse_known_args()
     run, checkpoint = inference.locate(args.resume)
     dist_util.setup_dist()
-    model = inference.load_model(
-        inference.merged_config(inference.configurations(run), overrides), checkpoint
-    )
+    config = inference.merged_config(inference.configurations(run), overrides)
+    model = inference.load_model(config, checkpoint)
     out = results_folder(Path(args.logdir or run) / "samples" / f"{trained_steps(checkpoint):08}")
     logger.configure(dir=str(out), format_strs=["stdout"])
-    given = read_given(args.given, model)
+    given = read_given(args.given, model, config)
     wanted = inference.names_wanted(args.want, given, model)
     count = args.n_samples or (len(next(iter(given.values()))) if given else 50000)
     if count < 1:
@@ -84,7 +85,7 @@ def main():
                     inference.save_images(value, out / folder_of(name, model), numbers)
                 else:
                     arrays.setdefault(name, {}).update(zip(numbers, value.cpu().numpy(), strict=True))
-    finish(out, count, given, wanted, inference.gathered(arrays), model)
+    finish(out, count, given, wanted, inference.gathered(arrays), model, config.get("class_names") or ())
 
 
 # ------------------------------------------------------------------------------------------------------ what to sample
@@ -98,30 +99,35 @@ def results_folder(parent: Path) -> Path:
     return parent / name[0]
 
 
-def read_given(specs: list[str], model) -> dict:
+def read_given(specs: list[str], model, config: dict) -> dict:
     """What --given NAME=SOURCE says: images [N, C, H, W], labels [N] or [N, classes], vectors [N, D],
-    captions."""
+    captions. config: the run's, see inference.read_given."""
     condition = model.cond_stage_key if model.model.conditioning_key is not None else None
-    readers = {} if condition is None else {condition: read_condition}
-    values = inference.read_given(specs, model, readers)
+    readers = {}
+    if condition is not None:
+        readers = {condition: lambda source, model: read_condition(source, model, config)}
+    values = inference.read_given(specs, model, readers, config=config)
     if condition is not None and condition not in values:
         raise UserValueError(f"this model is conditioned on {condition}: give --given {condition}=...")
     return values
 
 
-def read_condition(source: str, model):
+def read_condition(source: str, model, config: dict):
     """Captions (text, or a file with one on each line), class numbers, or images, as the model's
     conditioner takes them."""
     if isinstance(model.cond_stage_model, TextEncoder):
         return Path(source).read_text().splitlines() if Path(source).is_file() else [source]
     if isinstance(model.cond_stage_model, ClassEmbedder) or model.cond_stage_model is None:
+        names, most = (
+            config.get("class_names") or (),
+            getattr(model.cond_stage_model, "n_classes", MOST_CLASSES),
+        )
         try:
-            return torch.tensor([int(part) for part in source.split(",")])
-        except ValueError:
-            raise UserValueError(
-                f"{model.cond_stage_key}={source}: give class numbers (3 or 0,1,2)"
-            ) from None
-    return inference.read_model_images(source, model)
+            return torch.tensor([class_number(part.strip(), names, most) for part in source.split(",")])
+        except UserValueError as error:
+            raise UserValueError(f"{model.cond_stage_key}={source}: {error}") from None
+    reading = reading_of(model.cond_stage_key, config.get("data"))
+    return inference.read_model_images(source, model, reading=reading)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -185,7 +191,9 @@ def folder_of(name: str, model) -> str:
     return "img" if name == model.first_stage_key else name
 
 
-def finish(out: Path, count: int, given: dict, wanted: list[str], arrays: dict, model) -> None:
+def finish(
+    out: Path, count: int, given: dict, wanted: list[str], arrays: dict, model, class_names=()
+) -> None:
     """The arrays and the sheet, by rank 0, once all images are there."""
     if dist_util.get_world_size() > 1:
         dist.barrier()
@@ -193,7 +201,10 @@ def finish(out: Path, count: int, given: dict, wanted: list[str], arrays: dict, 
         return
     for name, array in arrays.items():
         np.save(out / f"{name}.npy", array)
-    captions = [str(int(row.argmax())) for row in next(iter(arrays.values()), ())][:SHEET]
+    labels = [
+        array[:SHEET].argmax(1) for name, array in arrays.items() if model.modalities[name].kind == "label"
+    ]
+    captions = label_captions(labels, class_names)
     rows = [
         Row(f"{name} (given)", to_uint8(inference.take(value, list(range(min(SHEET, count))))))
         for name, value in given.items()

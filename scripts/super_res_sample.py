@@ -11,6 +11,7 @@ import torch as th
 
 from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
+from guided_diffusion.image_files import to_uint8
 from guided_diffusion.script_util import sr_create_model_and_diffusion, sr_model_and_diffusion_defaults
 
 
@@ -30,7 +31,7 @@ def main():
         images = sample(
             model, shape, clip_denoised=args.clip_denoised, model_kwargs=kwargs, device=dist_util.dev()
         )
-        return (cli.to_uint8(images),)
+        return (to_uint8(images),)
 
     logger.log("creating samples...")
     cli.save_samples(*cli.collect(args.num_samples, draw))

@@ -119,11 +119,12 @@ def main():
 
 def plan(args) -> tuple[Drawing, Drawing | None]:
     """What to draw, and the baseline beside it. UserValueError for what the models cannot do."""
-    model = inference.load_model(inference.merged_config([args.config]), args.ckpt)
+    config = inference.merged_config([args.config])
+    model = inference.load_model(config, args.ckpt)
     if args.C != model.channels:
         raise UserValueError(f"--C {args.C}: this model's latents have {model.channels} channels")
     image = model.first_stage_key
-    given = inference.read_given(args.given, model, size=(args.H, args.W))
+    given = inference.read_given(args.given, model, size=(args.H, args.W), config=config)
     without = [name.strip() for name in args.without.split(",") if name.strip()]
     modalities = [name for name in inference.names_of(model) if name != image]
     for name in without:

@@ -152,10 +152,10 @@ def test_labels_that_cannot_be_used_are_refused(tmp_path):
     for source, message in (
         ("10", r"class numbers must be 0..9"),
         ("-1", r"class numbers must be 0..9"),
-        ("cat", "give class numbers"),
-        ("1.5", "give class numbers"),
-        ("", "give class numbers"),
-        (tmp_path / "absent.npy", "no such file"),
+        ("cat", "has no names"),
+        ("1.5", "class numbers must be"),
+        ("", "class numbers must be"),
+        (tmp_path / "absent.npy", "absent.npy does not exist"),
         (tmp_path / "real.npy", "must be integers"),
         (tmp_path / "nan.npy", "NaN or infinity"),
         (tmp_path / "sum.npy", "probability vectors"),
@@ -179,7 +179,7 @@ def test_vectors_are_read_from_files(tmp_path):
     np.save(tmp_path / "nan.npy", vectors * np.nan)
     np.save(tmp_path / "words.npy", np.array([["a"] * 4]))
     for name, message in (
-        ("absent.npy", "no such file"),
+        ("absent.npy", "absent.npy does not exist"),
         ("wide.npy", r"expected values of shape \[B, 4\]"),
         ("nan.npy", "NaN or infinity"),
         ("words.npy", "must be numbers"),

@@ -20,7 +20,6 @@ from guided_diffusion.image_datasets import (
     ArrayDataset,
     ImageDataset,
     ResumableBatches,
-    count_classes,
     hold_out,
     list_labelled_images,
     load_data,
@@ -176,7 +175,6 @@ def test_class_folders_give_labels_where_prefixes_have_no_meaning(class_folder):
         (path.parent / "images").mkdir(exist_ok=True)
         path.rename(path.parent / "images" / path.name)
     assert list_labelled_images(str(class_folder)).class_names == ["cat", "dog", "owl"]
-    assert count_classes(str(class_folder)) == 3
     assert open_dataset(str(class_folder), 8, class_cond=True).class_names == ["cat", "dog", "owl"]
 
 
@@ -250,7 +248,7 @@ def test_an_npz_file_stands_for_a_folder(tmp_path):
         batch, cond = next(load_data(**options, class_cond=True, deterministic=True, num_workers=0))
         assert np.allclose(batch, images.transpose(0, 3, 1, 2) / 127.5 - 1, atol=1e-6)
         assert cond["y"].tolist() == [0, 1, 2, 0, 1, 2]
-        assert count_classes(str(tmp_path / "a.npz")) == 3
+        assert open_dataset(str(tmp_path / "a.npz"), 4, class_cond=True).class_names == ["0", "1", "2"]
     assert open_dataset(str(tmp_path / "a.npz"), 4, image_channels=1)[0][0].shape == (1, 4, 4)
 
 
@@ -292,7 +290,7 @@ def test_an_unusable_npz_file_is_explained(tmp_path, arrays, match):
 def test_a_broken_npz_file_is_named(tmp_path):
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((50, 8, 8, 3), dtype=np.uint8))
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:5000])
-    with pytest.raises(UserValueError, match="b.npz.*not a sound .npz"):
+    with pytest.raises(UserValueError, match="b.npz is not a sound .npy or .npz file"):
         open_dataset(str(tmp_path / "b.npz"), 8)
 
 

@@ -11,17 +11,17 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from evaluations.segmentation import load_palette as evaluation_palette
-from evaluations.segmentation import to_indices
 from guided_diffusion.config_file import load_with_bases
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.image_datasets import center_crop_arr, random_crop_arr
+from guided_diffusion.palettes import load_palette, to_indices
 from ldm.data.base import Concatenated, FirstStageImages
 from ldm.data.cityscapes import Cityscapes
 from ldm.data.folders import ImageFolder, read_images
+from ldm.data.images import reading_of
 from ldm.data.paired import CamVid, Night2Day, ParallelFolders, SideBySide
-from ldm.data.palettes import load_palette
 from ldm.training.data import SeededDataset
+from ldm.util import instantiate_from_config
 from tests.conftest import sample_image
 
 CAMVID = load_palette("camvid")
@@ -56,7 +56,7 @@ def to_pixels(x):
 
 
 def classes_of(item, palette="camvid"):
-    return to_indices(to_pixels(item["label_map"]), evaluation_palette(palette))
+    return to_indices(to_pixels(item["label_map"]), load_palette(palette))
 
 
 def test_photo_and_label_map_get_the_same_place_and_flip(camvid):
@@ -104,14 +104,14 @@ def test_label_colours_survive_resizing_exactly(camvid):
     for size in (8, [13, 17], 50):
         item = CamVid(camvid, "train", size)[0]
         colours = {tuple(c) for c in to_pixels(item["label_map"]).reshape(-1, 3)}
-        assert colours <= {tuple(c) for c in CAMVID.colors}
+        assert colours <= {tuple(c) for c in np.concatenate([CAMVID.colors, CAMVID.void_colors])}
         assert len(colours) > 1
 
 
 def test_both_readers_of_a_palette_file_agree():
     for name, void in (("cityscapes", 19), ("camvid", 11)):
         numbers = np.arange(void + 1)[None]
-        assert (to_indices(load_palette(name).paint(numbers), evaluation_palette(name)) == numbers).all()
+        assert (to_indices(load_palette(name).paint(numbers), load_palette(name)) == numbers).all()
 
 
 @pytest.mark.parametrize("size", [(40, 31), (31, 40), (9, 8), (100, 35)])
@@ -169,11 +169,111 @@ def test_numbers_without_a_palette_are_refused_and_colours_taken_as_they_are(tmp
     photo, classes = scene(0)
     saved(photo, tmp_path / "a/x.png")
     saved(classes, tmp_path / "b/x.png")
-    with pytest.raises(UserValueError, match="x.png holds class numbers: say with `palette`"):
+    with pytest.raises(UserValueError, match="x.png: it holds class numbers: say with `palette`"):
         ParallelFolders(tmp_path / "a", tmp_path / "b", 8)[0]
     saved(CAMVID.paint(classes), tmp_path / "b/x.png")
     item = ParallelFolders(tmp_path / "a", tmp_path / "b", [24, 32])[0]
     assert np.array_equal(classes_of(item), classes)
+
+
+def test_ids_of_sixteen_bits_do_not_wrap_around(tmp_path):
+    """31000 modulo 256 is 24, a person."""
+    name = "a_000000_000019"
+    saved(np.zeros((8, 8, 3), np.uint8), tmp_path / f"leftImg8bit/train/a/{name}_leftImg8bit.png")
+    for number, message in ((31000, "class 31000 is no number of a class"), (24, None)):
+        ids = np.full((8, 8), number, np.uint16)
+        saved(ids, tmp_path / f"gtFine/train/a/{name}_gtFine_labelIds.png")
+        data = Cityscapes(tmp_path, "train", 8, annotation="labelIds")
+        if message:
+            with pytest.raises(UserValueError, match=rf"labelIds\.png: {message}"):
+                data[0]
+        else:
+            assert (classes_of(data[0], "cityscapes") == 11).all()
+    saved(np.full((8, 8), 31000, np.uint16), tmp_path / f"gtFine/train/a/{name}_gtFine_labelTrainIds.png")
+    with pytest.raises(UserValueError, match=r"TrainIds\.png: class 31000 is not in palette cityscapes"):
+        Cityscapes(tmp_path, "train", 8, annotation="labelTrainIds")[0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_class_numbers_in_three_channels_are_refused_and_colours_read(tmp_path, mode):
+    _, classes = scene(0)
+    saved(np.zeros((24, 32, 3), np.uint8), tmp_path / "a/x.png")
+    path = tmp_path / "b/x.png"
+    path.parent.mkdir()
+    Image.fromarray(classes).convert(mode).save(path)
+    data = ParallelFolders(tmp_path / "a", tmp_path / "b", [24, 32], palette="camvid")
+    with pytest.raises(
+        UserValueError, match=r"b/x\.png: colour \(\d+, .*not in palette camvid; class numbers are"
+    ):
+        data[0]
+    Image.fromarray(CAMVID.paint(classes)).convert(mode.replace("LA", "RGB")).save(path)
+    assert np.array_equal(classes_of(data[0]), classes)
+
+
+def test_a_colour_of_no_palette_is_named(tmp_path):
+    saved(np.zeros((24, 32, 3), np.uint8), tmp_path / "a/x.png")
+    painted = CAMVID.paint(scene(0)[1])
+    painted[3, 4] = 1, 2, 3
+    saved(painted, tmp_path / "b/x.png")
+    with pytest.raises(UserValueError, match=r"b/x\.png: colour \(1, 2, 3\) is not in palette camvid"):
+        ParallelFolders(tmp_path / "a", tmp_path / "b", 8, palette="camvid")[0]
+
+
+def test_a_map_is_never_smoothed_whatever_its_key(tmp_path):
+    """What is painted is a map: its key need not be listed."""
+    photo, classes = scene(0)
+    saved(photo, tmp_path / "a/x.png")
+    saved(classes, tmp_path / "b/x.png")
+    keys = ("photo", "segmentation")
+    for size in (8, 13, 50):
+        item = ParallelFolders(tmp_path / "a", tmp_path / "b", size, keys, palette="camvid")[0]
+        named = ParallelFolders(tmp_path / "a", tmp_path / "b", size, palette="camvid")[0]
+        assert np.array_equal(item["segmentation"], named["label_map"])
+        assert np.array_equal(item["photo"], named["image"])
+    first = ParallelFolders(tmp_path / "b", tmp_path / "a", 8, keys, maps=["photo"], palette="camvid")[0]
+    assert CAMVID.check_colors(to_pixels(first["photo"])) is not None
+    for wrong, message in (
+        (dict(maps=[], palette="camvid"), "palette camvid has nothing to paint"),
+        (dict(maps=["label_map"]), "no key 'label_map' among photo, segmentation"),
+    ):
+        with pytest.raises(UserValueError, match=message):
+            ParallelFolders(tmp_path / "a", tmp_path / "b", 8, keys, **wrong)
+
+
+def test_a_palette_file_that_is_read_as_a_photo_is_told(tmp_path, caplog):
+    saved(scene(0)[0], tmp_path / "a/x.png")
+    (tmp_path / "b").mkdir()
+    Image.fromarray(scene(0)[1]).convert("P").save(tmp_path / "b/x.png")
+    ParallelFolders(tmp_path / "a", tmp_path / "b", 8, keys=["photo", "seg"])
+    assert "say maps: [seg]" in caplog.text
+
+
+def given_folders(camvid, tmp_path):
+    """Data sets whose maps hold numbers, with where these lie, their configuration and the map's key."""
+    root = str(camvid)
+    parallel = dict(image_root=f"{root}/val", other_root=f"{root}/valannot", palette="camvid")
+    for target, params, key in (
+        ("CamVid", dict(root=root, split="val"), "label_map"),
+        ("ParallelFolders", parallel | dict(keys=["photo", "drawn"]), "drawn"),
+    ):
+        yield {"target": f"ldm.data.paired.{target}", "params": {**params, "size": [10, 14]}}, key
+
+
+def test_given_maps_are_read_as_the_training_reads_them(camvid, tmp_path):
+    for config, key in given_folders(camvid, tmp_path):
+        data = instantiate_from_config(config)
+        cached = {"target": "ldm.data.latents.CachedLatents", "params": {"root": "gone", "images": config}}
+        for section in (config, cached, {"target": "FirstStageImages", "params": {"parts": [config]}}):
+            reading = reading_of(key, {"params": {"batch_size": 1, "train": section}})
+            given = read_images(camvid / "valannot", [10, 14], reading)
+            assert len(given) == len(data) == 2
+            for k in range(2):
+                assert np.array_equal(given[k].permute(1, 2, 0), data[k][key])
+    # Without a configuration of data a label map is no photo either.
+    with pytest.raises(UserValueError, match="holds class numbers: say with `palette`"):
+        read_images(camvid / "valannot", [10, 14], reading_of("label_map", None))
+    photo = {"target": "ldm.data.folders.ImageFolder", "params": {"root": "x", "interpolation": "nearest"}}
+    assert reading_of("image", {"train": photo}).interpolation == "nearest"
 
 
 def test_side_by_side_halves(tmp_path):
@@ -260,5 +360,6 @@ def test_exported_images_are_the_held_out_ones_and_a_sheet_shows_them(camvid, tm
     assert job.returncode == 0, job.stderr
     shown = {tuple(c) for c in np.asarray(Image.open(tmp_path / "sheet.png")).reshape(-1, 3)}
     assert {tuple(c) for c in to_pixels(data[0]["label_map"]).reshape(-1, 3)} <= shown
-    job = run_script("sheet", f"nothing={tmp_path / 'out'}", "--out", tmp_path / "sheet.png")
+    (tmp_path / "none").mkdir()
+    job = run_script("sheet", f"nothing={tmp_path / 'none'}", "--out", tmp_path / "sheet.png")
     assert job.returncode == 2 and "no images in" in job.stderr

@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from guided_diffusion import dist_util
+from ldm import inference
+from ldm.data.paired import CamVid
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from tests.conftest import ROOT, sample_image
 from tests.ldm_models import CLASSES, KL, small, unet_config
@@ -139,6 +141,35 @@ def test_joint_samples_and_both_directions(run, joint_run, tmp_path):
     assert list(label_maps) == ["label_map"] and len(label_maps["label_map"]) == 3
 
 
+@pytest.mark.parametrize("baseline", [False, True])
+def test_given_label_maps_are_those_of_the_training(run, tmp_path, monkeypatch, baseline):
+    """Class numbers are painted and cut as the run's own data set does it, for joint and conditional models."""
+    numbers = np.random.default_rng(0).integers(0, 12, (3, 5, 7)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    for split in ("train", "trainannot"):
+        (tmp_path / "camvid" / split).mkdir(parents=True)
+        for i, array in enumerate(numbers):
+            Image.fromarray(array).save(tmp_path / "camvid" / split / f"{i}.png")
+    params = {"root": str(tmp_path / "camvid"), "split": "train", "size": 16}
+    data = {"target": "x", "params": {"train": {"target": "ldm.data.paired.CamVid", "params": params}}}
+    if baseline:
+        options = dict(cond_stage_config="__is_first_stage__", cond_stage_key="label_map")
+        folder, _ = write_run(tmp_path / "run", **options, unet_config=unet_config(in_channels=4))
+    else:
+        spec = {"label_map": {"preset": "image", "variant": "X"}}
+        folder, _ = write_run(tmp_path / "run", "joint.JointLatentDiffusion", modalities=spec)
+    project = folder / "configs" / "2024-project.yaml"
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(project), {"data": data}), project)
+    read = []
+    whole = inference.read_given
+    monkeypatch.setattr(inference, "read_given", lambda *a, **b: read.append(whole(*a, **b)) or read[-1])
+    given = ("--given", f"label_map={tmp_path / 'camvid' / 'trainannot'}", "--want", "image")
+    code, _, err = run("sample_diffusion", "-r", folder, "-c", 2, *given)
+    assert code == 0, err
+    trained = CamVid(**params)
+    for k, value in enumerate(read[0]["label_map"]):
+        assert np.array_equal(value.permute(1, 2, 0), trained[k]["label_map"])
+
+
 def test_a_model_conditioned_on_images(run, tmp_path):
     """The single-task baseline: images under cond_stage_key steer the samples."""
     options = dict(cond_stage_config="__is_first_stage__", cond_stage_key="label_map")
@@ -175,6 +206,16 @@ def test_classes_and_guidance(run, tmp_path):
     assert (drawn[0] != drawn[1]).any()
     code, _, err = run("sample_diffusion", "-r", folder, "--given", "class_label=1", "--scale", 5)
     assert code == 2 and "no null input" in err
+    # By name, where the configuration has names.
+    project = folder / "configs" / "2024-project.yaml"
+    names = {"class_names": ["ant", "bee", "cow", "nothing"]}
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(project), names), project)
+    options = ("-c", 3, "-e", 0, "--scale", 5, "--null_label", 3, "-l", tmp_path / "named")
+    code, _, err = run("sample_diffusion", "-r", folder, *options, "--given", "class_label=bee,cow")
+    assert code == 0, err
+    assert np.array_equal(pixels(newest(tmp_path / "named") / "img" / "000001.png"), drawn[1])
+    code, _, err = run("sample_diffusion", "-r", folder, *options, "--given", "class_label=dog")
+    assert code == 2 and "'dog' is no class: the classes are ant, bee, cow" in err
 
 
 class Ranks:

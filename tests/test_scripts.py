@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from guided_diffusion import logger
+from guided_diffusion import checkpoint_util, logger
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -206,6 +206,31 @@ def test_classifier_learns_and_guides(monkeypatch, tmp_path, image_folder, train
             images, labels = samples["arr_0"], samples["arr_1"]
         agreement[scale] = (images.mean(axis=(1, 2)).argmax(axis=-1) == labels).mean()
     assert agreement[30] > 0.9 > 0.7 > agreement[0]
+
+
+def test_a_classifier_is_validated_by_the_names_of_its_classes(monkeypatch, tmp_path, image_folder, capsys):
+    """A validation folder without the first class does not shift the others' numbers."""
+    later = tmp_path / "later"
+    for name in "bc":
+        (later / name).mkdir(parents=True)
+        for path in Path(image_folder).glob(f"{name}_*.png"):
+            (later / name / path.name).symlink_to(path)
+    flags = [
+        *CLASSIFIER_DIFFUSION, *CLASSIFIER, "--noised", "False", "--data_dir", image_folder, "--val_data_dir", later,
+        "--iterations", 40, "--eval_interval", 10, "--save_interval", 100, "--lr", 1e-3, "--batch_size", 8,
+        "--num_workers", 0, "--seed", 1,
+    ]  # fmt: skip
+    script(monkeypatch, tmp_path / "log", "classifier_train", *flags)
+    accuracy = [float(a) for a in re.findall(r"\| val_acc@1 +\| ([\d.]+)", capsys.readouterr().out)]
+    assert accuracy[-1] == 1
+    stored = checkpoint_util.load_complete(tmp_path / "log" / "checkpoint000039.pt")["config"]
+    assert stored["class_names"] == ["a", "b", "c"] and stored["label_from"] == "prefix"
+    for path in (later / "b").iterdir():
+        path.rename(path.with_name(path.name.replace("b_", "x_")))
+    (later / "b").rename(later / "x")
+    with pytest.raises(SystemExit):
+        script(monkeypatch, tmp_path / "log2", "classifier_train", *flags)
+    assert "does not know: x; it knows a, b, c" in capsys.readouterr().err
 
 
 def test_scripts_run_uninstalled_on_two_ranks(tmp_path, image_folder):

@@ -1,21 +1,27 @@
 """Given and wanted modalities as files: images, arrays, labels (what `mt_image_sample.py` reads and
 writes)."""
 
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch as th
-from PIL import Image, UnidentifiedImageError
 
-from ..errors import UserError, UserFileError, UserValueError
-from ..image_datasets import MODES, _to_channels, center_crop_arr
+from ..errors import UserFileError, UserValueError
+from ..image_files import (
+    MODES,
+    center_crop_arr,
+    class_number,
+    list_images,
+    open_arrays,
+    opened,
+    renumber,
+    stored_class_names,
+    to_channels,
+    upright,
+)
 from .modalities import Modality, one_hot
-
-IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,7 @@ def read_images(source: str, channels: int, size: int) -> GivenImages:
     if path.suffix == ".npz":
         pixels, mask = _from_npz(path)
     else:
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES) if path.is_dir() else [path]
-        if not files:
-            raise UserFileError(f"no images in {source}")
+        files = list_images(path) if path.is_dir() else [path]
         pairs = [_from_image(file, channels, size) for file in files]
         pixels, mask = np.stack([p for p, _ in pairs]), np.stack([m for _, m in pairs])
     if pixels.shape[1:] != (size, size, channels):
@@ -57,10 +61,10 @@ def read_images(source: str, channels: int, size: int) -> GivenImages:
 
 
 def _from_npz(path):
-    arrays = _read_arrays(path)
-    if "arr_0" not in arrays:
-        raise UserValueError(f"{path} has no array arr_0 (uint8 [N, H, W, C])")
-    pixels, mask = arrays["arr_0"], arrays.get("mask")
+    with open_arrays(path) as arrays:
+        if "arr_0" not in arrays:
+            raise UserValueError(f"{path} has no array arr_0 (uint8 [N, H, W, C])")
+        pixels, mask = arrays["arr_0"], arrays.get("mask")
     if pixels.dtype != np.uint8 or pixels.ndim != 4:
         raise UserValueError(
             f"{path}: arr_0 must be uint8 [N, H, W, C], not {pixels.dtype} {list(pixels.shape)}"
@@ -73,14 +77,11 @@ def _from_npz(path):
 def _from_image(path, channels, size):
     if channels not in MODES:
         raise UserValueError(f"{path}: the model's images have {channels} channels: give them as an .npz")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            # In a model of RGBA images alpha is a channel like the others.
-            alpha = np.asarray(image.convert("RGBA"))[..., 3] if channels != 4 else np.full((1, 1), 255)
-            flat = _to_channels(image, channels)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    with opened(path) as file:
+        image = upright(file, str(path))
+        # In a model of RGBA images alpha is a channel like the others.
+        alpha = np.asarray(image.convert("RGBA"))[..., 3] if channels != 4 else np.full((1, 1), 255)
+        flat = to_channels(image, channels)
     if flat.size != (size, size) and alpha.min() < 255:
         raise UserValueError(
             f"{path}: an image with missing pixels must have the model's size, {size}x{size}"
@@ -90,49 +91,41 @@ def _from_image(path, channels, size):
     return pixels.reshape(size, size, channels), known
 
 
-def read_labels(source: str, modality: Modality) -> th.Tensor:
-    """Labels as probability vectors [N, classes]: from "3", "0,1,2", or an .npz / .npy of integers [N] or
-    probabilities [N, classes]."""
+def read_labels(source: str, modality: Modality, class_names: Sequence[str] = ()) -> th.Tensor:
+    """Labels as probability vectors [N, classes]: from "3", "0,1,2", "cat,dog", or an .npz / .npy of integers [N] or
+    probabilities [N, classes]. class_names: of the model; those that an .npz brings are matched with them."""
     classes = modality.shape[0]
     if Path(source).suffix in (".npy", ".npz"):
-        array = _named(_read_arrays(source), (modality.name, "labels", "arr_1", "arr_0"), source)
-        if array.ndim == 2:
+        with open_arrays(source) as arrays:
+            array = _named(arrays, (modality.name, "labels", "arr_1", "arr_0"), source)
+            names = stored_class_names(arrays, source)
+        if array.ndim == 2 and array.dtype.kind in "iuf":
             return modality.check(th.from_numpy(array.astype(np.float32)))
         numbers = array
     else:
+        names = None
         try:
-            numbers = np.array([int(part) for part in source.split(",")])
-        except ValueError:
-            raise UserValueError(
-                f"{modality.name}={source}: give class numbers (3 or 0,1,2) or an .npz or .npy file"
-            ) from None
+            numbers = np.array(
+                [class_number(part.strip(), class_names, classes) for part in source.split(",")]
+            )
+        except UserValueError as error:
+            raise UserValueError(f"{modality.name}={source}: {error}; or give an .npz or .npy file") from None
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
         raise UserValueError(f"{source}: labels must be integers [N] or probabilities [N, {classes}]")
-    if len(numbers) == 0 or numbers.min() < 0 or numbers.max() >= classes:
+    if len(numbers) == 0 or numbers.min() < 0 or numbers.max() >= (len(names) if names else classes):
         raise UserValueError(f"{modality.name}={source}: class numbers must be 0..{classes - 1}")
+    if names and class_names:
+        numbers = renumber(numbers, names, class_names, source)
     return one_hot(th.from_numpy(numbers.astype(np.int64)), classes)
 
 
 def read_vectors(source: str, modality: Modality) -> th.Tensor:
     """Vectors [N, D] from an .npy, or an .npz under the modality's name or arr_0."""
-    array = _named(_read_arrays(source), (modality.name, "arr_0"), source)
+    with open_arrays(source) as arrays:
+        array = _named(arrays, (modality.name, "arr_0"), source)
     if array.dtype.kind not in "iuf":
         raise UserValueError(f"{source}: vectors must be numbers [N, D], not {array.dtype}")
     return modality.check(th.from_numpy(array.astype(np.float32)))
-
-
-def _read_arrays(source: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by name, or that of an .npy as arr_0. UserError if it is missing or damaged."""
-    if not Path(source).exists():
-        raise UserFileError(f"no such file: {source}")
-    try:
-        loaded = np.load(source)
-        if isinstance(loaded, np.ndarray):
-            return {"arr_0": loaded}
-        with loaded:
-            return dict(loaded)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{source} is not a sound .npy or .npz file: {error}") from error
 
 
 def _named(arrays: Mapping, names, source):

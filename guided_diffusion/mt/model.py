@@ -48,6 +48,8 @@ def mt_defaults() -> dict:
         unshifted_probability=0.33,  # share of the samples without a modality's shift, its loss stays
         code_interval=0,  # steps between two refreshes of labels' codes; 0: as cheap as 5 % of a step
         single_task_probability=0.0,  # share of the samples that are images alone (M*, E*)
+        class_names="",  # in the order of their numbers; "": those of the data
+        label_from="auto",  # what gave them: prefix, folder
     )
 
 
@@ -73,7 +75,8 @@ class JointModel:
         """Build from flags of `mt_defaults` (others are left out). UserValueError for impossible values."""
         flags = {name: flags[name] for name in mt_defaults()}
         own = ("modalities", "aggregation", *_FORMER, "single_task_probability")
-        model_flags, diffusion_flags = split_flags(flags)
+        names = {name: flags[name] for name in ("class_names", "label_from")}
+        model_flags, diffusion_flags = split_flags({k: v for k, v in flags.items() if k not in names})
         spec, schedule, detectability, presence, unshifted, interval, single_task = map(model_flags.pop, own)
         for name in ("single_task_probability", "unshifted_probability"):
             if not 0 <= flags[name] <= 1:
@@ -122,6 +125,11 @@ class JointModel:
         checkpoint_util.load_weights(model.network, state, source)
         model.network.eval()
         return model
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of a label's classes, () where the model has none."""
+        return self.flags.get("class_names") or ()
 
     def respaced(self, steps: str | int) -> SpacedDiffusion:
         """The diffusion over fewer steps ("" for all, a number, "ddim50", "10,15,20"), with the same
@@ -205,6 +213,14 @@ def with_former_defaults(flags: Mapping) -> dict:
 
 # Parts that a model may have beside ADM's U-Net, and another may lack.
 _OPTIONAL = ("heads.", "label_emb.", "presence.", "codes.")
+
+
+def config_of(path: str) -> dict | None:
+    """The configuration of the run at `path`, as of `initialise`; None where there are weights alone."""
+    try:
+        return _read(path, "model")[1]
+    except UserFileError:
+        return None
 
 
 def initialise(network: UNetModel, path: str) -> tuple[list[str], list[str]]:

@@ -7,7 +7,8 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Dataset
 
 from guided_diffusion.errors import UserValueError
-from ldm.data.images import INTERPOLATIONS, Resampling, Source, draw_cut
+from guided_diffusion.image_files import draw_cut
+from ldm.data.images import INTERPOLATIONS, Reading, Resampling, Source
 from ldm.util import instantiate_from_config
 
 Item = dict[str, Any]
@@ -39,6 +40,11 @@ class Images(Dataset):
         self.random_flip = random_flip
         self.interpolation = interpolation
 
+    @classmethod
+    def readings(cls, **params) -> dict[str, Reading]:
+        """How the images of such a data set are read, by key, from its parameters alone: no file is opened."""
+        return {}
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The names of an item's images."""
@@ -59,7 +65,7 @@ class Images(Dataset):
         cut = draw_cut(first.size, self.size, self.random_crop, self.random_flip)
         item: Item = {}
         for key, image in images.items():
-            is_map = entry[key].is_map
+            is_map = entry[key].reading.is_map
             resample = Resampling.NEAREST if is_map else INTERPOLATIONS[self.interpolation]
             item[key] = np.ascontiguousarray(cut.apply(image, resample)).astype(np.float32) / 127.5 - 1
         return {**item, "file_path_": _path(entry)}
@@ -114,7 +120,7 @@ def check_sizes(entries: Sequence[Mapping[str, Source]]) -> None:
             told = ", ".join(
                 f"{source.path} is {'x'.join(map(str, sizes[key]))}" for key, source in entry.items()
             )
-            raise UserValueError(f"the images of a pair must be of one size, but {told}")
+            raise UserValueError(f"the images of a pair must be of one size (upright), but {told}")
 
 
 def _path(entry: Mapping[str, Source]) -> str:

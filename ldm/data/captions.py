@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
-from guided_diffusion.image_datasets import _list_images
+from guided_diffusion.image_files import list_images
 from ldm.data.base import Images, Item
-from ldm.data.images import Source
+from ldm.data.images import Reading, Source
 
 TABLES = ("captions.csv", "metadata.jsonl")
 COLUMNS = (("image", "caption"), ("file_name", "text"))  # of captions.csv
@@ -53,6 +53,12 @@ class CaptionFolder(Images):
         self.caption = caption
         self.caption_key = caption_key
 
+    @classmethod
+    def readings(
+        cls, image_key: str = "jpg", interpolation: str = "bicubic", **_params
+    ) -> dict[str, Reading]:
+        return {image_key: Reading(interpolation=interpolation)}
+
     def __getitem__(self, index: int) -> Item:
         return {**super().__getitem__(index), self.caption_key: self.draw_caption(index)}
 
@@ -65,7 +71,7 @@ class CaptionFolder(Images):
 def read_captions(root: str | Path) -> dict[Path, tuple[str, ...]]:
     """The captions of every image below a folder, in the order of their table or file. UserError: see
     CaptionFolder."""
-    paths = [Path(path) for path in _list_images(str(root))]
+    paths = [Path(path) for path in list_images(root)]
     tables = [Path(root) / name for name in TABLES if (Path(root) / name).is_file()]
     if len(tables) > 1:
         raise UserError(f"{root} has both {' and '.join(TABLES)}: keep the one that holds")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from guided_diffusion.errors import UserValueError
 from ldm.data.base import Images
-from ldm.data.paired import pair_entries, pair_files, split_folder, two_keys
+from ldm.data.images import Reading, pair_readings
+from ldm.data.paired import KEYS, pair_entries, pair_files, split_folder, two_keys
 
 ANNOTATIONS = ("color", "labelIds", "labelTrainIds")
 
@@ -22,18 +23,28 @@ class Cityscapes(Images):
         root: str | Path,
         split: str,  # train, val
         size: int | Sequence[int],
-        keys: Sequence[str] = ("image", "label_map"),
+        keys: Sequence[str] = KEYS,
         annotation: str = "color",
         **how,  # random_crop, random_flip, interpolation: see Images
     ):
-        if annotation not in ANNOTATIONS:
-            raise UserValueError(f"annotation must be one of {', '.join(ANNOTATIONS)}, not {annotation!r}")
+        readings = self.readings(keys, annotation)
         pairs = pair_files(
             split_folder(Path(root) / "leftImg8bit", split),
             split_folder(Path(root) / "gtFine", split),
             "_leftImg8bit",
             f"_gtFine_{annotation}",
         )
-        palette = None if annotation == "color" else "cityscapes"
-        maps = two_keys(keys)[1:]
-        super().__init__(pair_entries(pairs, keys, maps, palette, ids=annotation == "labelIds"), size, **how)
+        super().__init__(pair_entries(pairs, readings), size, **how)
+
+    @classmethod
+    def readings(
+        cls,
+        keys: Sequence[str] = KEYS,
+        annotation: str = "color",
+        interpolation: str = "bicubic",
+        **_params,
+    ) -> dict[str, Reading]:
+        if annotation not in ANNOTATIONS:
+            raise UserValueError(f"annotation must be one of {', '.join(ANNOTATIONS)}, not {annotation!r}")
+        keys, palette = two_keys(keys), None if annotation == "color" else "cityscapes"
+        return pair_readings(keys, keys[1:], palette, annotation == "labelIds", interpolation)

@@ -1,6 +1,6 @@
-"""One image: where it is read from, and how it is cut to the size of training."""
+"""One image of a scene: where it is read from, and how: as a photo, or as a label map."""
 
-import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from guided_diffusion.errors import UserValueError
-from guided_diffusion.image_datasets import UNREADABLE, BadImageError, _to_channels
-from ldm.data.palettes import Palette
+from guided_diffusion.image_files import image_size, opened, to_channels, upright
+from guided_diffusion.palettes import NUMBERS, Palette, load_palette
 
 Resampling = Image.Resampling
 INTERPOLATIONS = {
@@ -19,27 +19,61 @@ INTERPOLATIONS = {
     "bicubic": Resampling.BICUBIC,
     "lanczos": Resampling.LANCZOS,
 }
-CLASS_NUMBERS = ("P", "L", "I", "I;16")  # modes of Pillow in which a label map holds numbers, not colours
-LARGEST_CROP = 0.8  # of a random crop: its side is this share to all of the image's, as in ADM
+LABEL_MAPS = ("label_map",)  # keys whose images are label maps, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file becomes an image. A label map is never smoothed; `palette` paints one that holds numbers, and one
+    that holds colours must hold the palette's alone."""
+
+    is_map: bool = False
+    palette: Palette | None = None
+    ids: bool = False  # the numbers are the palette's `ids`
+    interpolation: str = "bicubic"  # of a photo
+
+    @property
+    def resample(self) -> Resampling:
+        """What resizes it."""
+        return Resampling.NEAREST if self.is_map else INTERPOLATIONS[self.interpolation]
+
+    def read(self, path: Path, half: int | None = None) -> Image.Image:
+        """The image in RGB; `half` as in Source. UserError that names the file, where it cannot be used."""
+        with opened(path) as file:
+            image = upright(file, str(path))
+            if half is not None:
+                middle = image.width // 2
+                image = image.crop((half * middle, 0, (half + 1) * middle, image.height))
+            holds_numbers = self.is_map and image.mode in NUMBERS
+            image = image if holds_numbers else to_channels(image, 3)
+        try:
+            if holds_numbers:
+                return self._painted(image)
+            if self.palette is not None:
+                self.palette.check_colors(np.asarray(image))
+            return image
+        except UserValueError as error:
+            raise UserValueError(f"{path}: {error}") from None
+
+    def _painted(self, image: Image.Image) -> Image.Image:
+        if self.palette is not None:
+            return Image.fromarray(self.palette.paint(np.asarray(image), self.ids))
+        if image.mode == "P":  # brings its colours along
+            return image.convert("RGB")
+        raise UserValueError("it holds class numbers: say with `palette` how they are painted")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an image comes from. A label map is never smoothed; `palette` paints one that holds numbers."""
+    """Where an image comes from."""
 
     path: Path
-    is_map: bool = False
-    palette: Palette | None = None
-    ids: bool = False  # the numbers are the palette's `ids`
+    reading: Reading = Reading()
     half: int | None = None  # 0: the left half of a side-by-side image, 1: the right one
 
     def size(self) -> tuple[int, int]:
         """(width, height), from the file's head alone. BadImageError where there is none."""
-        try:
-            with Image.open(self.path) as image:
-                width, height = image.size
-        except UNREADABLE as error:
-            raise BadImageError(f"{self.path} cannot be read as an image: {error}") from error
+        width, height = image_size(self.path)
         if self.half is None:
             return width, height
         if width % 2:
@@ -47,74 +81,60 @@ class Source:
         return width // 2, height
 
     def read(self) -> Image.Image:
-        """The image in RGB. BadImageError, which names the file, where it is damaged."""
-        try:
-            with Image.open(self.path) as image:
-                image.load()
-        except UNREADABLE as error:
-            raise BadImageError(f"{self.path} cannot be read as an image: {error}") from error
-        if self.half is not None:
-            middle = image.width // 2
-            image = image.crop((self.half * middle, 0, (self.half + 1) * middle, image.height))
-        if self.is_map and image.mode in CLASS_NUMBERS:
-            return self._painted(image)
-        return _to_channels(image, 3)
-
-    def _painted(self, image: Image.Image) -> Image.Image:
-        if self.palette is None:
-            if image.mode == "P":  # brings its colours along
-                return image.convert("RGB")
-            raise UserValueError(f"{self.path} holds class numbers: say with `palette` how they are painted")
-        try:
-            return Image.fromarray(self.palette.paint(np.asarray(image), self.ids))
-        except UserValueError as error:
-            raise UserValueError(f"{self.path}: {error}") from None
+        """The image in RGB. UserError, which names the file, where it cannot be used."""
+        return self.reading.read(self.path, self.half)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A place in images of one size: the same for a photo and its label map."""
+def pair_readings(
+    keys: tuple[str, ...],
+    maps: tuple[str, ...] | None = None,  # keys that are label maps
+    palette: str | None = None,
+    ids: bool = False,
+    interpolation: str = "bicubic",
+) -> dict[str, Reading]:
+    """How the images of a pair are read, by key.
 
-    halvings: int  # averages of 2x2 pixels before the resampling
-    scaled: tuple[int, int]  # (width, height) that the whole image gets
-    left: int
-    top: int
-    size: tuple[int, int]  # (height, width) that is cut out of it
-    flip: bool
-
-    def apply(self, image: Image.Image, resample: Resampling) -> np.ndarray:
-        """The cut out of an image: uint8 [H, W, 3]. NEAREST invents no colour."""
-        if resample != Resampling.NEAREST:
-            for _ in range(self.halvings):
-                image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-        if image.size != self.scaled:
-            image = image.resize(self.scaled, resample)
-        height, width = self.size
-        arr = np.asarray(image)[self.top : self.top + height, self.left : self.left + width]
-        return arr[:, ::-1] if self.flip else arr
-
-
-def draw_cut(
-    image: tuple[int, int],  # (width, height)
-    size: tuple[int, int],  # (height, width)
-    random_crop: bool,
-    random_flip: bool,
-) -> Cut:
-    """The middle of an image, scaled so that it just covers `size`, or a random part of it.
-
-    For squares the numbers drawn and the pixels cut are ADM's (center_crop_arr, random_crop_arr).
+    Without `maps` a `label_map` is a label map, or with a palette, if no key is called so, the last one.
+    UserValueError where `maps` are no keys, or nothing is left for the palette to paint.
     """
-    height, width = cover = size
-    if random_crop:
-        tall = random.randrange(height, -int(-height // LARGEST_CROP) + 1)
-        cover = (tall, round(width * tall / height))
-    w, h = image
-    halvings = 0
-    while w >= 2 * cover[1] and h >= 2 * cover[0]:  # one resampling step would alias at large factors
-        w, h, halvings = w // 2, h // 2, halvings + 1
-    scale = max(cover[1] / w, cover[0] / h)
-    scaled = (round(w * scale), round(h * scale))
-    spare = (scaled[1] - height, scaled[0] - width)
-    top, left = (random.randrange(s + 1) for s in spare) if random_crop else (s // 2 for s in spare)
-    flip = random_flip and random.random() < 0.5
-    return Cut(halvings, scaled, left, top, size, flip)
+    if unknown := [key for key in maps or () if key not in keys]:
+        raise UserValueError(f"maps: there is no key {unknown[0]!r} among {', '.join(keys)}")
+    if maps is None:
+        maps = [key for key in keys if key in LABEL_MAPS] or (keys[-1:] if palette else ())
+    if palette and not maps:
+        raise UserValueError(
+            f"palette {palette} has nothing to paint: say with `maps` which keys are label maps"
+        )
+    painted = load_palette(palette) if palette else None
+    return {
+        key: Reading(True, painted, ids) if key in maps else Reading(interpolation=interpolation)
+        for key in keys
+    }
+
+
+def reading_of(key: str, data: Mapping | None) -> Reading:
+    """How the data sets of a configuration (its section `data`) read the images under `key`.
+
+    Where it does not say, a `label_map` is a label map in colours, everything else a photo.
+    """
+    for found in _readings(data):
+        if key in found:
+            return found[key]
+    return Reading(is_map=key in LABEL_MAPS)
+
+
+def _readings(config):
+    """Of every data set in a configuration, how it reads its images, by key."""
+    from ldm.data.base import Images  # here: it is built on this module
+    from ldm.util import get_obj_from_str
+
+    if isinstance(config, Mapping):
+        target, params = config.get("target"), config.get("params") or {}
+        if isinstance(target, str) and target.startswith("ldm.data."):
+            kind = get_obj_from_str(target)
+            if isinstance(kind, type) and issubclass(kind, Images):
+                yield kind.readings(**params)
+        config = list(config.values())
+    if isinstance(config, list):
+        for value in config:
+            yield from _readings(value)

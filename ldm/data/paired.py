@@ -1,15 +1,14 @@
 """Pairs of images of one scene: in two parallel folders, or side by side in one file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
-from guided_diffusion.image_datasets import _list_images
+from guided_diffusion.image_files import list_images, opened, tell
 from ldm.data.base import Images, check_sizes
-from ldm.data.images import Source
-from ldm.data.palettes import load_palette
+from ldm.data.images import Reading, Source, pair_readings
 
-LABEL_MAPS = ("label_map",)  # keys whose images are label maps, where nothing else is said
+KEYS = ("image", "label_map")
 
 
 class ParallelFolders(Images):
@@ -23,13 +22,25 @@ class ParallelFolders(Images):
         image_root: str | Path,
         other_root: str | Path,
         size: int | Sequence[int],
-        keys: Sequence[str] = ("image", "label_map"),
-        maps: Sequence[str] = LABEL_MAPS,  # keys that are label maps: nearest pixel, painted
-        palette: str | None = None,  # of label maps that hold class numbers
+        keys: Sequence[str] = KEYS,
+        maps: Sequence[str] | None = None,  # keys that are label maps, see pair_readings
+        palette: str | None = None,  # of label maps: they hold class numbers, or its colours
         **how,  # random_crop, random_flip, interpolation: see Images
     ):
+        readings = self.readings(keys, maps, palette)
         pairs = pair_files(Path(image_root), Path(other_root))
-        super().__init__(pair_entries(pairs, keys, maps, palette), size, **how)
+        super().__init__(pair_entries(pairs, readings), size, **how)
+
+    @classmethod
+    def readings(
+        cls,
+        keys: Sequence[str] = KEYS,
+        maps: Sequence[str] | None = None,
+        palette: str | None = None,
+        interpolation: str = "bicubic",
+        **_params,
+    ) -> dict[str, Reading]:
+        return pair_readings(two_keys(keys), maps, palette, interpolation=interpolation)
 
 
 class SideBySide(Images):
@@ -39,17 +50,27 @@ class SideBySide(Images):
         self,
         root: str | Path,
         size: int | Sequence[int],
-        keys: Sequence[str] = ("image", "label_map"),
-        maps: Sequence[str] = LABEL_MAPS,
+        keys: Sequence[str] = KEYS,
+        maps: Sequence[str] | None = None,
         **how,
     ):
-        left, right = two_keys(keys)
+        readings = self.readings(keys, maps)
         entries = [
-            {key: Source(Path(path), is_map=key in maps, half=half) for half, key in enumerate((left, right))}
-            for path in _list_images(str(root))
+            {key: Source(Path(path), readings[key], half) for half, key in enumerate(readings)}
+            for path in list_images(root)
         ]
         check_sizes(entries)
         super().__init__(entries, size, **how)
+
+    @classmethod
+    def readings(
+        cls,
+        keys: Sequence[str] = KEYS,
+        maps: Sequence[str] | None = None,
+        interpolation: str = "bicubic",
+        **_params,
+    ) -> dict[str, Reading]:
+        return pair_readings(two_keys(keys), maps, interpolation=interpolation)
 
 
 class Night2Day(SideBySide):
@@ -57,6 +78,10 @@ class Night2Day(SideBySide):
 
     def __init__(self, root: str | Path, split: str, size: int | Sequence[int], **how):
         super().__init__(split_folder(root, split), size, keys=("night", "day"), **how)
+
+    @classmethod
+    def readings(cls, keys: Sequence[str] = ("night", "day"), *args, **params) -> dict[str, Reading]:
+        return super().readings(keys, *args, **params)
 
 
 class CamVid(ParallelFolders):
@@ -67,19 +92,18 @@ class CamVid(ParallelFolders):
         root: str | Path,
         split: str,
         size: int | Sequence[int],
-        keys: Sequence[str] = ("image", "label_map"),
+        keys: Sequence[str] = KEYS,
         **how,
     ):
         annotations = Path(root) / f"{split}annot"
-        super().__init__(
-            split_folder(root, split),
-            annotations,
-            size,
-            keys,
-            maps=two_keys(keys)[1:],
-            palette="camvid",
-            **how,
-        )
+        super().__init__(split_folder(root, split), annotations, size, keys, **how)
+
+    @classmethod
+    def readings(
+        cls, keys: Sequence[str] = KEYS, *_maps, interpolation: str = "bicubic", **_params
+    ) -> dict[str, Reading]:
+        keys = two_keys(keys)
+        return pair_readings(keys, keys[1:], "camvid", interpolation=interpolation)
 
 
 def split_folder(root: str | Path, split: str) -> Path:
@@ -117,7 +141,7 @@ def pair_files(
 
 def _by_name(folder: Path, end: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in map(Path, _list_images(str(folder))):
+    for path in map(Path, list_images(folder)):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if not name.endswith(end):
             continue
@@ -131,21 +155,16 @@ def _by_name(folder: Path, end: str) -> dict[str, Path]:
 
 
 def pair_entries(
-    pairs: Sequence[tuple[Path, Path]],
-    keys: Sequence[str],
-    maps: Sequence[str],
-    palette: str | None,
-    ids: bool = False,
+    pairs: Sequence[tuple[Path, Path]], readings: Mapping[str, Reading]
 ) -> list[dict[str, Source]]:
     """The entries of `Images` for pairs of files, their sizes checked."""
-    names = two_keys(keys)
-    painted = None if palette is None else load_palette(palette)
     entries = [
-        {
-            key: Source(path, key in maps, painted if key in maps else None, ids)
-            for key, path in zip(names, pair, strict=True)
-        }
+        {key: Source(path, reading) for (key, reading), path in zip(readings.items(), pair, strict=True)}
         for pair in pairs
     ]
     check_sizes(entries)
+    for key, source in entries[0].items() if entries else ():
+        with opened(source.path) as first:
+            if first.mode == "P" and not source.reading.is_map:
+                tell(f"{source.path} has a palette: if the images of {key} are label maps, say maps: [{key}]")
     return entries

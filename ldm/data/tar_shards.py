@@ -25,10 +25,11 @@ from webdataset.shardlists import expand_urls
 
 from guided_diffusion.checkpoint_util import seed_everything
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
-from guided_diffusion.image_datasets import MAX_BAD, UNREADABLE, _to_channels
+from guided_diffusion.image_datasets import MAX_BAD
+from guided_diffusion.image_files import BadImageError, draw_cut, opened, to_channels, upright
 from guided_diffusion.seeding import derive_seed
 from ldm.data.base import Item, parse_size
-from ldm.data.images import INTERPOLATIONS, draw_cut
+from ldm.data.images import INTERPOLATIONS
 from ldm.data.tar_files import Sample, read_shard
 
 FORMATS = ("jpg", "jpeg", "png", "webp")
@@ -250,12 +251,7 @@ def _expanded(entry: str) -> list[str]:
 def _decoded(content: bytes, name: str, min_size: int) -> Image.Image | None:
     """The image in RGB; None, from its head alone, where its shorter side is below `min_size`."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if min(image.size) < min_size:
-                return None
-            image.load()
-        return _to_channels(image, 3)
-    except Image.UnidentifiedImageError:
-        raise BrokenSampleError(f"{name} is not an image") from None
-    except UNREADABLE as error:
-        raise BrokenSampleError(f"{name} cannot be read as an image: {error}") from error
+        with opened(io.BytesIO(content), name) as image:
+            return None if min(image.size) < min_size else to_channels(upright(image, name), 3)
+    except BadImageError as error:
+        raise BrokenSampleError(str(error)) from error

@@ -17,7 +17,7 @@ from ldm.training.checkpoints import LAST
 from ldm.util import nearest
 
 _KNOWN = {
-    "": ("model", "data", "lightning"),
+    "": ("model", "data", "lightning", "class_names"),
     "model": ("base_learning_rate", "target", "params"),
     "data": ("target", "params"),
     "lightning": ("trainer", "callbacks", "modelcheckpoint", "logger"),

@@ -11,12 +11,12 @@ from evaluations.images import (
     ArrayImages,
     FolderImages,
     NpzImages,
-    center_crop,
     list_images,
     load_array,
     open_images,
     prefetch,
 )
+from guided_diffusion.image_files import center_crop_arr
 
 from .conftest import sample_images
 
@@ -70,16 +70,18 @@ def test_unusable_files_are_described(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.npz does not exist"):
         open_images(tmp_path / "missing.npz")
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(EvaluationError, match="not an .npz file"):
+    with pytest.raises(EvaluationError, match="text.npz is not a sound .npy or .npz file"):
         open_images(tmp_path / "text.npz")
     np.savez(tmp_path / "other.npz", images=sample_images(2))
     with pytest.raises(EvaluationError, match=r"has no array arr_0 \(it holds images\)"):
         open_images(tmp_path / "other.npz")
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], dtype=object))
-    with pytest.raises(EvaluationError, match="cannot be read"):
+    with pytest.raises(
+        EvaluationError, match="objects.npz is not a sound .* file: it holds something else than numbers"
+    ):
         load_array(tmp_path / "objects.npz", "arr_0")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EvaluationError, match="holds no images"):
+    with pytest.raises(EvaluationError, match="no images"):
         open_images(tmp_path / "empty")
 
 
@@ -115,7 +117,7 @@ def test_files_of_several_sizes_need_a_size(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(EvaluationError, match="a.png cannot be read as an image"):
+    with pytest.raises(EvaluationError, match="a.png cannot be read"):
         open_images(tmp_path)
 
 
@@ -123,7 +125,7 @@ def test_center_crop_takes_the_middle():
     # 40 wide, 20 high: halving gives 20x10, whose middle 10x10 is the image's middle half.
     array = np.zeros((20, 40, 3), np.uint8)
     array[:, 10:30] = 200
-    cropped = np.asarray(center_crop(Image.fromarray(array), 10))
+    cropped = center_crop_arr(Image.fromarray(array), 10)
     assert cropped.shape == (10, 10, 3)
     assert (cropped == 200).all()
 
@@ -131,7 +133,7 @@ def test_center_crop_takes_the_middle():
 def test_center_crop_averages_when_it_halves():
     checker = np.indices((16, 16)).sum(0) % 2 * 255
     image = Image.fromarray(np.repeat(checker[..., None], 3, 2).astype(np.uint8))
-    assert abs(np.asarray(center_crop(image, 8)).astype(int) - 127.5).max() <= 1
+    assert abs(center_crop_arr(image, 8).astype(int) - 127.5).max() <= 1
 
 
 def test_prefetch_keeps_order_and_reads_ahead():

@@ -1,13 +1,15 @@
 """Segmentation scores counted by hand."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from evaluations.errors import EvaluationError
-from evaluations.segmentation import CITYSCAPES, load_palette, main, segmentation_scores, to_indices
+from evaluations.segmentation import CITYSCAPES, main, segmentation_scores
+from guided_diffusion.palettes import load_palette, to_indices
 
 VOID = 255
 THREE = "200 0 0 red thing\n0 200 0 green thing\n0 0 200 blue thing\n0 0 0 void\n"
@@ -159,6 +161,24 @@ def test_cityscapes_files_pair_by_place_and_raw_ids_are_translated(capsys, tmp_p
     painted = CITYSCAPES.colors[np.array([[0, 13], [10, 10]])]
     Image.fromarray(painted).save(tmp_path / "prediction/ulm/ulm_000_leftImg8bit.png")
     assert run(capsys, tmp_path / "truth", tmp_path / "prediction") == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("array", "name", "message"),
+    [
+        (np.full((4, 4), 31000, np.uint16), "a.png", "class 31000 is not in palette three"),
+        (np.full((4, 4), 31000, np.uint16), "a_gtFine_labelIds.png", "class 31000 is no number of a class"),
+        (np.full((4, 4, 3), 2, np.uint8), "a.png", r"colour \(2, 2, 2\) is not in palette three"),
+    ],
+)
+def test_maps_of_wrong_numbers_are_named(capsys, palette, tmp_path, array, name, message):
+    for folder in ("truth", "found"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(array).save(tmp_path / folder / name)
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "truth"), str(tmp_path / "found"), "--palette", str(tmp_path / "three.txt")])
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and re.search(rf"{name}: {message}", line) and line.count("\n") == 1
 
 
 def test_maps_that_do_not_pair_are_named(capsys, palette, tmp_path):
