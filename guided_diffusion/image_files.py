@@ -38,7 +38,6 @@ import blobfile as bf
 import numpy as np
 import torch as th
 from PIL import Image, ImageOps
-from torch.utils.data import get_worker_info
 
 from . import logger
 from .checkpoint_util import is_remote
@@ -157,13 +156,9 @@ def _identity(path: str) -> tuple[int, int]:
 
 def tell(message: str) -> None:
     """Warn once in a run, on the first rank."""
-    if message in _told or logger.get_rank_without_mpi_import() > 0:
-        return
-    _told.add(message)
-    if logger.Logger.CURRENT is not None and get_worker_info() is None:
-        logger.warn(message)
-    else:  # an evaluation, or a data worker, which must not write to the run's files
-        _log.warning(message)
+    if message not in _told and logger.get_rank_without_mpi_import() == 0:
+        _told.add(message)
+        _log.warning(message)  # not by the run's logger: data workers and evaluations have none
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
