@@ -19,11 +19,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluations import distributed
-from evaluations.errors import EvaluationError
 from evaluations.evaluator import Activations, Evaluation, activations, evaluate, given_statistics
 from evaluations.features import BATCH_SIZE
 from evaluations.images import check_array, open_images
 from evaluations.inception import Inception, load_inception
+from guided_diffusion.errors import UserValueError
 
 RECORD = "evaluations.jsonl"  # one line per evaluation, in the log folder
 SCORES = ("inception_score", "fid", "sfid", "precision", "recall")
@@ -33,7 +33,7 @@ class EvaluationCallback:
     """Call it after every training step; it works on every `every`-th.
 
     The reference's features are computed once. Rank 0 appends each result to `evaluations.jsonl` in `log_dir` and to
-    TensorBoard as evaluation/fid and so on. The training's random state is left as it was. Raises EvaluationError:
+    TensorBoard as evaluation/fid and so on. The training's random state is left as it was. Raises UserError:
     about the reference or the weights at once, before any training; about the samples when they are drawn.
     """
 
@@ -79,7 +79,7 @@ class EvaluationCallback:
             drawn = drawn.cpu().numpy()
         check_array(drawn.shape, drawn.dtype, "the sampler's result", lambda: [drawn])
         if len(drawn) != stop - start:
-            raise EvaluationError(f"the sampler returned {len(drawn)} images, {stop - start} were asked for")
+            raise UserValueError(f"the sampler returned {len(drawn)} images, {stop - start} were asked for")
         return _Share(drawn, start, self._count)
 
     def _record(self, step: int, result: Evaluation) -> None:

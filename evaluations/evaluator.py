@@ -22,9 +22,7 @@ if not __package__:  # run as a script: look for modules in the repository, not 
 import torch
 from torch import Tensor
 
-from evaluations import distributed
 from evaluations.arguments import add_json_option, add_network_options, positive
-from evaluations.errors import EvaluationError, exit_on_error
 from evaluations.features import BATCH_SIZE, extract_features
 from evaluations.frechet import (
     Gaussian,
@@ -39,6 +37,8 @@ from evaluations.images import Images, load_array, npz_keys, open_images
 from evaluations.inception import RESIZE_MODE, Inception, load_inception
 from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 
 FEW = 2048  # images: below the number of features, FID's covariance is singular and its bias large
 META = "meta"  # key of an .npz written by make_reference.py: JSON that says how its statistics were computed
@@ -122,7 +122,7 @@ def activations(
         return None
     widths = features.pool.shape[1], features.spatial.shape[1]
     if given and (len(given[0].mu), len(given[1].mu)) != widths:
-        raise EvaluationError(
+        raise UserValueError(
             f"the statistics with {images.name} are of {len(given[0].mu)} and {len(given[1].mu)} features, "
             f"this network has {widths[0]} and {widths[1]}"
         )
@@ -134,12 +134,12 @@ def evaluate(
 ) -> Evaluation:
     """All scores of `samples` against `reference`. `bootstrap`: repetitions for the intervals of FID and sFID."""
     if reference.size != samples.size:
-        raise EvaluationError(
+        raise UserValueError(
             f"{samples.name} has {_pixels(samples.size)} pixels, {reference.name} has {_pixels(reference.size)}: "
             "take a reference of the samples' size"
         )
     if bootstrap and reference.given and samples.given:
-        raise EvaluationError(
+        raise UserValueError(
             "a bootstrap interval needs images, both files bring their statistics ready-made"
         )
     neighbours = precision_recall(reference.pool, samples.pool, device=network.device)
@@ -181,8 +181,8 @@ def given_statistics(path: str | Path) -> tuple[Statistics, Statistics] | None:
     mu, sigma, mu_s, sigma_s = (load_array(path, key) for key in ("mu", "sigma", "mu_s", "sigma_s"))
     try:
         return Statistics(mu, sigma), Statistics(mu_s, sigma_s)
-    except EvaluationError as error:
-        raise EvaluationError(f"{path}: {error}") from error
+    except UserError as error:
+        raise UserValueError(f"{path}: {error}") from error
 
 
 def bias_warning(result: Evaluation) -> str | None:
@@ -211,12 +211,12 @@ def _pixels(size: tuple[int, int]) -> str:
 
 
 def _say(text: str) -> None:
-    if distributed.rank() == 0:
+    if dist_util.get_rank() == 0:
         print(text, flush=True)
 
 
 def _note(text: str) -> None:
-    if distributed.rank() == 0:
+    if dist_util.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -241,12 +241,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    with exit_on_error(), distributed.ranks():
+    with exit_on_user_error():
+        dist_util.setup_dist()
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate as the command line asks, printing as ADM's evaluator does. Raises EvaluationError."""
+    """Evaluate as the command line asks, printing as ADM's evaluator does. Raises UserError."""
     reference_images, sample_images = open_images(args.ref_batch), open_images(args.sample_batch)
     reference_given, samples_given = given_statistics(args.ref_batch), given_statistics(args.sample_batch)
     network = load_inception(args.inception, args.device)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from evaluations import distributed
 from evaluations.images import Images, prefetch
 from evaluations.inception import Inception, InceptionOutput
+from guided_diffusion import dist_util
 
 BATCH_SIZE = 64
 
@@ -32,7 +33,7 @@ def stream_features(
     """Features of this rank's share of `images`, batch by batch, on the CPU. `progress`: a bar on standard error."""
     start, stop = distributed.share(images.shape[0])
     batches = prefetch(_tensors(images, start, stop, batch_size, network.device))
-    with tqdm(total=stop - start, unit="image", disable=not progress or distributed.rank() > 0) as bar:
+    with tqdm(total=stop - start, unit="image", disable=not progress or dist_util.get_rank() > 0) as bar:
         for batch in batches:
             output = network(batch)
             yield InceptionOutput(output.pool.cpu(), output.spatial.cpu())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluations.errors import EvaluationError
+from guided_diffusion.errors import UserValueError
 
 BLOCK = 4096  # rows that are converted to float64 at a time
 
@@ -28,11 +28,11 @@ class Statistics:
     def __post_init__(self) -> None:
         d = self.mu.shape[0] if self.mu.ndim == 1 else -1
         if self.sigma.shape != (d, d):
-            raise EvaluationError(
+            raise UserValueError(
                 f"statistics do not fit together: the mean is {self.mu.shape}, the covariance {self.sigma.shape}"
             )
         if not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
-            raise EvaluationError("statistics hold NaN or infinite values")
+            raise UserValueError("statistics hold NaN or infinite values")
 
 
 class RunningStatistics:
@@ -66,9 +66,9 @@ class RunningStatistics:
         self.count = total
 
     def result(self) -> Statistics:
-        """Raises EvaluationError for fewer than two features, which have no covariance."""
+        """Raises UserError for fewer than two features, which have no covariance."""
         if self.count < 2:
-            raise EvaluationError(f"a covariance needs at least 2 images, there are {self.count}")
+            raise UserValueError(f"a covariance needs at least 2 images, there are {self.count}")
         return Statistics(self._mean.numpy(), (self._scatter / (self.count - 1)).numpy())
 
 
@@ -114,7 +114,7 @@ def frechet_distance(first: Source, second: Source) -> float:
     """Squared Frechet distance of two Gaussians; real and not negative, also for singular covariances."""
     a, b = fit(first), fit(second)
     if a.mu.shape != b.mu.shape:
-        raise EvaluationError(f"features differ in number: {len(a.mu)} against {len(b.mu)}")
+        raise UserValueError(f"features differ in number: {len(a.mu)} against {len(b.mu)}")
     cross = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     spread = a.factor.square().sum() + b.factor.square().sum()
     return max(0.0, float((a.mu - b.mu).square().sum() + spread - 2 * cross))

@@ -11,8 +11,8 @@ from typing import IO, Protocol, TypeVar
 
 import numpy as np
 
-from evaluations.errors import EvaluationError
 from guided_diffusion import image_files
+from guided_diffusion.errors import UserError, UserValueError
 
 DECODERS = 8  # threads; Pillow releases the interpreter's lock while it decodes
 AHEAD = 4  # batches that are read while the network works
@@ -49,7 +49,7 @@ class NpzImages:
         self.path, self.key, self.name = Path(path), key, f"{key} of {path}"
         keys = npz_keys(path)
         if key not in keys:
-            raise EvaluationError(
+            raise UserValueError(
                 f"{path} has no array {key} (it holds {', '.join(sorted(keys)) or 'nothing'})"
             )
         with self._member() as member:
@@ -61,14 +61,14 @@ class NpzImages:
 
     @contextlib.contextmanager
     def _member(self) -> Iterator[IO[bytes]]:
-        """The array's bytes, open. EvaluationError for what cannot be read of them (a bad checksum too)."""
+        """The array's bytes, open. UserError for what cannot be read of them (a bad checksum too)."""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as member:
                 yield member
-        except EvaluationError:
+        except UserError:
             raise
         except image_files.UNREADABLE_ARRAYS as error:
-            raise EvaluationError(f"{self.name} cannot be read: {error}") from error
+            raise UserValueError(f"{self.name} cannot be read: {error}") from error
 
     def _rows(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
         if self._fortran:  # its rows are not consecutive in the file
@@ -83,7 +83,7 @@ class NpzImages:
                 count = min(size, stop - first)
                 data = member.read(count * row)
                 if len(data) < count * row:
-                    raise EvaluationError(f"{self.name} ends early: the file is incomplete, write it again")
+                    raise UserValueError(f"{self.name} ends early: the file is incomplete, write it again")
                 yield np.frombuffer(data, self._dtype).reshape(count, *self.shape[1:])
 
 
@@ -104,7 +104,7 @@ class FolderImages:
                 images = list(pool.map(self._decode, self.files[first : min(first + size, stop)]))
                 for file, image in zip(self.files[first:stop], images, strict=False):
                     if image.shape != self.shape[1:]:
-                        raise EvaluationError(
+                        raise UserValueError(
                             f"{file} is {_pixels(image.shape)}, others are {_pixels(self.shape[1:])}: "
                             f"scale them to one size (make_reference.py: --image_size)"
                         )
@@ -115,7 +115,7 @@ class FolderImages:
 
 
 def open_images(path: str | Path, size: int | None = None) -> Images:
-    """Images from an .npz file (arr_0) or a folder. Raises EvaluationError for anything else."""
+    """Images from an .npz file (arr_0) or a folder. Raises UserError for anything else."""
     path = Path(path).expanduser()
     if path.is_dir():
         return FolderImages(list_images(path), str(path), size)
@@ -123,7 +123,7 @@ def open_images(path: str | Path, size: int | None = None) -> Images:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, sorted by path. EvaluationError where there is none."""
+    """All image files below a folder, sorted by path. UserError where there is none."""
     return [Path(file) for file in image_files.list_images(Path(folder).expanduser())]
 
 
@@ -134,10 +134,10 @@ def npz_keys(path: str | Path) -> set[str]:
 
 
 def load_array(path: str | Path, key: str) -> np.ndarray:
-    """One array of an .npz file. Raises EvaluationError where it is missing, damaged or not numeric."""
+    """One array of an .npz file. Raises UserError where it is missing, damaged or not numeric."""
     with image_files.open_arrays(path) as arrays:
         if key not in arrays:
-            raise EvaluationError(
+            raise UserValueError(
                 f"{path} has no array {key} (it holds {', '.join(sorted(arrays)) or 'nothing'})"
             )
         return arrays[key]
@@ -150,7 +150,7 @@ def class_names(path: str | Path) -> list[str] | None:
 
 
 def check_array(shape: tuple, dtype: np.dtype, name: str, pieces: Callable[[], Iterable[np.ndarray]]) -> None:
-    """Raise EvaluationError unless an array holds uint8 RGB images [N, H, W, 3], N >= 1.
+    """Raise UserError unless an array holds uint8 RGB images [N, H, W, 3], N >= 1.
 
     `pieces` yields the data; only read to say more about an array that is not acceptable anyway.
     """
@@ -160,16 +160,16 @@ def check_array(shape: tuple, dtype: np.dtype, name: str, pieces: Callable[[], I
             broken = sum(int((~np.isfinite(piece)).sum()) for piece in pieces())
             extra = f" and {broken} of its values are NaN or infinite" if broken else ""
             extra += "; from [-1, 1] convert with ((x + 1) * 127.5).clip(0, 255).astype('uint8')"
-        raise EvaluationError(f"{name} is {dtype}, images must be uint8 0 to 255{extra}")
+        raise UserValueError(f"{name} is {dtype}, images must be uint8 0 to 255{extra}")
     if len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1):
-        raise EvaluationError(
+        raise UserValueError(
             f"{name} holds grey images {list(shape)}: repeat the channel to get [N, H, W, 3]"
         )
     if len(shape) != 4 or shape[-1] != 3:
         hint = ": move the channels last" if len(shape) == 4 and shape[1] == 3 else ""
-        raise EvaluationError(f"{name} has shape {list(shape)}, expected [N, H, W, 3]{hint}")
+        raise UserValueError(f"{name} has shape {list(shape)}, expected [N, H, W, 3]{hint}")
     if 0 in shape:
-        raise EvaluationError(f"{name} is empty: its shape is {list(shape)}")
+        raise UserValueError(f"{name} is empty: its shape is {list(shape)}")
 
 
 def decode_image(file: Path, size: int | None = None) -> np.ndarray:
@@ -223,7 +223,7 @@ def _read_header(member, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
         )
         return read(member)
     except ValueError as error:
-        raise EvaluationError(f"{name} is not a NumPy array ({error})") from error
+        raise UserValueError(f"{name} is not a NumPy array ({error})") from error
 
 
 def _pixels(shape: tuple) -> str:

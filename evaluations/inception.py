@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluations.distributed import choose_device
-from evaluations.errors import EvaluationError
 from evaluations.inception_weights import (
     ARCHITECTURE,
     CLASSES,
@@ -35,6 +34,7 @@ from evaluations.inception_weights import (
     seeded_weights,
 )
 from evaluations.weights import existing_file, fetch, sha256_of
+from guided_diffusion.errors import UserValueError
 
 INPUT_SIZE = 299  # pixels
 RESIZE_MODE = "tensorflow1-bilinear-299"
@@ -118,14 +118,14 @@ class Inception(nn.Module):
         for spec in ARCHITECTURE:
             kernel, norm = weights.convolutions[spec.name]
             if kernel.shape[2:] != spec.kernel:
-                raise EvaluationError(
+                raise UserValueError(
                     f"{source} is not the 2015-12-05 Inception network: the kernel of {spec.name} is "
                     f"{tuple(kernel.shape[2:])}, expected {spec.kernel}"
                 )
             self.convolutions[spec.name] = Convolution(spec, kernel, norm)
         features, classes = weights.softmax.shape
         if features * CLASSES != FEATURES * classes:  # torchvision's own Inception v3 has the same names
-            raise EvaluationError(
+            raise UserValueError(
                 f"{source} is not the 2015-12-05 Inception network: {classes} classes for {features} features, "
                 f"expected {CLASSES} for {FEATURES}"
             )
@@ -259,7 +259,7 @@ def load_inception(path: str | Path | None = None, device: str | torch.device | 
     """The network with weights from `path`: the .pb graph, the .tgz around it, or the .pth port.
 
     Without `path` the official graph is taken from the cache folder or downloaded (or, failing that, the port).
-    `device` defaults to the GPU where there is one. Raises EvaluationError for a file of any other content.
+    `device` defaults to the GPU where there is one. Raises UserError for a file of any other content.
     """
     path = existing_file(path, "Inception weights") if path else fetch([GRAPH, PORT], "--inception FILE")
     return Inception(read_weights(path), path.name, sha256_of(path)).to(choose_device(device))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from google.protobuf.message import DecodeError
 
-from evaluations.errors import EvaluationError
 from evaluations.weights import PublishedFile
+from guided_diffusion.errors import UserValueError
 
 GRAPH = PublishedFile(
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb",
@@ -148,10 +148,10 @@ FEATURES, CLASSES = 2048, 1008
 
 
 def read_weights(path: Path) -> InceptionWeights:
-    """The weights in a .pb, .tgz or .pth file. Raises EvaluationError for a file of any other content."""
+    """The weights in a .pb, .tgz or .pth file. Raises UserError for a file of any other content."""
     readers = {".pb": _read_graph, ".tgz": _read_tgz, ".gz": _read_tgz, ".pth": _read_port, ".pt": _read_port}
     if path.suffix not in readers:
-        raise EvaluationError(f"Inception weights {path}: expected a .pb, .tgz or .pth file")
+        raise UserValueError(f"Inception weights {path}: expected a .pb, .tgz or .pth file")
     return readers[path.suffix](path)
 
 
@@ -186,7 +186,7 @@ def _read_tgz(path: Path) -> InceptionWeights:
         with tarfile.open(path) as archive:
             return _parse_graph(archive.extractfile(GRAPH_IN_TGZ).read(), path)
     except (tarfile.TarError, KeyError) as error:
-        raise EvaluationError(f"{path} holds no {GRAPH_IN_TGZ} ({error})") from error
+        raise UserValueError(f"{path} holds no {GRAPH_IN_TGZ} ({error})") from error
 
 
 def _parse_graph(data: bytes, path: Path) -> InceptionWeights:
@@ -198,14 +198,12 @@ def _parse_graph(data: bytes, path: Path) -> InceptionWeights:
     try:
         graph.ParseFromString(data)
     except DecodeError as error:
-        raise EvaluationError(f"{path} is not a TensorFlow graph ({error})") from error
+        raise UserValueError(f"{path} is not a TensorFlow graph ({error})") from error
     nodes = {node.name: node for node in graph.node}
 
     def constant(name: str) -> np.ndarray:
         if name not in nodes or nodes[name].op != "Const":
-            raise EvaluationError(
-                f"{path} is not the 2015-12-05 Inception network: it has no constant {name}"
-            )
+            raise UserValueError(f"{path} is not the 2015-12-05 Inception network: it has no constant {name}")
         return make_ndarray(nodes[name].attr["value"].tensor)
 
     convolutions = {}
@@ -231,11 +229,11 @@ def _read_port(path: Path) -> InceptionWeights:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types, pickle's among them
-        raise EvaluationError(f"{path} cannot be read as PyTorch weights ({type(error).__name__})") from error
+        raise UserValueError(f"{path} cannot be read as PyTorch weights ({type(error).__name__})") from error
 
     def tensor(name: str) -> np.ndarray:
         if not isinstance(state, dict) or name not in state:
-            raise EvaluationError(
+            raise UserValueError(
                 f"{path} is not the port of the 2015-12-05 Inception network: it has no {name}"
             )
         return state[name].float().numpy()

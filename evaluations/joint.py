@@ -39,9 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluations import distributed
 from evaluations.arguments import add_json_option, add_network_options
-from evaluations.errors import EvaluationError, exit_on_error
 from evaluations.features import BATCH_SIZE, extract_features
 from evaluations.frechet import frechet_distance
 from evaluations.images import ArrayImages, NpzImages, class_names, load_array
@@ -55,6 +53,8 @@ from evaluations.joint_metrics import (
     partner_scale,
     regrouped_frechet,
 )
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.image_files import check_labels, renumber
 from guided_diffusion.palettes import Palette, load_palette, to_indices
 
@@ -118,7 +118,7 @@ class Partner:
 
 
 def read_partner(path: str | Path, key: str) -> Partner:
-    """What stands under `key` of an .npz, told by type and shape. Raises EvaluationError for anything else."""
+    """What stands under `key` of an .npz, told by type and shape. Raises UserError for anything else."""
     data, name = load_array(path, key), f"{key} of {path}"
     integer = np.issubdtype(data.dtype, np.integer)
     if data.ndim == 1 and integer:
@@ -129,12 +129,12 @@ def read_partner(path: str | Path, key: str) -> Partner:
         return Partner("images", data, name)
     if data.ndim == 2 and np.issubdtype(data.dtype, np.floating):
         if not np.isfinite(data).all():
-            raise EvaluationError(f"{name} holds NaN or infinite values")
+            raise UserValueError(f"{name} holds NaN or infinite values")
         total = data.sum(1)
         if (data >= 0).all() and (np.isclose(total, 1, atol=1e-3) | (total == 0)).all():
             return Partner("labels", np.where(total > 0, data.argmax(1), -1), name, class_names(path))
         return Partner("vectors", data, name)
-    raise EvaluationError(
+    raise UserValueError(
         f"{name} is {data.dtype} {list(data.shape)}, expected labels [N], maps [N, H, W], "
         "uint8 images [N, H, W, 3] or float vectors [N, D]"
     )
@@ -151,7 +151,7 @@ def load_pairs(
     """Images of an .npz with their partners. `classes`: width of the labels' one-hot vectors. None on ranks above 0."""
     images = NpzImages(path)
     if len(partner.data) != images.shape[0]:
-        raise EvaluationError(
+        raise UserValueError(
             f"{path} has {images.shape[0]} images, but {partner.name} are {len(partner.data)}"
         )
     features = extract_features(images, network, batch_size)
@@ -175,7 +175,7 @@ def _partner_features(
         return vectors
     if partner.kind == "maps":
         if palette is None:
-            raise EvaluationError(f"{partner.name} holds class indices: --palette says which")
+            raise UserValueError(f"{partner.name} holds class indices: --palette says which")
         colors = np.concatenate([palette.colors, palette.void_colors[:1], np.zeros((1, 3), np.uint8)])
         data = colors[to_indices(data, palette)]
     features = extract_features(ArrayImages(data, partner.name), network, batch_size)
@@ -267,12 +267,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    with exit_on_error(), distributed.ranks():
+    with exit_on_user_error():
+        dist_util.setup_dist()
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate as the command line asks. Raises EvaluationError."""
+    """Evaluate as the command line asks. Raises UserError."""
     palette = load_palette(args.palette) if args.palette else None
     predicted = load_array(args.predicted, "arr_0") if args.predicted else None
     keys = {args.ref_batch: args.ref_modality or args.modality}
@@ -280,7 +281,7 @@ def run(args: argparse.Namespace) -> None:
     partners = [read_partner(path, keys.get(path, args.modality)) for path in files]
     if len({partner.kind for partner in partners}) > 1:
         kinds = ", ".join(f"{partner.name}: {partner.kind}" for partner in partners)
-        raise EvaluationError(f"the pairs are not of one kind ({kinds})")
+        raise UserValueError(f"the pairs are not of one kind ({kinds})")
     if partners[0].class_names:  # the reference's numbers hold for all
         partners[1:] = [
             replace(p, data=renumber(p.data, p.class_names, partners[0].class_names, p.name))
@@ -288,7 +289,7 @@ def run(args: argparse.Namespace) -> None:
         ]
     sizes = {NpzImages(path).shape[1:3] for path in files}
     if len(sizes) > 1:
-        raise EvaluationError(f"the images are of different sizes {sorted(sizes)} (height, width)")
+        raise UserValueError(f"the images are of different sizes {sorted(sizes)} (height, width)")
     classes = max(int(p.data.max()) for p in partners) + 1 if partners[0].kind == "labels" else None
     network = load_inception(args.inception, args.device)
     pairs = [

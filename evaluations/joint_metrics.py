@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluations.errors import EvaluationError
 from evaluations.frechet import frechet_distance
 from evaluations.segmentation import Confusion
+from guided_diffusion.errors import UserValueError
 from guided_diffusion.palettes import Palette, to_indices
 
 MASK_VALUE = 127.5  # 0 in [-1, 1]: what masked pixels hold
@@ -36,10 +36,10 @@ def _beside(pool: Tensor, partner: Tensor, scale: float) -> Tensor:
 def label_agreement(generated: np.ndarray, found: np.ndarray) -> float:
     """Share of pairs whose `generated` label is the one `found` in the image, both [N]; -1 is left out."""
     if generated.shape != found.shape:
-        raise EvaluationError(f"{len(generated)} generated labels, but {len(found)} found ones")
+        raise UserValueError(f"{len(generated)} generated labels, but {len(found)} found ones")
     known = generated >= 0
     if not known.any():
-        raise EvaluationError("no generated label is known (all are -1)")
+        raise UserValueError("no generated label is known (all are -1)")
     return float((generated[known] == found[known]).mean())
 
 
@@ -63,7 +63,7 @@ def fit_classifier(features: Tensor, labels: np.ndarray) -> LinearClassifier:
     known = labels >= 0
     classes, targets = np.unique(labels[known], return_inverse=True)
     if len(classes) < 2 or known.sum() < 2 * HELD_OUT:
-        raise EvaluationError(
+        raise UserValueError(
             "a classifier needs references of at least two classes: give labels with --predicted"
         )
     features = features[torch.from_numpy(known)]
@@ -98,7 +98,7 @@ def masked_pair_miou(images: np.ndarray, masked: np.ndarray, tolerance: int = MA
     image by more than that, and nowhere else; pixels where the image itself is grey tell nothing and do not count.
     """
     if images.shape != masked.shape:
-        raise EvaluationError(f"images are {list(images.shape)}, masked copies {list(masked.shape)}")
+        raise UserValueError(f"images are {list(images.shape)}, masked copies {list(masked.shape)}")
     intersection, union = np.zeros(2), np.zeros(2)
     for image, copy in zip(images.astype(np.float32), masked.astype(np.float32), strict=True):
         grey = (np.abs(copy - MASK_VALUE) <= tolerance).all(-1)
@@ -114,7 +114,7 @@ def masked_pair_miou(images: np.ndarray, masked: np.ndarray, tolerance: int = MA
 def map_pair_miou(generated: np.ndarray, found: np.ndarray, palette: Palette) -> float:
     """Class IoU of generated segmentation maps against those `found` in the images (indices or colours, [N, ...])."""
     if len(generated) != len(found):
-        raise EvaluationError(f"{len(generated)} generated maps, but {len(found)} found ones")
+        raise UserValueError(f"{len(generated)} generated maps, but {len(found)} found ones")
     confusion = Confusion(palette)
     for one, other in zip(found, generated, strict=True):
         confusion.add(to_indices(one, palette)[None], to_indices(other, palette)[None])

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from evaluations.arguments import add_device_option, add_json_option, add_label_option, new_file, positive
-from evaluations.errors import EvaluationError, exit_on_error
 from evaluations.frechet import frechet_bias, frechet_distance
 from evaluations.images import load_array
 from evaluations.joint_metrics import label_agreement
@@ -39,6 +38,7 @@ from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
 from evaluations.weights import existing_file, sha256_of
 from guided_diffusion import image_files
+from guided_diffusion.errors import UserValueError, exit_on_user_error
 
 FEATURES = 256
 BATCH_SIZE = 128
@@ -100,11 +100,11 @@ def train_judge(
 ) -> tuple[Judge, float]:
     """A judge of images uint8 [N, H, W, 3] with labels int [N], and its accuracy on every tenth, which it never saw.
 
-    EvaluationError for fewer than two classes or labels that are not 0..K-1.
+    UserError for fewer than two classes or labels that are not 0..K-1.
     """
     classes = max(len(class_names or ()), int(labels.max(initial=-1)) + 1)
     if classes < 2 or labels.min() < 0 or labels.min() == labels.max():
-        raise EvaluationError(
+        raise UserValueError(
             f"a judge needs labels from 0 on of at least two classes, got {np.unique(labels)[:5]}"
         )
     torch.manual_seed(seed)
@@ -164,7 +164,7 @@ def save_judge(judge: Judge, accuracy: float, path: str | Path) -> None:
 
 
 def load_judge(path: str | Path) -> tuple[Judge, float]:
-    """A judge that `save_judge` wrote, in evaluation mode, and its accuracy. EvaluationError for other files."""
+    """A judge that `save_judge` wrote, in evaluation mode, and its accuracy. UserError for other files."""
     path = existing_file(path, "judge")
     try:
         # torch.load fails in many ways on what is no archive.
@@ -172,9 +172,9 @@ def load_judge(path: str | Path) -> tuple[Judge, float]:
             torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
         )
     except (RuntimeError, pickle.UnpicklingError) as error:
-        raise EvaluationError(f"{path} cannot be read as weights: {error}") from error
+        raise UserValueError(f"{path} cannot be read as weights: {error}") from error
     if not (isinstance(content, dict) and content.get("format") == FORMAT):
-        raise EvaluationError(f"{path} is not a judge: make one with `judge.py train`")
+        raise UserValueError(f"{path} is not a judge: make one with `judge.py train`")
     judge = Judge(content["classes"], content.get("class_names"))
     judge.load_state_dict(content["model"])
     return judge.eval(), content["accuracy"]
@@ -196,7 +196,7 @@ def score(
     if labels is not None and judge.class_names:
         labels = image_files.renumber(labels, class_names, judge.class_names, "the samples' file")
     if reference.shape[1:] != samples.shape[1:]:
-        raise EvaluationError(f"reference images are {reference.shape[1:3]}, samples {samples.shape[1:3]}")
+        raise UserValueError(f"reference images are {reference.shape[1:3]}, samples {samples.shape[1:3]}")
     expected, _ = inspect(judge.to(device), reference, device)
     features, probabilities = inspect(judge, samples, device)
     frechet = frechet_distance(expected, features)
@@ -266,12 +266,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = _parser().parse_args()
-    with exit_on_error():
+    with exit_on_user_error():
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if args.command == "train":
             images, labels, names = _images(args.data, args.image_size, label_from=args.label_from)
             if labels is None:
-                raise EvaluationError(f"{args.data} has no labels: arr_1, file names CLASS_..., or folders")
+                raise UserValueError(f"{args.data} has no labels: arr_1, file names CLASS_..., or folders")
             judge, accuracy = train_judge(images, labels, args.epochs, args.seed, device, True, names)
             save_judge(judge.cpu(), accuracy, args.judge)
             print(f"accuracy on held-out images: {accuracy:.4f}")

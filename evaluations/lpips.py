@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from evaluations.distributed import choose_device
-from evaluations.errors import EvaluationError
 from evaluations.weights import PublishedFile, existing_file, fetch, sha256_of
+from guided_diffusion.errors import UserValueError
 
 # Inputs in [-1, 1] are brought to ImageNet's mean and standard deviation, here in that scale.
 SHIFT = (-0.030, -0.088, -0.188)
@@ -84,7 +84,7 @@ class LPIPS(nn.Module):
     def __init__(self, net: str = "alex"):
         super().__init__()
         if net not in BACKBONES:
-            raise EvaluationError(f"unknown LPIPS network {net}: choose {', '.join(BACKBONES)}")
+            raise UserValueError(f"unknown LPIPS network {net}: choose {', '.join(BACKBONES)}")
         self.net_name, backbone = net, BACKBONES[net]
         self.sha256: dict[str, str] = {}  # checksum by file name of the weights in use
         layers = {"alex": _alexnet, "vgg": _vgg16, "squeeze": _squeezenet}[net]()
@@ -126,7 +126,7 @@ def load_lpips(
     """LPIPS with its weights: from local files, or downloaded from their official addresses.
 
     `weights`: one file with everything under richzhang's names, or two, torchvision's network and the linear layers.
-    Raises EvaluationError for files that lack a weight.
+    Raises UserError for files that lack a weight.
     """
     model = LPIPS(net)
     backbone = BACKBONES[net]
@@ -139,7 +139,7 @@ def load_lpips(
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises half a dozen types, pickle's among them
-            raise EvaluationError(
+            raise UserValueError(
                 f"{file} cannot be read as PyTorch weights ({type(error).__name__})"
             ) from error
         found |= {_our_name(name, backbone.ends): tensor for name, tensor in state.items()}
@@ -147,7 +147,7 @@ def load_lpips(
     wanted = model.state_dict()
     for name, tensor in wanted.items():
         if name not in found or found[name].shape != tensor.shape:
-            raise EvaluationError(
+            raise UserValueError(
                 f"{', '.join(str(file) for file in files)} is not LPIPS {net} v0.1: {name} {list(tensor.shape)} is missing"
             )
     model.load_state_dict({name: found[name] for name in wanted})
@@ -156,14 +156,14 @@ def load_lpips(
 
 @torch.inference_mode()
 def lpips_distances(model: LPIPS, a: np.ndarray, b: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """LPIPS [N] of two arrays of images, uint8 [N, H, W, 3]. Raises EvaluationError where they do not pair."""
+    """LPIPS [N] of two arrays of images, uint8 [N, H, W, 3]. Raises UserError where they do not pair."""
     if a.shape != b.shape or a.ndim != 4 or a.shape[-1] != 3 or (a.dtype, b.dtype) != (np.uint8, np.uint8):
-        raise EvaluationError(
+        raise UserValueError(
             f"LPIPS compares two equal-sized sets of uint8 images [N, H, W, 3], "
             f"these are {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
         )
     if min(a.shape[1:3]) < SMALLEST:
-        raise EvaluationError(
+        raise UserValueError(
             f"LPIPS needs images of {SMALLEST} pixels or more, these are {list(a.shape[1:3])}"
         )
     distances = [np.empty(0, np.float32)]

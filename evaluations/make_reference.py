@@ -25,7 +25,6 @@ import numpy as np
 
 from evaluations import distributed
 from evaluations.arguments import add_label_option, add_network_options, new_file, positive
-from evaluations.errors import EvaluationError, exit_on_error
 from evaluations.evaluator import META
 from evaluations.features import BATCH_SIZE, stream_features
 from evaluations.frechet import RunningStatistics, Statistics
@@ -40,7 +39,8 @@ from evaluations.images import (
     npz_keys,
 )
 from evaluations.inception import RESIZE_MODE, Inception, load_inception
-from guided_diffusion import image_files
+from guided_diffusion import dist_util, image_files
+from guided_diffusion.errors import UserValueError, exit_on_user_error
 
 NUM_IMAGES = 10_000  # that ADM's reference batches keep
 CROP_MODE = "box-halving-bicubic-center"  # of center_crop_arr
@@ -77,7 +77,7 @@ def select(
     classes: list[str] | None = None,
     label_from: str = "auto",
 ) -> Selection:
-    """Images of a folder or .npz, only those of `classes` if given. Raises EvaluationError where none are left."""
+    """Images of a folder or .npz, only those of `classes` if given. Raises UserError where none are left."""
     source = Path(source).expanduser()
     if source.is_file():
         return _select_from_npz(source, image_size, classes)
@@ -89,7 +89,7 @@ def select(
         return Selection(FolderImages(list_images(source), str(source), image_size), None)
     wanted = set(found.class_names if classes is None else classes)
     if missing := sorted(wanted - set(found.class_names)):
-        raise EvaluationError(f"{source} has no images of class {', '.join(missing[:5])}")
+        raise UserValueError(f"{source} has no images of class {', '.join(missing[:5])}")
     kept = [i for i, label in enumerate(found.labels) if found.class_names[label] in wanted]
     images = FolderImages([Path(found.paths[i]) for i in kept], str(source), image_size)
     return Selection(images, np.array(found.labels)[kept], found.class_names)
@@ -98,7 +98,7 @@ def select(
 def _select_from_npz(source: Path, image_size: int | None, classes: list[str] | None) -> Selection:
     images = NpzImages(source)
     if image_size and images.shape[1:3] != (image_size, image_size):
-        raise EvaluationError(
+        raise UserValueError(
             f"{images.name} has shape {list(images.shape)}: --image_size scales folders only"
         )
     labels, names = None, class_names(source)
@@ -107,12 +107,12 @@ def _select_from_npz(source: Path, image_size: int | None, classes: list[str] | 
     if classes is None:
         return Selection(images, labels, names)
     if labels is None:
-        raise EvaluationError(f"{source} has no labels (arr_1) to select classes by")
+        raise UserValueError(f"{source} has no labels (arr_1) to select classes by")
     numbers = {name: i for i, name in enumerate(names or map(str, range(labels.max(initial=-1) + 1)))}
     wanted = [numbers.get(name) for name in classes]
     if not set(wanted) <= set(labels.tolist()):
         known = ", ".join(list(numbers)[:10]) if names else f"numbers from {labels.min()} to {labels.max()}"
-        raise EvaluationError(f"the classes of {source} are {known}")
+        raise UserValueError(f"the classes of {source} are {known}")
     chosen = np.flatnonzero(np.isin(labels, wanted))
     return Selection(ArrayImages(pick(images, chosen), images.name), labels[chosen], names)
 
@@ -120,11 +120,11 @@ def _select_from_npz(source: Path, image_size: int | None, classes: list[str] | 
 def read_classes(path: str | Path) -> list[str]:
     """Class names of a text file: the first word of every line; lines that start with # are comments."""
     if not Path(path).is_file():
-        raise EvaluationError(f"class list {path} does not exist")
+        raise UserValueError(f"class list {path} does not exist")
     lines = [line.split() for line in Path(path).read_text().splitlines()]
     names = [words[0] for words in lines if words and not words[0].startswith("#")]
     if not names:
-        raise EvaluationError(f"class list {path} is empty: write one class name per line")
+        raise UserValueError(f"class list {path} is empty: write one class name per line")
     return names
 
 
@@ -210,18 +210,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    with exit_on_error(), distributed.ranks():
+    with exit_on_user_error():
+        dist_util.setup_dist()
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the reference batch that the command line asks for. Raises EvaluationError."""
+    """Write the reference batch that the command line asks for. Raises UserError."""
     if args.output.suffix != ".npz":
-        raise EvaluationError(f"{args.output} cannot be written: a reference batch is an .npz file")
+        raise UserValueError(f"{args.output} cannot be written: a reference batch is an .npz file")
     classes = read_classes(args.classes) if args.classes else None
     selection = select(args.source, args.image_size, classes, args.label_from)
     if args.labels and selection.labels is None:
-        raise EvaluationError(f"{args.source} has no labels (arr_1)")
+        raise UserValueError(f"{args.source} has no labels (arr_1)")
     network = load_inception(args.inception, args.device)
     computed = reference_statistics(selection.images, network, args.batch_size)
     if computed is None:  # another rank has them

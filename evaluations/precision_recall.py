@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluations.errors import EvaluationError
+from guided_diffusion.errors import UserValueError
 
 NEIGHBOURS = 3
 BLOCK_ELEMENTS = 1 << 25  # distances held at once: 128 MiB in float32
@@ -34,7 +34,7 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Precision and recall of `samples` [M, D] against `reference` [N, D], in the features' own precision.
 
-    Raises EvaluationError where a set is too small to have `neighbours` neighbours.
+    Raises UserError where a set is too small to have `neighbours` neighbours.
     """
     device = device or reference.device
     # Distances are unchanged by a common shift; around the mean, |x|^2 + |y|^2 - 2 x y cancels fewer digits.
@@ -68,7 +68,7 @@ def _radii(points: _Points, neighbours: int, block_elements: int) -> Tensor:
     """Squared distance [N] of each feature to its k-th nearest neighbour, itself not counted."""
     n = len(points)
     if n <= neighbours:
-        raise EvaluationError(
+        raise UserValueError(
             f"precision and recall need more than {neighbours} images on each side, there are {n}"
         )
     nearest = points.squares.new_full((n, neighbours), torch.inf)

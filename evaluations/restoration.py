@@ -27,11 +27,12 @@ import numpy as np
 
 from evaluations import distributed
 from evaluations.arguments import add_device_option, add_json_option, positive
-from evaluations.errors import EvaluationError, MissingFileError, exit_on_error
 from evaluations.images import load_array, npz_keys
 from evaluations.lpips import BACKBONES, LPIPS, load_lpips, lpips_distances
 from evaluations.make_reference import pick, select
 from evaluations.sdedit import STRENGTH, load_single_task, restore
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
 
 MASKS = (5, 10, 15, 20)
 MASK_SIZE = 16  # pixels
@@ -70,7 +71,7 @@ def draw_masks(
 ) -> np.ndarray:
     """Which pixels are left, bool [count, height, width], under `masks` squares of `size` pixels per image."""
     if size < 1 or size > min(height, width) or masks < 0:
-        raise EvaluationError(f"{masks} masks of {size} pixels do not fit images of {width}x{height}")
+        raise UserValueError(f"{masks} masks of {size} pixels do not fit images of {width}x{height}")
     left = np.ones((count, height, width), bool)
     for index in range(count):
         random = np.random.default_rng([seed, masks, index])
@@ -99,7 +100,7 @@ def write_holes(
     selection = select(source, image_size)
     count = selection.images.shape[0]
     if num_images and num_images > count:
-        raise EvaluationError(f"{source} has {count} images, {num_images} were asked for")
+        raise UserValueError(f"{source} has {count} images, {num_images} were asked for")
     chosen = np.sort(np.random.default_rng(seed).permutation(count)[:num_images])
     clean = pick(selection.images, chosen)
     extra = {} if selection.labels is None else {"labels": selection.labels[chosen]}
@@ -116,13 +117,13 @@ def write_holes(
 
 
 def find_holes(folder: str | Path) -> dict[int, Path]:
-    """The holes_M.npz of a folder by their number of masks. Raises EvaluationError where there are none."""
+    """The holes_M.npz of a folder by their number of masks. Raises UserError where there are none."""
     files = {path.stem.removeprefix("holes_"): path for path in Path(folder).glob("holes_*.npz")}
     holes = {
         int(number): files[number] for number in sorted(files, key=lambda n: (len(n), n)) if number.isdigit()
     }
     if not holes:
-        raise MissingFileError(f"{folder} holds no holes_M.npz: write them with `restoration.py mask`")
+        raise UserFileError(f"{folder} holds no holes_M.npz: write them with `restoration.py mask`")
     return holes
 
 
@@ -132,9 +133,7 @@ def find_result(pattern: str, masks: int) -> Path | None:
     if path.is_dir():
         found = sorted(path.glob("samples_*.npz"))
         if len(found) > 1:
-            raise EvaluationError(
-                f"{path} holds {len(found)} samples_*.npz: leave one, or name it with --row"
-            )
+            raise UserValueError(f"{path} holds {len(found)} samples_*.npz: leave one, or name it with --row")
         return found[0] if found else None
     return path if path.is_file() else None
 
@@ -155,14 +154,14 @@ def restoration_table(folder: str | Path, rows: dict[str, str], model: LPIPS) ->
                 continue
             images = load_array(result, "arr_0")
             if images.shape != clean.shape:
-                raise EvaluationError(
+                raise UserValueError(
                     f"{result} has {list(images.shape)}, the clean images are {list(clean.shape)}: restore all of {path}"
                 )
             distances = lpips_distances(model, clean, images)
             error = distances.std(ddof=1) / len(distances) ** 0.5 if len(distances) > 1 else 0.0
             cells.append(Cell(name, m, float(distances.mean()), float(error), len(distances)))
     if len(sizes) > 1:
-        raise EvaluationError(
+        raise UserValueError(
             f"the holes in {folder} are of different sizes {sorted(sizes)}: they make no table"
         )
     return Table(cells, model.net_name, model.sha256, sizes.pop(), seeds)
@@ -243,7 +242,8 @@ def _model_flags(arguments: list[str]) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    with exit_on_error(), distributed.ranks():
+    with exit_on_user_error():
+        dist_util.setup_dist()
         {"mask": run_mask, "sdedit": run_sdedit, "table": run_table}[args.command](args)
 
 
@@ -268,13 +268,13 @@ def run_sdedit(args: argparse.Namespace) -> None:
     for m, path in holes.items():
         masked = load_array(path, "arr_0")
         if masked.shape[1:3] != (args.flags["image_size"],) * 2:
-            raise EvaluationError(
+            raise UserValueError(
                 f"{path} has images of {masked.shape[2]}x{masked.shape[1]}, the model makes {args.flags['image_size']}"
             )
         labels = None
         if args.flags["class_cond"]:
             if "labels" not in npz_keys(path):
-                raise EvaluationError(f"{path} has no labels, and the model is class-conditional")
+                raise UserValueError(f"{path} has no labels, and the model is class-conditional")
             labels = load_array(path, "labels")
         restored = restore(
             masked, diffusion, model, device, args.seed, args.strength, args.use_ddim, args.batch_size, labels
@@ -294,7 +294,7 @@ def run_table(args: argparse.Namespace) -> None:
     for row in args.row:
         name, found, pattern = row.partition("=")
         if not found or not name or not pattern:
-            raise EvaluationError(f"--row {row}: expected NAME=PATTERN")
+            raise UserValueError(f"--row {row}: expected NAME=PATTERN")
         rows[name] = pattern
     model = load_lpips(args.net, args.lpips_weights, distributed.choose_device(args.device))
     table = restoration_table(args.folder, rows, model)

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluations import distributed
-from evaluations.errors import EvaluationError, MissingFileError
+from guided_diffusion import dist_util
+from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.image_files import to_uint8
 
 STRENGTH = 0.5
@@ -32,11 +33,11 @@ def sdedit(
 ) -> Tensor:
     """Noise `images` [B, C, H, W] in [-1, 1] to `strength` (0 to 1] of the diffusion's steps, and denoise them.
 
-    `randn_like(x)` makes all the noise. Raises EvaluationError for a strength that leaves no step.
+    `randn_like(x)` makes all the noise. Raises UserError for a strength that leaves no step.
     """
     start = round(strength * diffusion.num_timesteps) - 1
     if not 0 < strength <= 1 or start < 0:
-        raise EvaluationError(
+        raise UserValueError(
             f"strength {strength} leaves no step of {diffusion.num_timesteps}: choose from (0, 1]"
         )
     step = diffusion.ddim_sample if use_ddim else diffusion.p_sample
@@ -68,7 +69,7 @@ def restore(
 
     start, stop = distributed.share(len(masked))
     parts = [torch.empty(0, *masked.shape[1:], dtype=torch.uint8)]
-    with tqdm(total=stop - start, unit="image", disable=distributed.rank() > 0) as bar:
+    with tqdm(total=stop - start, unit="image", disable=dist_util.get_rank() > 0) as bar:
         for first in range(start, stop, batch_size):
             indices = range(first, min(first + batch_size, stop))
             x = torch.from_numpy(masked[indices.start : indices.stop]).to(device)
@@ -85,20 +86,19 @@ def restore(
 
 
 def load_single_task(path: str | Path, flags: dict, device: torch.device):
-    """(model, diffusion) of guided-diffusion from weights and the flags of training. Raises EvaluationError."""
+    """(model, diffusion) of guided-diffusion from weights and the flags of training. Raises UserError."""
     from guided_diffusion import checkpoint_util, dist_util
-    from guided_diffusion.errors import UserError
     from guided_diffusion.script_util import create_model_and_diffusion
 
     if not Path(path).is_file():
-        raise MissingFileError(f"model {path} does not exist")
+        raise UserFileError(f"model {path} does not exist")
     try:
         model, diffusion = create_model_and_diffusion(**flags)
         checkpoint_util.load_weights(
             model, dist_util.load_state_dict(str(path), map_location="cpu"), str(path)
         )
     except UserError as error:
-        raise EvaluationError(str(error)) from error
+        raise UserValueError(str(error)) from error
     model.to(device)
     if flags["use_fp16"]:
         model.convert_to_fp16()

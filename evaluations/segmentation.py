@@ -25,8 +25,8 @@ if not __package__:  # run as a script: look for modules in the repository, not 
 import numpy as np
 
 from evaluations.arguments import add_json_option
-from evaluations.errors import EvaluationError, exit_on_error
 from evaluations.images import list_images, load_array
+from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 from guided_diffusion.image_files import read_image, to_channels
 from guided_diffusion.palettes import NUMBERS, VOID_NUMBER, Palette, load_palette, to_indices
 
@@ -65,7 +65,7 @@ class Confusion:
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
         """Count one image or several: index maps [..., H, W] of one shape, where len(palette) is void."""
         if truth.shape != prediction.shape:
-            raise EvaluationError(
+            raise UserValueError(
                 f"truth is {list(truth.shape)}, prediction {list(prediction.shape)}: scale them alike"
             )
         k = len(self.palette)
@@ -75,10 +75,10 @@ class Confusion:
         self.images += int(np.prod(truth.shape[:-2]))
 
     def scores(self) -> SegmentationScores:
-        """Raises EvaluationError where no pixel counts."""
+        """Raises UserError where no pixel counts."""
         pixels = int(self._counts.sum())
         if not pixels:
-            raise EvaluationError("no pixel counts: the truth is void everywhere")
+            raise UserValueError("no pixel counts: the truth is void everywhere")
         hits = self._counts.diagonal()
         true, predicted = self._counts.sum(1), self._counts[:, :-1].sum(0)
         accuracy = _ratio(hits, true)
@@ -125,10 +125,10 @@ def open_maps(path: str | Path) -> dict[str, np.ndarray | Path]:
 def paired_maps(
     truth: str | Path, predictions: str | Path, palette: Palette
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Truth and prediction, image by image, in the order of their names. Raises EvaluationError if some do not pair."""
+    """Truth and prediction, image by image, in the order of their names. Raises UserError if some do not pair."""
     first, second = open_maps(truth), open_maps(predictions)
     if lonely := sorted(first.keys() ^ second.keys()):
-        raise EvaluationError(
+        raise UserValueError(
             f"{truth} has {len(first)} maps and {predictions} {len(second)}; {len(lonely)} do not pair, such as {lonely[0]}"
         )
     for name in sorted(first):
@@ -153,8 +153,8 @@ def _read_map(given: np.ndarray | Path, palette: Palette) -> np.ndarray:
             return palette.numbers(np.asarray(image))
         found = CITYSCAPES.numbers(np.asarray(image), ids=True)
         return np.where(found == len(CITYSCAPES), VOID_NUMBER, found)
-    except EvaluationError as error:
-        raise EvaluationError(f"{given}: {error}") from None
+    except UserError as error:
+        raise UserValueError(f"{given}: {error}") from None
 
 
 def _colours(path: Path, pixels: np.ndarray, palette: Palette) -> np.ndarray:
@@ -162,8 +162,8 @@ def _colours(path: Path, pixels: np.ndarray, palette: Palette) -> np.ndarray:
     if pixels.max(initial=0) <= len(palette) and (pixels == pixels[..., :1]).all():
         try:
             palette.check_colors(pixels)
-        except EvaluationError as error:
-            raise EvaluationError(f"{path}: {error}") from None
+        except UserError as error:
+            raise UserValueError(f"{path}: {error}") from None
     return pixels
 
 
@@ -182,12 +182,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    with exit_on_error():
+    with exit_on_user_error():
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score as the command line asks. Raises EvaluationError."""
+    """Score as the command line asks. Raises UserError."""
     confusion = Confusion(load_palette(args.palette))
     for truth, prediction in paired_maps(args.truth, args.predictions, confusion.palette):
         confusion.add(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evaluations.errors import EvaluationError, MissingFileError
+from guided_diffusion.errors import UserFileError, UserValueError
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ def sha256_of(path: str | Path) -> str:
 
 
 def existing_file(path: str | Path, what: str) -> Path:
-    """`path` if it is a file. Raises MissingFileError that names `what` it should have been."""
+    """`path` if it is a file. Raises UserFileError that names `what` it should have been."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise MissingFileError(f"{what} {path} does not exist or is not a file")
+        raise UserFileError(f"{what} {path} does not exist or is not a file")
     return path
 
 
 def fetch(files: list[PublishedFile], option: str) -> Path:
     """The first of the interchangeable `files` that is cached or can be downloaded.
 
-    A download counts only if its SHA-256 is the published one. Raises EvaluationError that names the addresses and
+    A download counts only if its SHA-256 is the published one. Raises UserError that names the addresses and
     the command-line `option` that takes a local file.
     """
     folder = cache_folder()
@@ -68,6 +68,6 @@ def fetch(files: list[PublishedFile], option: str) -> Path:
             return folder / file.name
         except (urllib.error.URLError, OSError, RuntimeError) as error:  # RuntimeError: the checksum differs
             failures.append(f"{file.url} ({error})")
-    raise EvaluationError(
+    raise UserValueError(
         f"could not download {'; '.join(failures)}: fetch it by hand and pass it with {option}"
     )

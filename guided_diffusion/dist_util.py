@@ -9,25 +9,21 @@ All three end in one torch.distributed group, NCCL on GPUs and gloo on CPUs, whi
 
 import atexit
 import contextlib
-import io
 import multiprocessing
 import os
-import pickle
 import socket
 import sys
 import time
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any
 
-import blobfile as bf
 import torch as th
 import torch.distributed as dist
 
-from . import logger
-from .errors import UserError, UserFileError
+from . import checkpoint_util, errors, logger
+from .errors import UserError
 
 # Assumed by upstream for every node. Here only the limit for a launcher that does not tell the local rank.
 GPUS_PER_NODE = 8
@@ -94,7 +90,8 @@ def dev() -> th.device:
     """The device of this rank: its GPU where there is one, else the CPU."""
     if not th.cuda.is_available():
         return th.device("cpu")
-    local_rank = _launch.local_rank if _launch is not None else 0
+    # Another program (Lightning) may have made the group.
+    local_rank = _launch.local_rank if _launch is not None else int(os.environ.get("LOCAL_RANK", 0))
     return th.device("cuda", local_rank % th.cuda.device_count())
 
 
@@ -108,39 +105,13 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def load_state_dict(path: str, *, weights_only: bool = True, **kwargs: Any) -> Any:
-    """Read a checkpoint from a local path or any other that blobfile knows. `kwargs` go to `torch.load`.
+def load_state_dict(path: str, **kwargs: Any) -> Any:
+    """Read a checkpoint from a local path or any other that blobfile knows; see `checkpoint_util.read`.
 
     Every rank reads the file by itself, so it may be called by all ranks or by some: upstream's own
     training scripts call it on rank 0 alone, where a broadcast would wait for the others for ever.
-
-    Raises UserFileError where there is no such file, UserError where it is not a checkpoint.
-    `weights_only=False` also accepts files that hold other Python objects; such a file can run any code,
-    so it must be trusted.
     """
-    path = os.fspath(path)
-    if not bf.exists(path):
-        where = (
-            f" (looked for by rank {get_rank()} on {socket.gethostname()})" if get_world_size() > 1 else ""
-        )
-        raise UserFileError(f"checkpoint not found: {path!r}{where}; check the path")
-    if bf.isdir(path):
-        raise UserError(f"{path!r} is a folder; give the checkpoint file in it")
-    with bf.BlobFile(path, "rb") as file:
-        data = io.BytesIO(file.read())
-    try:
-        return th.load(data, weights_only=weights_only, **kwargs)
-    except pickle.UnpicklingError as error:
-        if weights_only and _is_torch_file(data):
-            raise UserError(
-                f"{path!r} holds Python objects other than tensors and plain values, which could run code; "
-                "if you trust the file, load it with weights_only=False"
-            ) from error
-        raise _not_a_checkpoint(path, error) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, UnicodeDecodeError) as error:
-        if _is_torch_file(data):  # the file is sound: the arguments are not (map_location, ...)
-            raise
-        raise _not_a_checkpoint(path, error) from error
+    return checkpoint_util.read(path, **kwargs)
 
 
 def sync_params(params: Iterable[th.Tensor]) -> None:
@@ -177,6 +148,16 @@ def wait_for_rank_zero_to_fail() -> None:
     if _many_ranks() and logger.get_rank_without_mpi_import() > 0:
         _join_mpi()
         time.sleep(ERROR_GRACE)
+
+
+def _end_job(report: Callable[[], None], code: int) -> None:
+    wait_for_rank_zero_to_fail()
+    report()
+    end_all_ranks(code)
+    sys.exit(code)
+
+
+errors.end_job = _end_job
 
 
 def _find_free_port() -> int:
@@ -304,14 +285,3 @@ def _end_job_on_exception() -> None:
         end_all_ranks(1)
 
     sys.excepthook = report_and_end
-
-
-def _is_torch_file(data: io.BytesIO) -> bool:
-    """Whether this is a sound file of torch.save's, in its zip form."""
-    data.seek(0)
-    return zipfile.is_zipfile(data)
-
-
-def _not_a_checkpoint(path: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{path!r} is not a checkpoint that torch can read, or it is truncated ({reason})")

@@ -1,10 +1,31 @@
 """Mistakes that the user can repair, and how a script reports them: one line, exit code 2, no traceback."""
 
 import contextlib
+import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 EXIT_CODE = 2
+
+# What the machine lacks, which the user can mend too.
+_MACHINE = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than the limit of this shell (ulimit -f) or of the file system",
+    errno.EROFS: "the file system is read-only",
+    errno.EMFILE: "too few file handles: raise the limit (ulimit -n) or use fewer --num_workers",
+    errno.ENFILE: "the machine has no file handle left: close other programs",
+}
+
+
+def _report(report: Callable[[], None], code: int) -> None:
+    """Print, and end this process."""
+    report()
+    sys.exit(code)
+
+
+# How a job ends after a mistake. Whoever knows of other ranks replaces it (dist_util): this module knows of none.
+end_job = _report
 
 
 class UserError(Exception):
@@ -31,18 +52,26 @@ def one_line(error: BaseException) -> str:
     return " ".join(lines) or type(error).__name__
 
 
+def machine_error(error: BaseException | None) -> str | None:
+    """What the machine lacked, where `error` or one that led to it says so, else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            return _MACHINE[error.errno] + (f" ({error.filename})" if error.filename else "")
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError` into `error: <one line>` on stderr and exit code 2. Also usable as a decorator.
+    """Turn a `UserError` into `error: <one line>` on stderr and exit code 2; also what the machine lacks (disk,
+    file handles). Also usable as a decorator.
 
     When several ranks run, all of them end: those that wait for the failed one are not left hanging.
     """
     try:
         yield
-    except UserError as error:
-        from . import dist_util  # here, since dist_util raises the errors of this module
-
-        dist_util.wait_for_rank_zero_to_fail()
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        dist_util.end_all_ranks(EXIT_CODE)
-        sys.exit(EXIT_CODE)
+    except Exception as error:
+        line = one_line(error) if isinstance(error, UserError) else machine_error(error)
+        if line is None:
+            raise
+        end_job(lambda: print(f"error: {line}", file=sys.stderr, flush=True), EXIT_CODE)

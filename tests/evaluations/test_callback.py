@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluations.callback import RECORD, EvaluationCallback
-from evaluations.errors import EvaluationError
+from guided_diffusion.errors import UserError
 
 from .conftest import sample_images
 
@@ -57,9 +57,9 @@ def test_tensors_are_taken_as_well_as_arrays(callback):
 
 
 def test_what_the_sampler_gets_wrong_is_named(callback):
-    with pytest.raises(EvaluationError, match="the sampler's result is float32, images must be uint8"):
+    with pytest.raises(UserError, match="the sampler's result is float32, images must be uint8"):
         callback(lambda count, seed: torch.zeros(count, 16, 16, 3))(10)
-    with pytest.raises(EvaluationError, match="returned 12 images, 13 were asked for"):
+    with pytest.raises(UserError, match="returned 12 images, 13 were asked for"):
         callback(lambda count, seed: sample_images(12), num_samples=13)(10)
 
 

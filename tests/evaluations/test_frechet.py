@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations.errors import EvaluationError
 from evaluations.frechet import (
     RunningStatistics,
     Statistics,
@@ -13,6 +12,7 @@ from evaluations.frechet import (
     frechet_interval,
     statistics,
 )
+from guided_diffusion.errors import UserError
 
 
 def gaussian(n, d, seed=0, scale=1.0, shift=0.0):
@@ -81,13 +81,13 @@ def test_statistics_of_parts_merge_to_those_of_the_whole():
 
 
 def test_impossible_statistics_are_named():
-    with pytest.raises(EvaluationError, match="NaN"):
+    with pytest.raises(UserError, match="NaN"):
         Statistics(np.array([0.0, np.nan]), np.eye(2))
-    with pytest.raises(EvaluationError, match="do not fit together"):
+    with pytest.raises(UserError, match="do not fit together"):
         Statistics(np.zeros(3), np.eye(2))
-    with pytest.raises(EvaluationError, match="at least 2 images"):
+    with pytest.raises(UserError, match="at least 2 images"):
         statistics(torch.zeros(1, 4))
-    with pytest.raises(EvaluationError, match="differ in number: 3 against 2"):
+    with pytest.raises(UserError, match="differ in number: 3 against 2"):
         frechet_distance(Statistics(np.zeros(3), np.eye(3)), Statistics(np.zeros(2), np.eye(2)))
 
 

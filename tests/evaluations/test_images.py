@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations.errors import EvaluationError
 from evaluations.images import (
     ArrayImages,
     FolderImages,
@@ -16,6 +15,7 @@ from evaluations.images import (
     open_images,
     prefetch,
 )
+from guided_diffusion.errors import UserError
 from guided_diffusion.image_files import center_crop_arr
 
 from .conftest import sample_images
@@ -60,9 +60,9 @@ def test_npz_in_fortran_order(tmp_path):
 )
 def test_unusable_arrays_are_described(tmp_path, array, message):
     np.savez(tmp_path / "a.npz", arr_0=array)
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(UserError, match=message):
         NpzImages(tmp_path / "a.npz")
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(UserError, match=message):
         ArrayImages(array)
 
 
@@ -70,18 +70,18 @@ def test_unusable_files_are_described(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.npz does not exist"):
         open_images(tmp_path / "missing.npz")
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(EvaluationError, match="text.npz is not a sound .npy or .npz file"):
+    with pytest.raises(UserError, match="text.npz is not a sound .npy or .npz file"):
         open_images(tmp_path / "text.npz")
     np.savez(tmp_path / "other.npz", images=sample_images(2))
-    with pytest.raises(EvaluationError, match=r"has no array arr_0 \(it holds images\)"):
+    with pytest.raises(UserError, match=r"has no array arr_0 \(it holds images\)"):
         open_images(tmp_path / "other.npz")
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], dtype=object))
     with pytest.raises(
-        EvaluationError, match="objects.npz is not a sound .* file: it holds something else than numbers"
+        UserError, match="objects.npz is not a sound .* file: it holds something else than numbers"
     ):
         load_array(tmp_path / "objects.npz", "arr_0")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EvaluationError, match="no images"):
+    with pytest.raises(UserError, match="no images"):
         open_images(tmp_path / "empty")
 
 
@@ -110,14 +110,14 @@ def test_grey_and_palette_files_become_rgb(tmp_path):
 def test_files_of_several_sizes_need_a_size(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     Image.new("RGB", (24, 20)).save(tmp_path / "b.png")
-    with pytest.raises(EvaluationError, match="b.png is 24x20, others are 16x16.*--image_size"):
+    with pytest.raises(UserError, match="b.png is 24x20, others are 16x16.*--image_size"):
         list(open_images(tmp_path).batches(0, 2, 2))
     assert FolderImages(list_images(tmp_path), "x", size=8).shape == (2, 8, 8, 3)
 
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(EvaluationError, match="a.png cannot be read"):
+    with pytest.raises(UserError, match="a.png cannot be read"):
         open_images(tmp_path)
 
 
@@ -158,11 +158,11 @@ def test_prefetch_keeps_order_and_reads_ahead():
 def test_prefetch_passes_errors_on():
     def source():
         yield 1
-        raise EvaluationError("broken")
+        raise UserError("broken")
 
     items = prefetch(source())
     assert next(items) == 1
-    with pytest.raises(EvaluationError, match="broken"):
+    with pytest.raises(UserError, match="broken"):
         next(items)
 
 

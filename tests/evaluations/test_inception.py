@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations.errors import EvaluationError
 from evaluations.inception import load_inception, preprocess, resize_bilinear, seeded_inception
 from evaluations.inception_weights import seeded_weights
+from guided_diffusion.errors import UserError
 from tests.compare import agree
 
 from ..conftest import dev_data
@@ -98,7 +98,7 @@ def test_graph_file_port_and_archive_give_the_same_features(network, graph_file,
 def test_torchvisions_own_network_is_refused(tmp_path):
     state = port_state()
     state["fc.weight"] = torch.zeros(1000, 128)
-    with pytest.raises(EvaluationError, match="1000 classes for 128 features"):
+    with pytest.raises(UserError, match="1000 classes for 128 features"):
         load_inception(write_port(tmp_path / "inception_v3_google.pth", state), "cpu")
 
 
@@ -119,11 +119,11 @@ def test_other_files_are_refused_by_name(tmp_path, graph_file):
         (empty, "holds no classify_image_graph_def.pb"),
         (tmp_path / "missing.pb", "does not exist"),
     ):
-        with pytest.raises(EvaluationError, match=message):
+        with pytest.raises(UserError, match=message):
             load_inception(file, "cpu")
     onnx = tmp_path / "inception.onnx"
     onnx.touch()
-    with pytest.raises(EvaluationError, match=r"expected a \.pb, \.tgz or \.pth file"):
+    with pytest.raises(UserError, match=r"expected a \.pb, \.tgz or \.pth file"):
         load_inception(onnx, "cpu")
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations.errors import EvaluationError
 from evaluations.joint import main, read_partner
 from evaluations.joint_metrics import (
     fit_classifier,
@@ -18,6 +17,7 @@ from evaluations.joint_metrics import (
     regrouped_frechet,
 )
 from evaluations.segmentation import CITYSCAPES
+from guided_diffusion.errors import UserError
 
 from .conftest import sample_images
 
@@ -62,9 +62,9 @@ def test_regrouping_tells_one_distribution_from_two():
 
 def test_label_agreement_leaves_unknown_labels_out():
     assert label_agreement(np.array([0, 1, 2, -1]), np.array([0, 1, 0, 0])) == pytest.approx(2 / 3)
-    with pytest.raises(EvaluationError, match="3 generated labels, but 2 found"):
+    with pytest.raises(UserError, match="3 generated labels, but 2 found"):
         label_agreement(np.zeros(3, int), np.zeros(2, int))
-    with pytest.raises(EvaluationError, match="no generated label is known"):
+    with pytest.raises(UserError, match="no generated label is known"):
         label_agreement(np.full(3, -1), np.zeros(3, int))
 
 
@@ -80,7 +80,7 @@ def test_classifier_finds_classes_and_knows_how_well():
     assert classifier.accuracy == pytest.approx(accuracy, abs=0.1)
     meaningless = fit_classifier(torch.randn(300, 8, generator=random), labels)
     assert meaningless.accuracy < 0.6
-    with pytest.raises(EvaluationError, match="at least two classes"):
+    with pytest.raises(UserError, match="at least two classes"):
         fit_classifier(features, np.zeros(300, int))
 
 
@@ -139,7 +139,7 @@ def test_probabilities_become_labels(tmp_path):
 )
 def test_other_data_are_refused(tmp_path, array):
     np.savez(tmp_path / "a.npz", x=array)
-    with pytest.raises(EvaluationError, match="x of .*a.npz (is|holds NaN)"):
+    with pytest.raises(UserError, match="x of .*a.npz (is|holds NaN)"):
         read_partner(tmp_path / "a.npz", "x")
 
 

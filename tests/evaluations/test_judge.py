@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from evaluations.errors import EvaluationError
 from evaluations.judge import _augment, _tensor, inspect, load_judge, save_judge, score, train_judge
+from guided_diffusion.errors import UserError
 
 from .conftest import sample_images
 
@@ -89,12 +89,12 @@ def test_from_the_command_line(trained, tmp_path, script):
 
 def test_refusals(trained, tmp_path):
     images, labels = coloured(20)
-    with pytest.raises(EvaluationError, match="at least two classes"):
+    with pytest.raises(UserError, match="at least two classes"):
         train_judge(images, labels * 0)
-    with pytest.raises(EvaluationError, match="is not a judge"):
+    with pytest.raises(UserError, match="is not a judge"):
         (tmp_path / "other.pt").write_bytes(b"something else")
         load_judge(tmp_path / "other.pt")
-    with pytest.raises(EvaluationError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load_judge(tmp_path / "absent.pt")
-    with pytest.raises(EvaluationError, match="reference images are .*, samples"):
+    with pytest.raises(UserError, match="reference images are .*, samples"):
         score(trained[0], images, images[:, :8, :8], None)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations.errors import EvaluationError
 from evaluations.lpips import BACKBONES, LPIPS, load_lpips, lpips_distances
+from guided_diffusion.errors import UserError
 from tests.compare import agree
 
 from ..conftest import dev_data
@@ -70,7 +70,7 @@ def test_weights_come_in_one_file_or_as_published_in_two(net, tmp_path):
         loaded = load_lpips(net, [tmp_path / file for file in files], "cpu")
         assert torch.equal(loaded(a, b), model(a, b))
         assert set(loaded.sha256) == set(files)
-    with pytest.raises(EvaluationError, match=r"is not LPIPS \w+ v0.1: lin0.model.1.weight .* is missing"):
+    with pytest.raises(UserError, match=r"is not LPIPS \w+ v0.1: lin0.model.1.weight .* is missing"):
         load_lpips(net, [tmp_path / "backbone.pth"], "cpu")
 
 
@@ -82,13 +82,13 @@ def test_gradients_flow_to_the_images():
 
 def test_mistakes_are_named(tmp_path):
     model = filled("alex")
-    with pytest.raises(EvaluationError, match="equal-sized"):
+    with pytest.raises(UserError, match="equal-sized"):
         lpips_distances(model, sample_images(2, size=32), sample_images(3, size=32))
-    with pytest.raises(EvaluationError, match="equal-sized .* float64"):
+    with pytest.raises(UserError, match="equal-sized .* float64"):
         lpips_distances(model, sample_images(2, size=32), sample_images(2, size=32) / 255)
-    with pytest.raises(EvaluationError, match="32 pixels or more"):
+    with pytest.raises(UserError, match="32 pixels or more"):
         lpips_distances(model, sample_images(2), sample_images(2))
-    with pytest.raises(EvaluationError, match="unknown LPIPS network resnet: choose alex, vgg, squeeze"):
+    with pytest.raises(UserError, match="unknown LPIPS network resnet: choose alex, vgg, squeeze"):
         LPIPS("resnet")
-    with pytest.raises(EvaluationError, match="no.pt does not exist"):
+    with pytest.raises(UserError, match="no.pt does not exist"):
         load_lpips("alex", [tmp_path / "no.pt"])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluations.errors import EvaluationError
 from evaluations.lpips import lpips_distances
 from evaluations.restoration import apply_masks, draw_masks, main, write_holes
 from evaluations.sdedit import sdedit
+from guided_diffusion.errors import UserError
 
 from .conftest import ROOT, sample_images
 from .test_lpips import filled
@@ -48,7 +48,7 @@ def test_masked_pixels_are_grey_and_the_others_untouched():
 
 
 def test_masks_that_do_not_fit_are_refused():
-    with pytest.raises(EvaluationError, match="masks of 16 pixels do not fit images of 8x32"):
+    with pytest.raises(UserError, match="masks of 16 pixels do not fit images of 8x32"):
         draw_masks(1, 32, 8, 3)
 
 
@@ -111,7 +111,7 @@ def test_sdedit_starts_at_its_strength(diffusion):
     sdedit(diffusion, Watch(diffusion), torch.zeros(1, 3, 8, 8), generator_noise(0), strength=0.3)
     assert seen == list(range(14, -1, -1))  # 15 of 50 steps
     for strength in (0, 0.001, 1.5):
-        with pytest.raises(EvaluationError, match="leaves no step of 50"):
+        with pytest.raises(UserError, match="leaves no step of 50"):
             sdedit(
                 diffusion, Oracle(diffusion), torch.zeros(1, 3, 8, 8), generator_noise(0), strength=strength
             )

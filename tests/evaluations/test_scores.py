@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations.errors import EvaluationError
 from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
+from guided_diffusion.errors import UserError
 
 
 def column(*values):
@@ -70,5 +70,5 @@ def test_a_common_shift_does_not_change_the_result():
 
 
 def test_too_few_images_for_the_neighbours():
-    with pytest.raises(EvaluationError, match="more than 3 images"):
+    with pytest.raises(UserError, match="more than 3 images"):
         precision_recall(column(0, 1, 2), column(0, 1, 2, 3))

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations.errors import EvaluationError
 from evaluations.segmentation import CITYSCAPES, main, segmentation_scores
+from guided_diffusion.errors import UserError
 from guided_diffusion.palettes import load_palette, to_indices
 
 VOID = 255
@@ -110,18 +110,18 @@ def test_palette_files_may_be_gimps(tmp_path):
 )
 def test_unusable_palettes_are_described(tmp_path, text, message):
     (tmp_path / "p.txt").write_text(text)
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(UserError, match=message):
         load_palette(tmp_path / "p.txt")
 
 
 def test_unusable_maps_are_described(palette):
-    with pytest.raises(EvaluationError, match="class 7 is not in palette three"):
+    with pytest.raises(UserError, match="class 7 is not in palette three"):
         to_indices(np.array([[0, 7]]), palette)
-    with pytest.raises(EvaluationError, match="float64"):
+    with pytest.raises(UserError, match="float64"):
         to_indices(np.zeros((2, 2)), palette)
-    with pytest.raises(EvaluationError, match=r"truth is \[1, 2, 2\], prediction \[1, 3, 3\]"):
+    with pytest.raises(UserError, match=r"truth is \[1, 2, 2\], prediction \[1, 3, 3\]"):
         segmentation_scores([np.zeros((2, 2), int)], [np.zeros((3, 3), int)], palette)
-    with pytest.raises(EvaluationError, match="void everywhere"):
+    with pytest.raises(UserError, match="void everywhere"):
         segmentation_scores([np.full((2, 2), VOID)], [np.zeros((2, 2), int)], palette)
 
 

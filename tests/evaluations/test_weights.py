@@ -4,10 +4,10 @@ import hashlib
 
 import pytest
 
-from evaluations.errors import EvaluationError
 from evaluations.inception_weights import GRAPH, PORT
 from evaluations.lpips import BACKBONES
 from evaluations.weights import PublishedFile, cache_folder, fetch, sha256_of
+from guided_diffusion.errors import UserError
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def test_a_download_is_checked_and_kept(published, tmp_path):
 
 def test_a_download_with_another_checksum_is_not_kept(published, tmp_path):
     wrong = PublishedFile(published.url, "0" * 64)
-    with pytest.raises(EvaluationError, match="hash.*--weights FILE"):
+    with pytest.raises(UserError, match="hash.*--weights FILE"):
         fetch([wrong], "--weights FILE")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_without_network_the_address_and_the_option_are_named(published, tmp_path):
     missing = PublishedFile(f"file://{tmp_path}/elsewhere.pb", "0" * 64)
-    with pytest.raises(EvaluationError, match="elsewhere.pb .*pass it with --inception FILE"):
+    with pytest.raises(UserError, match="elsewhere.pb .*pass it with --inception FILE"):
         fetch([missing], "--inception FILE")
     assert (
         fetch([missing, published], "--inception FILE").name == "weights.pth"
