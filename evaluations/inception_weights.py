@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from google.protobuf.message import DecodeError
 
 from evaluations.weights import PublishedFile
+from guided_diffusion import dist_util
 from guided_diffusion.errors import UserValueError
 
 GRAPH = PublishedFile(
@@ -226,10 +226,7 @@ def _parse_graph(data: bytes, path: Path) -> InceptionWeights:
 
 
 def _read_port(path: Path) -> InceptionWeights:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types, pickle's among them
-        raise UserValueError(f"{path} cannot be read as PyTorch weights ({type(error).__name__})") from error
+    state = dist_util.load_state_dict(path)
 
     def tensor(name: str) -> np.ndarray:
         if not isinstance(state, dict) or name not in state:

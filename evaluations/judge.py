@@ -14,9 +14,7 @@ where the samples bring them (class_names).
 import argparse
 import dataclasses
 import json
-import pickle
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +35,7 @@ from evaluations.make_reference import pick, select
 from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
 from evaluations.weights import existing_file, sha256_of
-from guided_diffusion import image_files
+from guided_diffusion import dist_util, image_files
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 
 FEATURES = 256
@@ -166,13 +164,7 @@ def save_judge(judge: Judge, accuracy: float, path: str | Path) -> None:
 def load_judge(path: str | Path) -> tuple[Judge, float]:
     """A judge that `save_judge` wrote, in evaluation mode, and its accuracy. UserError for other files."""
     path = existing_file(path, "judge")
-    try:
-        # torch.load fails in many ways on what is no archive.
-        content = (
-            torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
-        )
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise UserValueError(f"{path} cannot be read as weights: {error}") from error
+    content = dist_util.load_state_dict(path)
     if not (isinstance(content, dict) and content.get("format") == FORMAT):
         raise UserValueError(f"{path} is not a judge: make one with `judge.py train`")
     judge = Judge(content["classes"], content.get("class_names"))

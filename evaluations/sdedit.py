@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from evaluations import distributed
 from guided_diffusion import dist_util
-from guided_diffusion.errors import UserError, UserFileError, UserValueError
+from guided_diffusion.errors import UserValueError
 from guided_diffusion.image_files import to_uint8
 
 STRENGTH = 0.5
@@ -87,18 +87,11 @@ def restore(
 
 def load_single_task(path: str | Path, flags: dict, device: torch.device):
     """(model, diffusion) of guided-diffusion from weights and the flags of training. Raises UserError."""
-    from guided_diffusion import checkpoint_util, dist_util
+    from guided_diffusion import checkpoint_util
     from guided_diffusion.script_util import create_model_and_diffusion
 
-    if not Path(path).is_file():
-        raise UserFileError(f"model {path} does not exist")
-    try:
-        model, diffusion = create_model_and_diffusion(**flags)
-        checkpoint_util.load_weights(
-            model, dist_util.load_state_dict(str(path), map_location="cpu"), str(path)
-        )
-    except UserError as error:
-        raise UserValueError(str(error)) from error
+    model, diffusion = create_model_and_diffusion(**flags)
+    checkpoint_util.load_weights(model, checkpoint_util.read_weights(path), path)
     model.to(device)
     if flags["use_fp16"]:
         model.convert_to_fp16()

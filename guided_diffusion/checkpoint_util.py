@@ -27,15 +27,16 @@ import blobfile as bf
 import numpy as np
 import torch as th
 import torch.distributed as dist
-from numpy._core.multiarray import scalar as _numpy_scalar
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from . import logger
 from .errors import UserError, UserFileError, machine_error
 
 FORMAT = "mt-diffusion-checkpoint"
+METADATA = "mt_diffusion"  # of a safetensors file, under which it describes its model
 VERSION = 1
 _COMPLETE = re.compile(r"checkpoint(\d{6,})\.pt")
 _TEMPORARY = ".pt.tmp"
@@ -68,20 +69,21 @@ STEM = "input_blocks.0.0.weight"  # [out, in, 3, 3]: the convolution that reads 
 def _named(path: str, made: Any) -> Any:
     """`made` as what a pickle calls `path`, whatever its own name is."""
     made.__module__, _, made.__qualname__ = path.rpartition(".")
+    made.__name__ = made.__qualname__
     return made
 
 
 def _number_of(dtype: np.dtype, data: bytes) -> np.generic:
     if dtype.kind not in "biufc":
         raise pickle.UnpicklingError(f"a NumPy scalar of type {dtype}")
-    return _numpy_scalar(dtype, data)
+    return np.frombuffer(data, dtype)[0]
 
 
 # What the released Stable Diffusion 1 checkpoints name beside tensors: NumPy scalars (the callbacks' best scores), under
 # the names of NumPy 1 and 2, and the class of Lightning that keys them, of which nothing runs.
 _RELEASED = [
     *(_named(f"numpy.{core}.multiarray.scalar", lambda d, b: _number_of(d, b)) for core in ("core", "_core")),
-    _named("numpy.dtype", type("dtype", (), {"__new__": lambda cls, *args: np.dtype(*args)})),
+    _named("numpy.dtype", lambda *args: np.dtype(*args)),
     *(getattr(np.dtypes, f"{kind}DType") for kind in ("Float64", "Float32", "Float16", "Int64", "Int32")),
     _named("_codecs.encode", lambda text, encoding="utf-8": text.encode(encoding)),
     *(
@@ -103,8 +105,9 @@ def read(path: str | os.PathLike, *, weights_only: bool = True, **options: Any) 
     with _opened(path) as file:
         head = file.read(512)
         file.seek(0)
-        if _is_safetensors(head):
-            return _read_safetensors(path, file)
+        if path.endswith(".safetensors") or _is_safetensors(head):
+            with _as_safetensors(path):
+                return parse_safetensors(file.read()) if is_remote(path) else load_file(path)
         _refuse_other_files(path, head)
         sound = _check_sums(path, file)
         file.seek(0)
@@ -126,13 +129,14 @@ def read(path: str | os.PathLike, *, weights_only: bool = True, **options: Any) 
             raise _not_a_checkpoint(path, error) from error
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The metadata of a local safetensors file. UserError where it is none."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{str(path)!r} is not a whole safetensors file ({error})") from error
+def read_metadata(path: str | os.PathLike, name: str) -> dict:
+    """The mapping that `save_safetensors` kept under `name` in a local file, {} where there is none."""
+    with _opened(os.fspath(path)), _as_safetensors(path), safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(name, "{}")
+    with contextlib.suppress(ValueError):
+        if isinstance(about := json.loads(text), dict):
+            return about
+    raise UserError(f"{str(path)!r} is not a file of this program: its metadata {name!r} is no JSON mapping")
 
 
 def read_weights(path: str | os.PathLike, choose: str = "ema") -> dict[str, th.Tensor]:
@@ -176,6 +180,29 @@ def weights_of(content: Any, source: str, choose: str = "ema") -> dict[str, th.T
     return state
 
 
+def config_of(path: str | os.PathLike) -> dict:
+    """The flags of training that are known of the weights in a local `path`: in the file, or in one beside it.
+
+    Beside it they are in NAME.yaml (an exported classifier), or in the run's newest complete checkpoint. {} for none.
+    """
+    path = Path(path)
+    if is_remote(path) or not path.is_file():
+        return {}
+    if (beside := path.with_suffix(".yaml")).is_file():
+        with contextlib.suppress(yaml.YAMLError):
+            found = yaml.safe_load(beside.read_text())
+            return found if isinstance(found, dict) else {}
+    for source in (path, *map(Path, reversed(complete_checkpoints(path.parent)))):
+        with contextlib.suppress(Exception):  # `read` will say what is wrong with it
+            if source.suffix == ".safetensors":
+                return read_metadata(source, METADATA).get("flags", {})
+            with _released_globals():
+                content = th.load(source, map_location="cpu", weights_only=True, mmap=True)
+            if isinstance(content, dict) and content.get("format") == FORMAT:
+                return content["config"]
+    return {}
+
+
 def load_complete(path: str) -> dict:
     """Read a complete checkpoint to the CPU; `UserError` if it is missing, damaged, or something else."""
     state = read(path)
@@ -213,7 +240,7 @@ def load_weights(
     strict: refuse what the module does not know, otherwise return those names. Raises `UserError` that counts what is
     missing, unknown, of another shape or not finite, and names the first of each; the module is then as before.
     """
-    weights = weights_of(weights, str(source)) if not isinstance(weights, Mapping) else weights
+    weights = weights_of(weights, str(source))
     ignore, optional = tuple(ignore), tuple(optional)
     own = module.state_dict()
     given = {name: value for name, value in weights.items() if not name.startswith(ignore)}
@@ -235,21 +262,21 @@ def load_weights(
             problems.append(f"{len(names)} of {len(own)} tensors {what} (first: {first}{shapes})")
     if problems:
         raise UserError(
-            f"{source} does not fit {type(module).__name__} as the flags describe it: {'; '.join(problems)}. "
+            f"{source} does not fit the model that the flags describe, {type(module).__name__}: {'; '.join(problems)}. "
             "Give the flags or the configuration that the weights were trained with"
         )
-    broken = first_not_finite({name: given[name] for name in both if th.isfinite(own[name]).all()})
+    # A model may hold infinity by design, as in a mask.
+    broken = next((n for n in both if not _finite(given[n]) and _finite(own[n])), None)
     if broken:
         raise UserError(
-            f"the weights of {source} are not finite (first: {broken}): the run that wrote them failed; take an earlier one"
+            f"the weights of {source} are not finite (first: {broken}): the run that wrote them failed; take earlier ones"
         )
     module.load_state_dict({name: given[name] for name in both}, strict=False)
     return unknown
 
 
-def first_not_finite(weights: Mapping[str, th.Tensor]) -> str | None:
-    """The name of the first tensor with a number that is NaN or infinite, or None."""
-    return next((name for name, value in weights.items() if not bool(th.isfinite(value).all())), None)
+def _finite(tensor: th.Tensor) -> bool:
+    return bool(th.isfinite(tensor).all())
 
 
 def fit_channels(
@@ -305,14 +332,12 @@ def _is_safetensors(head: bytes) -> bool:
     return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
 
 
-def _read_safetensors(path: str, file: BinaryIO) -> dict[str, th.Tensor]:
+@contextlib.contextmanager
+def _as_safetensors(path: str | os.PathLike) -> Iterator[None]:
     try:
-        if is_remote(path):
-            return parse_safetensors(file.read())
-        with safe_open(path, "pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+        yield
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path!r} is not a whole safetensors file ({error})") from error
+        raise UserError(f"{str(path)!r} is not a whole safetensors file ({error})") from error
 
 
 def _refuse_other_files(path: str, head: bytes) -> None:
@@ -493,6 +518,8 @@ def find_complete_checkpoint(logdir: str) -> str | None:
             f"{found[-1][0]} is truncated, and {logdir} has no other complete checkpoint: delete it to begin anew, or "
             "give another --log_dir"
         )
+    if found and not found[-1][1]:
+        logger.log(f"{found[-1][0]} is truncated: {whole[-1]} is taken")
     return whole[-1] if whole else None
 
 
@@ -517,6 +544,7 @@ def lock_folder(folder: str) -> None:
 
     UserError where another training has it. A file system without locks is used without one.
     """
+    os.makedirs(folder, exist_ok=True)
     path = os.path.join(os.path.realpath(folder), ".lock")
     if path in _locks:
         return

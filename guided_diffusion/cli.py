@@ -106,10 +106,7 @@ def load_model(model: th.nn.Module, path: str, flag: str, use_fp16: bool = False
     """`model` with the weights of `path`, on this rank's device, for inference."""
     if not path:
         raise UserValueError(f"give --{flag}, the weights to use (a model*.pt or ema_*.pt file)")
-    weights = dist_util.load_state_dict(path, map_location="cpu")
-    if isinstance(weights, dict) and weights.get("format") == checkpoint_util.FORMAT:
-        raise UserValueError(f"{path} is for resuming; give the model*.pt or ema_*.pt file beside it")
-    checkpoint_util.load_weights(model, weights, path)
+    checkpoint_util.load_weights(model, checkpoint_util.read_weights(path), path)
     model.to(dist_util.dev())
     if use_fp16:
         model.convert_to_fp16()

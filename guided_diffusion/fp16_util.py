@@ -12,8 +12,11 @@ import torch as th
 from torch import nn
 
 from . import logger
+from .errors import UserError
 
 INITIAL_LOG_LOSS_SCALE = 20.0
+# Gradients that overflow at a scale of 1e-4 are not finite whatever the scale.
+MIN_LOG_LOSS_SCALE = -13.0
 
 NamedTensors = list[tuple[str, th.Tensor]]
 ParamGroups = list[
@@ -168,7 +171,8 @@ class MixedPrecisionTrainer:
     def optimize(self, opt: th.optim.Optimizer) -> bool:
         """Take one step. False where the gradient was not finite and nothing was changed.
 
-        Without float16 that needs `skip_nonfinite`; otherwise the step is taken as upstream takes it.
+        Without float16 that needs `skip_nonfinite`; otherwise the step is taken as upstream takes it. UserError where
+        the loss scale has fallen to its floor and gradients still are not finite.
         """
         return self._optimize_fp16(opt) if self.use_fp16 else self._optimize_normal(opt)
 
@@ -188,6 +192,11 @@ class MixedPrecisionTrainer:
         scale = 2**self.lg_loss_scale
         grad_norm, param_norm = self._compute_norms(grad_scale=scale)
         if check_overflow(grad_norm):
+            if self.lg_loss_scale <= MIN_LOG_LOSS_SCALE:
+                raise UserError(
+                    f"the gradient is not finite in float16 even at a loss scale of 2**{self.lg_loss_scale:g}: look at the "
+                    "data, lower lr, or use another precision"
+                )
             self.lg_loss_scale -= 1
             logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
             zero_master_grads(self.master_params)

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TextIO, TypeVar
 
+from .errors import UserFileError
+
 DEBUG = 10
 INFO = 20
 WARN = 30
@@ -42,6 +44,9 @@ class KVWriter:
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         raise NotImplementedError
+
+    def drop_from(self, step: int) -> None:
+        """Take back what was written for "step" `step` and later ones, by an earlier run."""
 
 
 class SeqWriter:
@@ -70,12 +75,16 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         key_width, value_width = (max(map(len, column)) for column in zip(*rows, strict=True))
         frame = "-" * (key_width + value_width + 7)
         lines = [frame, *(f"| {key:<{key_width}} | {value:<{value_width}} |" for key, value in rows), frame]
-        self.file.write("\n".join(lines) + "\n")
-        self.file.flush()
+        self._write("\n".join(lines))
 
     def writeseq(self, seq: Sequence[Any]) -> None:
-        self.file.write(" ".join(str(word) for word in seq) + "\n")
-        self.file.flush()
+        self._write(" ".join(str(word) for word in seq))
+
+    def _write(self, text: str) -> None:
+        # A terminal that was closed must not end a run that saves and stops for it.
+        with contextlib.nullcontext() if self.own_file else contextlib.suppress(OSError):
+            self.file.write(f"{text}\n")
+            self.file.flush()
 
     def close(self) -> None:
         if self.own_file:
@@ -87,7 +96,16 @@ class JSONOutputFormat(KVWriter):
 
     def __init__(self, filename: str):
         _drop_torn_line(filename)
+        self.filename = filename
         self.file = open(filename, "a")
+
+    def drop_from(self, step: int) -> None:
+        self.file.close()
+        with open(self.filename) as file:
+            lines = [line for line in file if not _is_step_from(json.loads(line).get("step"), step)]
+        with _replacing(self.filename) as file:
+            file.writelines(lines)
+        self.file = open(self.filename, "a")
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         self.file.write(json.dumps({key: _plain(value) for key, value in kvs.items()}) + "\n")
@@ -117,18 +135,24 @@ class CSVOutputFormat(KVWriter):
         )
         self.file.flush()
 
+    def drop_from(self, step: int) -> None:
+        if "step" in self.keys:
+            place = self.keys.index("step")
+            self._rewrite(lambda row: not _is_step_from(row[place], step))
+
     def _add_columns(self, new_keys: list[str]) -> None:
+        self.keys = self.keys + new_keys
+        self._rewrite()
+
+    def _rewrite(self, keep: Callable[[list[str]], bool] = lambda row: True) -> None:
         """Rewrite the table beside the old one and put it in its place at once."""
         self.file.seek(0)
         rows = list(csv.reader(self.file))[1:]
         self.file.close()
-        self.keys = self.keys + new_keys
-        beside = f"{self.filename}.tmp"
-        with open(beside, "w", newline="") as file:
+        with _replacing(self.filename) as file:
             writer = _csv_writer(file)
             writer.writerow(self.keys)
-            writer.writerows(row + [""] * (len(self.keys) - len(row)) for row in rows)
-        os.replace(beside, self.filename)
+            writer.writerows(row + [""] * (len(self.keys) - len(row)) for row in rows if keep(row))
         self.file = open(self.filename, "a+", newline="")
 
     def close(self) -> None:
@@ -145,6 +169,13 @@ class TensorBoardOutputFormat(KVWriter):
         self.dir = dir
         self.step = 1
         self.writer = SummaryWriter(dir)
+
+    def drop_from(self, step: int) -> None:
+        """Tell TensorBoard to leave out later steps of earlier files, as it does after a crash."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = SessionLog(status=SessionLog.START)
+        self.writer.file_writer.add_event(Event(step=step, session_log=start), step)
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         step = int(kvs.get("step", self.step))
@@ -193,6 +224,13 @@ def logkvs(d: Mapping[str, Any]) -> None:
 def dumpkvs() -> dict[str, Any]:
     """Write all pairs, forget them, and return them."""
     return get_current().dumpkvs()
+
+
+def drop_from(step: int) -> None:
+    """Take back what an earlier run logged for "step" `step` and later ones: this run logs them again."""
+    for writer in get_current().output_formats:
+        if isinstance(writer, KVWriter):
+            writer.drop_from(step)
 
 
 def getkvs() -> dict[str, Any]:
@@ -378,7 +416,16 @@ def configure(
     if dir is None:
         dir = os.path.join(tempfile.gettempdir(), datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f"))
     dir = os.path.expanduser(dir)
-    os.makedirs(dir, exist_ok=True)
+    try:
+        os.makedirs(dir, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserFileError(
+            f"the log folder {dir} is a file, or lies in one: give another --log_dir"
+        ) from None
+    except PermissionError:
+        raise UserFileError(f"the log folder {dir} cannot be made: permission denied") from None
+    if not os.access(dir, os.W_OK | os.X_OK):
+        raise UserFileError(f"the log folder {dir} is not writable: give another --log_dir")
 
     rank = get_rank_without_mpi_import()
     if rank > 0:
@@ -431,6 +478,23 @@ def _plain(value: Any) -> Any:
 
 def _csv_writer(file: TextIO) -> Any:
     return csv.writer(file, lineterminator="\n")
+
+
+def _is_step_from(found: Any, step: int) -> bool:
+    """Whether a logged "step", which may be missing or text, is `step` or a later one."""
+    try:
+        return float(found) >= step
+    except (TypeError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _replacing(filename: str) -> Iterator[TextIO]:
+    """A file that takes the place of `filename` at once when it is written."""
+    beside = f"{filename}.tmp"
+    with open(beside, "w", newline="") as file:
+        yield file
+    os.replace(beside, filename)
 
 
 def _last_line(filename: str) -> tuple[int, bool]:

@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # they save and stop
 
 # What a seed is for: streams of random numbers that must not coincide.
 _STEP, _TIMESTEPS, _SAMPLE = range(3)
@@ -73,6 +74,7 @@ class TrainLoop:
     progress: show a progress bar on rank 0.
     on_save: called as on_save(loop) on every rank after each save; it cannot disturb the random numbers of training.
     keep_checkpoints: complete checkpoints to keep; ADM's own files all stay.
+    ema_warmup: at step t an average's rate is at most (1 + t) / (10 + t), so that it soon forgets the start.
     find_unused_parameters: as in DistributedDataParallel, for models that do not use every weight in every step.
 
     `data` may also be a function (step) -> iterator, or have `seek(step)` or `iter_from(step)`: then a resumed run sees the
@@ -109,6 +111,7 @@ class TrainLoop:
         progress=False,
         on_save=None,
         keep_checkpoints=2,
+        ema_warmup=False,
         find_unused_parameters=False,
     ):
         self.model = model
@@ -134,6 +137,7 @@ class TrainLoop:
         self.progress = progress
         self.on_save = on_save
         self.keep_checkpoints = keep_checkpoints
+        self.ema_warmup = ema_warmup
 
         self.step = 0  # steps of this run, or, after an exact resume, of all runs
         self.resume_step = 0  # steps of earlier runs, known from a file name only
@@ -143,6 +147,8 @@ class TrainLoop:
         self.stop_requested = False
         self.nonfinite_steps = 0  # skipped so far, over all runs
 
+        if self.rank == 0 and not is_remote(get_blob_logdir()):
+            checkpoint_util.lock_folder(get_blob_logdir())
         self._resume_state = None
         self._load_and_sync_parameters()
         if compile:
@@ -203,7 +209,7 @@ class TrainLoop:
             logger.log(
                 f"loading model from checkpoint: {path} (its data order and random numbers start anew)"
             )
-            checkpoint_util.load_weights(self.model, _load_everywhere(path), path)
+            checkpoint_util.load_weights(self.model, checkpoint_util.read_weights(path, "model"), path)
         dist_util.sync_params(self.model.parameters())
 
     def _load_ema_parameters(self, rate):
@@ -213,7 +219,8 @@ class TrainLoop:
         if not path:
             return copy.deepcopy(self.mp_trainer.master_params)
         logger.log(f"loading EMA from checkpoint: {path}...")
-        params = self.mp_trainer.state_dict_to_master_params(_load_everywhere(path))
+        with _one_line_where_it_does_not_fit("the average", path):
+            params = self.mp_trainer.state_dict_to_master_params(checkpoint_util.read_weights(path))
         # The optimizer and the average must not share memory.
         params = [
             p.detach().clone().to(m.device)
@@ -228,18 +235,23 @@ class TrainLoop:
         path = bf.join(bf.dirname(main), f"opt{self.resume_step:06}.pt")
         if bf.exists(path):
             logger.log(f"loading optimizer state from checkpoint: {path}")
-            self.opt.load_state_dict(_load_everywhere(path))
+            self._fill_optimizer(checkpoint_util.read(path), path)
 
     # ----------------------------------------------------------------------------------------------------- the loop
 
     def run_loop(self):
-        """Train until `iterations` or `lr_anneal_steps`, or until SIGTERM or Ctrl-C: the step is finished and saved."""
+        """Train until `iterations` or `lr_anneal_steps`, or until SIGTERM, SIGHUP or Ctrl-C: the step is finished and
+        saved. A run that is finished already changes nothing."""
+        if self.is_finished():
+            logger.log(f"finished at step {self.step + self.resume_step}")
+            return
+        logger.drop_from(self.step + self.resume_step)
         if self.rank == 0 and not is_remote(get_blob_logdir()):
             checkpoint_util.remove_stray_files(get_blob_logdir())
         batches = self._open_data()
         self._continue_from_resume_state()
         with self._stop_on_signals(), self._progress_bar() as bar:
-            while not self._finished():
+            while not self.is_finished():
                 batch, cond = self._next_batch(batches)
                 self.run_step(batch, cond)
                 bar.update()
@@ -265,7 +277,8 @@ class TrainLoop:
             self.save()
         return due
 
-    def _finished(self):
+    def is_finished(self):
+        """Whether the run has made all the steps it was to make."""
         limits = [limit for limit in (self.iterations, self.lr_anneal_steps) if limit]
         return bool(limits) and self.step + self.resume_step >= min(limits)
 
@@ -299,7 +312,8 @@ class TrainLoop:
 
     @contextlib.contextmanager
     def _stop_on_signals(self):
-        """Note SIGTERM and SIGINT for the end of the step; a second one has its usual effect."""
+        """Note SIGTERM, SIGINT and SIGHUP (a closed terminal; under nohup it stays ignored) for the end of the step; a
+        second one has its usual effect."""
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may handle signals
             return
@@ -309,7 +323,8 @@ class TrainLoop:
             signal.signal(number, previous[number])
 
         self._signalled = False
-        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, note) for number in numbers}
         try:
             yield
         finally:
@@ -448,21 +463,31 @@ class TrainLoop:
 
     def _give_up(self):
         self.step += 1
-        self.save()
+        if self._weights_finite():
+            self.save()
         raise UserError(
             f"{self.nonfinite_steps - self._skipped_before} steps had a loss or gradient that is not finite, more than "
             f"max_nonfinite = {self.max_nonfinite}: look at the data, lower lr, or use another precision. "
-            f"The weights before them are saved in {get_blob_logdir()}"
+            f"{_last_finite()}"
         )
 
+    def _weights_finite(self):
+        params = [*self.mp_trainer.master_params, *(p for params in self.ema_params for p in params)]
+        largest = th._foreach_norm([p.detach() for p in params], ord=math.inf)
+        return bool(th.isfinite(th.stack(largest)).all())
+
     def _update_ema(self):
+        step = self.step + self.resume_step
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            update_ema(params, self.mp_trainer.master_params, rate=rate)
+            now = min(rate, (1 + step) / (10 + step)) if self.ema_warmup else rate
+            update_ema(params, self.mp_trainer.master_params, rate=now)
 
     def _anneal_lr(self):
-        if not self.lr_anneal_steps:
-            return
-        done = (self.step + self.resume_step) / self.lr_anneal_steps
+        if self.lr_anneal_steps:
+            self._set_lr(self.step + self.resume_step)
+
+    def _set_lr(self, step):
+        done = step / self.lr_anneal_steps if self.lr_anneal_steps else 0
         for group in self.opt.param_groups:
             group["lr"] = self.lr * (1 - done)
 
@@ -475,7 +500,15 @@ class TrainLoop:
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self):
-        """Write ADM's files (model, one EMA per rate, optimizer) and the complete checkpoint; called on every rank."""
+        """Write ADM's files (model, one EMA per rate, optimizer) and the complete checkpoint; called on every rank.
+
+        UserError instead where the weights are not finite: the checkpoint before stays the newest.
+        """
+        if not self._weights_finite():
+            raise UserError(
+                f"the weights are not finite after {self.steps_done} steps and are not saved: look at the data, lower lr, or "
+                f"use another precision. {_last_finite()}"
+            )
         if self.on_save is not None:
             kept = rng_state()
             self.on_save(self)
@@ -528,6 +561,7 @@ class TrainLoop:
             "schedule_sampler": sampler.state_dict() if hasattr(sampler, "state_dict") else {},
             "nonfinite_steps": self.nonfinite_steps,
             "rng": every_rng,
+            "ema_warmup": self.ema_warmup,
             "extra": self.extra_state(),
         }
 
@@ -543,16 +577,31 @@ class TrainLoop:
         for rate in self.ema_rate:
             # An EMA that the earlier run did not keep starts at the weights.
             weights = state["ema"].get(str(rate), state["model"])
-            params = self.mp_trainer.state_dict_to_master_params(weights)
+            with _one_line_where_it_does_not_fit("the average"):
+                params = self.mp_trainer.state_dict_to_master_params(weights)
             self.ema_params.append(
                 [p.detach().to(m.device, th.float32, copy=True) for p, m in zip(params, masters, strict=True)]
             )
-        fused = [group["fused"] for group in self.opt.param_groups]
-        self.opt.load_state_dict(state["optimizer"])
-        for group, value in zip(self.opt.param_groups, fused, strict=True):
-            group["fused"] = value  # as this device allows, not as the earlier one did
+        self._fill_optimizer(state["optimizer"])
         if state["schedule_sampler"] and hasattr(self.schedule_sampler, "load_state_dict"):
-            self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+            with _one_line_where_it_does_not_fit("the schedule sampler"):
+                self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+        for name, old in state["config"].items():
+            new = self.config.get(name, old)
+            if new != old and name != "resume_checkpoint":
+                logger.log(f"{name}: {old} -> {new}")
+
+    def _fill_optimizer(self, state, source="the checkpoint"):
+        """Take an optimizer's moments; rate, weight decay and `fused` are this run's."""
+        own = [{name: group[name] for name in ("fused", "weight_decay")} for group in self.opt.param_groups]
+        with _one_line_where_it_does_not_fit("the optimizer", source):
+            self.opt.load_state_dict(state)
+            for param, moments in self.opt.state.items():
+                if any(value.ndim and value.shape != param.shape for value in moments.values()):
+                    raise ValueError("its moments have other shapes than the weights")
+        for group, values in zip(self.opt.param_groups, own, strict=True):
+            group.update(values)
+        self._set_lr(max(self.step + self.resume_step - 1, 0))
 
     def extra_state(self):
         """What a subclass wants back after a resume: a dict of plain values and tensors."""
@@ -565,7 +614,8 @@ class TrainLoop:
         state, self._resume_state = self._resume_state, None
         if state is None:
             return
-        self.load_extra_state(state["extra"])
+        with _one_line_where_it_does_not_fit("extra"):
+            self.load_extra_state(state["extra"])
         for name, value in (
             ("world_size", self.world_size),
             ("batch_size", self.batch_size),
@@ -574,7 +624,8 @@ class TrainLoop:
             if state[name] != value:
                 logger.log(f"{name} was {state[name]} and is now {value}: not the same run, bit for bit")
         if self.rank < len(state["rng"]):
-            set_rng_state(state["rng"][self.rank])
+            with _one_line_where_it_does_not_fit("the random state"):
+                set_rng_state(state["rng"][self.rank])
 
     def _weights(self, params):
         """A state dict with `params` in the model's place, free of the memory that training changes."""
@@ -687,6 +738,20 @@ def _fresh_seed():
     return seed[0]
 
 
-def _load_everywhere(path):
-    """Read a file of tensors to the CPU, on every rank."""
-    return dist_util.load_state_dict(path, map_location="cpu")
+@contextlib.contextmanager
+def _one_line_where_it_does_not_fit(what, source="the checkpoint"):
+    """UserError where `what` that `source` holds is of another form than this run's."""
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{what} in {source} does not fit this run ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _last_finite():
+    """Where a run that failed can go on."""
+    folder = get_blob_logdir()
+    found = None if is_remote(folder) else find_complete_checkpoint(folder)
+    return f"The last finite checkpoint is {found}" if found else f"No checkpoint is in {folder}"

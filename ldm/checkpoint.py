@@ -1,63 +1,33 @@
 """Weights in latent-diffusion's layout, from .ckpt or .safetensors files, or from diffusers' folders."""
 
 import logging
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from guided_diffusion.errors import UserError, UserFileError
+from guided_diffusion import checkpoint_util
 from ldm.diffusers_layout import load_folder
 
 _logger = logging.getLogger(__name__)
-
-# The only class that the released checkpoints name: it keys the state of Lightning's callbacks. Its code does
-# not run.
-_HARMLESS = [ModelCheckpoint]
 
 
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, on the CPU.
 
-    path: of a file, or of a folder in diffusers' layout. A pickle is read with weights_only: it cannot run
-    code. `UserError` for a file that is missing, damaged, or holds anything but weights.
+    path: of a file, or of a folder in diffusers' layout. `UserError` as of `checkpoint_util.read`.
     """
     if Path(path).is_dir():
         return load_folder(path, load_state_dict)
-    if not Path(path).is_file():
-        raise UserFileError(f"there is no checkpoint {path}")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds something else than weights and is not read, since it could run code; save its "
-            "tensors alone, as .safetensors for example"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a whole checkpoint: it cannot be read") from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no weights (a dict of tensors by name, alone or under `state_dict`)")
-    return dict(state)
+    return checkpoint_util.read_weights(path)
 
 
 def trained_steps(path: str | Path) -> int:
     """How many updates a checkpoint of a training run has seen; 0 for weights alone."""
-    if Path(path).is_dir() or Path(path).suffix == ".safetensors":
-        return 0
-    with torch.serialization.safe_globals(_HARMLESS):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    return int(content.get("global_step", 0)) if isinstance(content, Mapping) else 0
+    content = {} if Path(path).is_dir() else checkpoint_util.read(path)
+    steps = content.get("global_step", 0) if isinstance(content, Mapping) else 0
+    return steps if isinstance(steps, int) else 0
 
 
 def load_weights(
@@ -70,25 +40,16 @@ def load_weights(
     """Fill `module` from `weights`, which were read from `source`.
 
     ignore_keys: prefixes of names in the file to leave out; optional: prefixes of names in the module that
-    the file may lack. What the module does not know is left out, and logged. `UserError` that names the first
-    tensor which is missing or has another shape; the module is then as before.
+    the file may lack. What the module does not know is left out, and logged. A file with the moving average alone gives
+    the network that. `UserError` as of `checkpoint_util.load_weights`.
     """
-    ignored, optional = tuple(ignore_keys), tuple(optional)
-    given = {name: value for name, value in weights.items() if not name.startswith(ignored)}
-    own = module.state_dict()
-    missing = [name for name in own if name not in given and not name.startswith((*ignored, *optional))]
-    if missing:
-        raise UserError(
-            f"{source} does not fit {type(module).__name__}: {len(missing)} of {len(own)} tensors are "
-            f"missing (first: {missing[0]})"
-        )
-    for name, value in own.items():
-        if name in given and given[name].shape != value.shape:
-            raise UserError(
-                f"{source} does not fit {type(module).__name__}: {name} is {tuple(given[name].shape)} in the "
-                f"file and {tuple(value.shape)} in the model; check the configuration"
-            )
-    unknown = [name for name in given if name not in own]
+    if not any(name.startswith("model.") for name in weights):
+        averages = {
+            name: weights.get("model_ema." + name.removeprefix("model.").replace(".", ""))
+            for name in module.state_dict()
+            if name.startswith("model.")
+        }
+        weights = {**weights, **{name: value for name, value in averages.items() if value is not None}}
+    unknown = checkpoint_util.load_weights(module, weights, source, ignore_keys, optional, strict=False)
     if unknown:
         _logger.warning("%s: %d tensors are not used (first: %s)", source, len(unknown), unknown[0])
-    module.load_state_dict(given, strict=False)

@@ -6,18 +6,15 @@ A safetensors file has the model's flags in its metadata, under `mt_diffusion`: 
 for its scripts in NAME.flags.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch as th
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .. import checkpoint_util, dist_util
-from ..errors import UserError, UserFileError
+from .. import checkpoint_util
+from ..errors import UserError
 from ..script_util import NUM_CLASSES, create_model_and_diffusion, model_and_diffusion_defaults
 from .model import (
     CONFIG_NAME,
@@ -30,8 +27,6 @@ from .model import (
 )
 
 KINDS = ("joint", "adm")
-_METADATA = "mt_diffusion"
-_STEM = "input_blocks.0.0.weight"  # the convolution that reads the latent, and X modalities
 _LABELS = "label_emb.weight"
 
 
@@ -56,27 +51,16 @@ def read(path: str, weights: str = "ema") -> Package:
     weights: which of a complete checkpoint, as in `JointModel.load`. UserError for anything else.
     """
     if str(path).endswith(".safetensors"):
-        return _read_safetensors(path)
+        about = checkpoint_util.read_metadata(path, checkpoint_util.METADATA)
+        kind, flags = about.get("kind"), about.get("flags", {})
+        if kind not in (None, *KINDS) or not isinstance(flags, dict):
+            raise UserError(f"{path} describes itself as another program's: kind {kind!r}, flags {flags!r}")
+        return Package(checkpoint_util.read_weights(path), kind, flags, str(path))
     is_run = os.path.isdir(path) or os.path.basename(path).startswith("checkpoint")
     if is_run or (Path(path).parent / CONFIG_NAME).exists():
         model = JointModel.load(path, weights)
         return Package(model.network.state_dict(), "joint", model.flags, str(path))
-    state = dist_util.load_state_dict(path, map_location="cpu")
-    if not isinstance(state, Mapping) or not all(isinstance(value, th.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no weights (a dict of tensors by name)")
-    return Package(dict(state), None, {}, str(path))
-
-
-def _read_safetensors(path):
-    if not os.path.isfile(path):
-        raise UserFileError(f"there is no checkpoint {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    return Package(state, about.get("kind"), about.get("flags", {}), str(path))
+    return Package(checkpoint_util.read_weights(path), None, {}, str(path))
 
 
 def write(package: Package, path: str) -> list[str]:
@@ -89,12 +73,8 @@ def write(package: Package, path: str) -> list[str]:
         raise UserError(f"{path}: the name must end in .pt or .safetensors")
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
-        about = json.dumps({"kind": package.kind, "flags": package.flags})
-        temporary = target.with_suffix(".tmp")
-        # Tensors that share memory, or are views, cannot be stored.
-        state = {name: value.detach().clone().contiguous() for name, value in package.weights.items()}
-        save_file(state, temporary, metadata={"format": "pt", _METADATA: about})
-        os.replace(temporary, target)
+        about = {checkpoint_util.METADATA: {"kind": package.kind, "flags": package.flags}}
+        checkpoint_util.save_safetensors(package.weights, target, about)
         return [str(target)]
     beside = target.parent / CONFIG_NAME if package.kind == "joint" else target.with_suffix(".flags")
     if package.kind == "joint":
@@ -159,12 +139,12 @@ def to_adm(package: Package, class_cond: bool | None = None) -> Package:
     }
     if not keep:
         state.pop(_LABELS, None)
-    state[_STEM] = state[_STEM][:, : model.modalities.image_channels].clone()
     defaults = model_and_diffusion_defaults()
     flags = {name: model.flags[name] for name in defaults if name in model.flags} | {"class_cond": keep}
     if not keep:
         flags["num_classes"] = defaults["num_classes"]
     single, _ = create_model_and_diffusion(**flags)
+    state = checkpoint_util.fit_channels(state, single.state_dict())
     checkpoint_util.load_weights(single, state, package.source)
     return Package(state, "adm", flags, package.source)
 

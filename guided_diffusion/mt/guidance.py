@@ -32,10 +32,7 @@ def load_classifier(
     classifier = create_classifier(
         image_size=image_size, image_channels=image_channels, num_classes=num_classes, **own
     )
-    weights = dist_util.load_state_dict(path, map_location="cpu")
-    if isinstance(weights, dict) and weights.get("format") == checkpoint_util.FORMAT:
-        weights = weights["model"]
-    checkpoint_util.load_weights(classifier, weights, path)
+    checkpoint_util.load_weights(classifier, checkpoint_util.read_weights(path), path)
     classifier.to(dist_util.dev())
     if own["classifier_use_fp16"]:
         classifier.convert_to_fp16()

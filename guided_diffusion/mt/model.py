@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from omegaconf import OmegaConf
 
-from .. import checkpoint_util, dist_util
+from .. import checkpoint_util
 from ..config_file import load_with_bases
 from ..errors import UserError, UserFileError, UserValueError
 from ..gaussian_diffusion import get_named_beta_schedule
@@ -229,30 +229,29 @@ def initialise(network: UNetModel, path: str) -> tuple[list[str], list[str]]:
 
     Heads and the label's embedding may be missing there, and keep their fresh weights; what the network lacks
     of them is left. Input channels that the network has beyond those of `path` (X modalities) begin at zero,
-    without influence. Returns the names of both kinds, shortened. UserError for any other difference.
+    without influence; those that it lacks are left. Returns the names of both kinds, shortened. UserError for any other difference.
     """
     try:
         state, _, source = _read(path, "ema")
     except UserFileError:
-        state, source = dist_util.load_state_dict(path, map_location="cpu"), path
+        state, source = checkpoint_util.read_weights(path), path
     return take_over(network, state, source)
 
 
 def take_over(network: UNetModel, state: Mapping, source: str) -> tuple[list[str], list[str]]:
     """`initialise` with the weights `state` that were read from `source`."""
     own = network.state_dict()
-    if not isinstance(state, Mapping):
-        raise UserError(f"{source} holds no weights (a dict of tensors by name)")
     fresh = [name for name in own if name not in state and name.startswith(_OPTIONAL)]
     left = [name for name in state if name not in own and name.startswith(_OPTIONAL)]
     weights = {name: value for name, value in state.items() if name not in left}
-    stem = "input_blocks.0.0.weight"
-    more = own[stem].shape[1] - weights[stem].shape[1] if stem in weights else 0
-    if more > 0:
-        first = weights[stem]
-        weights[stem] = th.cat([first, first.new_zeros(len(first), more, *first.shape[2:])], dim=1)
-    checkpoint_util.load_weights(network, weights | {name: own[name] for name in fresh}, source)
-    return _parts(fresh), _parts(left)
+    fitted = checkpoint_util.fit_channels(weights, own)
+    checkpoint_util.load_weights(network, fitted | {name: own[name] for name in fresh}, source)
+    surplus = _channels(weights) - _channels(fitted)
+    return _parts(fresh), _parts(left) + [f"{surplus} input channels"] * (surplus > 0)
+
+
+def _channels(weights):
+    return weights[checkpoint_util.STEM].shape[1]
 
 
 def _parts(names):
@@ -269,27 +268,20 @@ def _read(path, weights):
         if found is None:
             raise UserFileError(f"no complete checkpoint (checkpoint*.pt) in {path}")
         path = found
-    content = dist_util.load_state_dict(path, map_location="cpu")
+    content = checkpoint_util.read(path)
     if not (isinstance(content, dict) and content.get("format") == checkpoint_util.FORMAT):
         beside = Path(path).parent / CONFIG_NAME
         if not beside.exists():
             raise UserFileError(
                 f"{path} holds weights alone, and there is no {CONFIG_NAME} beside it to describe the model"
             )
-        return content, read_config(beside), path
+        return checkpoint_util.weights_of(content, path), read_config(beside), path
+    checkpoint_util.check_complete(content, path)
     if not {"modalities", "aggregation"} <= set(content["config"]):
         raise UserError(
             f"{path} does not describe a model of mt_image_train.py: it was written by another script"
         )
-    if weights == "model":
-        return content["model"], content["config"], path
-    rates = list(content["ema"])
-    rate = rates[0] if weights == "ema" and rates else weights
-    if rate not in rates:
-        raise UserValueError(
-            f"{path} has no EMA {weights!r}; it has {', '.join(rates) or 'none'}, and `model`"
-        )
-    return content["ema"][rate], content["config"], path
+    return checkpoint_util.weights_of(content, path, weights), content["config"], path
 
 
 # Flags and configuration files

@@ -115,7 +115,7 @@ def test_other_files_are_refused_by_name(tmp_path, graph_file):
     for file, message in (
         (write_port(tmp_path / "partial.pth", state), "has no Mixed_7c.branch_pool.conv.weight"),
         (cut, "graph|constant"),
-        (text, "cannot be read as PyTorch weights"),
+        (text, "is not a checkpoint that torch can read"),
         (empty, "holds no classify_image_graph_def.pb"),
         (tmp_path / "missing.pb", "does not exist"),
     ):

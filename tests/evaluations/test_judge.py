@@ -91,7 +91,7 @@ def test_refusals(trained, tmp_path):
     images, labels = coloured(20)
     with pytest.raises(UserError, match="at least two classes"):
         train_judge(images, labels * 0)
-    with pytest.raises(UserError, match="is not a judge"):
+    with pytest.raises(UserError, match="is not a checkpoint that torch can read"):
         (tmp_path / "other.pt").write_bytes(b"something else")
         load_judge(tmp_path / "other.pt")
     with pytest.raises(UserError, match="does not exist"):

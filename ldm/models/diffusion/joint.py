@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from guided_diffusion.checkpoint_util import fit_channels
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.mt.aggregation import Aggregation
 from guided_diffusion.mt.losses import multitask_losses
@@ -240,15 +241,9 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
         first = "diffusion_model.input_blocks.0.0.weight"
         own = self.model.state_dict()[first]
         for name in (f"model.{first}", first, "model_ema." + first.replace(".", "")):
-            given = weights.get(name)
-            narrow = self._extra_channels and given is not None
-            if narrow and given.shape[1] == own.shape[1] - self._extra_channels:
-                wide = torch.zeros_like(own, dtype=given.dtype, device=given.device)
+            if name in weights and weights[name].shape[1] == own.shape[1] - self._extra_channels:
                 # The order is latent, modalities, conditioning (ModalitySet.apply, DiffusionWrapper).
-                after = self.channels + self._extra_channels
-                wide[:, : self.channels] = given[:, : self.channels]
-                wide[:, after:] = given[:, self.channels :]
-                weights[name] = wide
+                weights = fit_channels(weights, {name: own}, name, at=self.channels)
         return weights
 
     def optional_weights(self, weights, prefix):
