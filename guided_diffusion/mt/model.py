@@ -123,6 +123,7 @@ class JointModel:
         state, flags, source = _read(path, weights)
         model = cls.from_flags(with_former_defaults(flags))
         checkpoint_util.load_weights(model.network, state, source)
+        model.network.dtype = th.float32  # of the weights, also where they were trained with use_fp16
         model.network.eval()
         return model
 
