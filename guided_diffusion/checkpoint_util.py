@@ -39,6 +39,7 @@ FORMAT = "mt-diffusion-checkpoint"
 METADATA = "mt_diffusion"  # of a safetensors file, under which it describes its model
 VERSION = 1
 _COMPLETE = re.compile(r"checkpoint(\d{6,})\.pt")
+_AVERAGE = re.compile(r"ema_([\d.]+)_(\d{6,})\.pt")
 _TEMPORARY = ".pt.tmp"
 _SEAL = re.compile(rb"crc32 ([0-9a-f]{8})")
 _SEAL_BYTES = len(b"crc32 00000000")
@@ -60,6 +61,9 @@ _PARTS = {
     "rng": list,
     "extra": dict,
 }
+
+# Flags of a model that each run chooses for itself.
+_NOT_SHAPE = {"timestep_respacing", "use_fp16", "classifier_use_fp16", "use_checkpoint", "dropout", "use_kl"}
 
 STEM = "input_blocks.0.0.weight"  # [out, in, 3, 3]: the convolution that reads the network's input
 
@@ -140,8 +144,10 @@ def read_metadata(path: str | os.PathLike, name: str) -> dict:
 
 
 def read_weights(path: str | os.PathLike, choose: str = "ema") -> dict[str, th.Tensor]:
-    """`weights_of` what `read` finds in `path`."""
-    return weights_of(read(path), str(path), choose)
+    """`weights_of` what `read` finds in `path`; a moving average that is too young is warned of."""
+    content = read(path)
+    warn_of_young_average(content, str(path), choose)
+    return weights_of(content, str(path), choose)
 
 
 def weights_of(content: Any, source: str, choose: str = "ema") -> dict[str, th.Tensor]:
@@ -180,27 +186,76 @@ def weights_of(content: Any, source: str, choose: str = "ema") -> dict[str, th.T
     return state
 
 
-def config_of(path: str | os.PathLike) -> dict:
-    """The flags of training that are known of the weights in a local `path`: in the file, or in one beside it.
+def warn_of_young_average(content: Any, source: str, choose: str = "ema") -> None:
+    """Log a warning where what `weights_of` chooses is a moving average, made without warm-up, over fewer steps than its
+    horizon 1 / (1 - rate): the untrained start is much of it."""
+    if isinstance(content, Mapping) and content.get("format") == FORMAT:
+        check_complete(content, source)
+        rate = next(iter(content["ema"]), None) if choose == "ema" else choose
+        steps, warm = content["step"], content.get("ema_warmup")
+    elif match := _AVERAGE.fullmatch(os.path.basename(source)):
+        rate, steps, warm = match[1], int(match[2]), config_of(source).get("ema_warmup")
+    else:
+        return
+    with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # None, "model"
+        if steps < (horizon := 1 / (1 - float(rate))) and not warm:
+            logger.warn(
+                f"warning: the average {rate} of {source} reaches over {horizon:.0f} steps, the run has made {steps}: "
+                f"{100 * float(rate) ** steps:.0f} % of it is the untrained start. Take the weights themselves (model), or "
+                "train with ema_warmup"
+            )
 
-    Beside it they are in NAME.yaml (an exported classifier), or in the run's newest complete checkpoint. {} for none.
+
+def config_of(path: str | os.PathLike) -> dict:
+    """The flags of training that are known of the weights in a local `path`, {} where none are.
+
+    They are in the file, in the run's newest complete checkpoint, or beside it: NAME.yaml (an exported classifier),
+    NAME.flags (words for ADM's scripts), config.yaml (a joint model). path: also a run folder.
     """
     path = Path(path)
-    if is_remote(path) or not path.is_file():
+    if is_remote(path) or not path.exists():
         return {}
-    if (beside := path.with_suffix(".yaml")).is_file():
-        with contextlib.suppress(yaml.YAMLError):
-            found = yaml.safe_load(beside.read_text())
-            return found if isinstance(found, dict) else {}
-    for source in (path, *map(Path, reversed(complete_checkpoints(path.parent)))):
-        with contextlib.suppress(Exception):  # `read` will say what is wrong with it
-            if source.suffix == ".safetensors":
-                return read_metadata(source, METADATA).get("flags", {})
-            with _released_globals():
-                content = th.load(source, map_location="cpu", weights_only=True, mmap=True)
-            if isinstance(content, dict) and content.get("format") == FORMAT:
-                return content["config"]
+    folder = path if path.is_dir() else path.parent
+    beside = (path.with_suffix(".flags"), path.with_suffix(".yaml"), folder / "config.yaml")
+    for source in (path, *beside, *map(Path, reversed(complete_checkpoints(folder)))):
+        with contextlib.suppress(OSError, UserError, yaml.YAMLError, RuntimeError, pickle.UnpicklingError):
+            if found := _flags_in(source):
+                return found
     return {}
+
+
+def _flags_in(source: Path) -> dict:
+    if source.is_dir() or not source.exists():
+        return {}
+    if source.suffix == ".flags":
+        words = (word.removeprefix("--").partition("=") for word in source.read_text().split())
+        return {name: yaml.safe_load(value) for name, _, value in words}
+    if source.suffix == ".yaml":
+        found = yaml.safe_load(source.read_text())
+    elif source.suffix == ".safetensors":
+        found = read_metadata(source, METADATA).get("flags")
+    elif not zipfile.is_zipfile(source):
+        return {}
+    else:
+        with _released_globals():  # maps the file: its tensors are not read
+            content = th.load(str(source), map_location="cpu", weights_only=True, mmap=True)
+        is_complete = isinstance(content, dict) and content.get("format") == FORMAT
+        found = content.get("config") if is_complete else None
+    return found if isinstance(found, dict) else {}
+
+
+def with_flags_of(path: str | os.PathLike, flags: Mapping, defaults: Mapping) -> dict:
+    """`flags` in which those that describe the network, among `defaults`, are as in training (see `config_of`) where they
+    were left at their default. What is changed is logged."""
+    known, taken = config_of(path), {}
+    for name, default in defaults.items():
+        if name in flags and name in known and name not in _NOT_SHAPE and flags[name] == default:
+            value = str(known[name]) if isinstance(default, str) else known[name]
+            if value != default and isinstance(value, bool) == isinstance(default, bool):
+                taken[name] = value
+    if taken:
+        logger.log(f"as in {path}: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
+    return {**flags, **taken}
 
 
 def load_complete(path: str) -> dict:
@@ -563,16 +618,6 @@ def lock_folder(folder: str) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _locks[path] = file
-
-
-def warn_of_young_average(steps: int, rate: float, source: str, warmup: bool = False) -> None:
-    """Log a warning where a moving average without warm-up has seen fewer steps than its horizon, 1 / (1 - rate)."""
-    if not warmup and 0 < rate < 1 and steps < 1 / (1 - rate):
-        share = 100 * rate**steps
-        logger.warn(
-            f"warning: {source} is an average over about {1 / (1 - rate):.0f} steps of a run of {steps}: {share:.0f} % of it "
-            "is the untrained start; take the weights themselves (model), or train with ema_warmup"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------- random numbers

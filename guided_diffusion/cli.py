@@ -14,7 +14,13 @@ from .errors import UserValueError
 from .image_datasets import SquareImages, classes_of, load_stream, open_dataset
 from .image_files import LABEL_FROM
 from .resample import create_named_schedule_sampler
-from .script_util import add_dict_to_argparser, args_to_dict
+from .script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    classifier_defaults,
+    model_and_diffusion_defaults,
+    sr_model_and_diffusion_defaults,
+)
 from .seeding import derive_seed
 from .train_util import PRECISIONS, TrainLoop, resumed_checkpoint
 
@@ -81,9 +87,14 @@ def add_training_flags(parser: argparse.ArgumentParser, iterations: bool = True)
 
 
 def start(args: argparse.Namespace) -> None:
-    """Join the other ranks, open the log, and seed this rank unlike the others."""
+    """Join the other ranks, open the log, take the network's flags from its checkpoint where they are at their defaults,
+    and seed this rank unlike the others."""
     dist_util.setup_dist()
     logger.configure(dir=args.log_dir)
+    network = {**sr_model_and_diffusion_defaults(), **model_and_diffusion_defaults()}
+    for flag, described in (("model_path", network), ("classifier_path", classifier_defaults())):
+        if path := getattr(args, flag, ""):
+            vars(args).update(checkpoint_util.with_flags_of(path, vars(args), described))
     # Without this all ranks would draw the same noise: torch starts every process at one fixed seed.
     entropy = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     checkpoint_util.seed_everything(derive_seed(entropy, dist_util.get_rank()))

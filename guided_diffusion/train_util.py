@@ -586,8 +586,9 @@ class TrainLoop:
         if state["schedule_sampler"] and hasattr(self.schedule_sampler, "load_state_dict"):
             with _one_line_where_it_does_not_fit("the schedule sampler"):
                 self.schedule_sampler.load_state_dict(state["schedule_sampler"])
-        for name, old in state["config"].items():
-            new = self.config.get(name, old)
+        config = {"ema_warmup": self.ema_warmup, **self.config}
+        for name, old in {"ema_warmup": state.get("ema_warmup", False), **state["config"]}.items():
+            new = config.get(name, old)
             if new != old and name != "resume_checkpoint":
                 logger.log(f"{name}: {old} -> {new}")
 

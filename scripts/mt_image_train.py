@@ -34,6 +34,7 @@ from guided_diffusion.mt.model import (
 )
 from guided_diffusion.mt.sampling import random_labels
 from guided_diffusion.mt.training import JointTrainLoop
+from guided_diffusion.script_util import model_and_diffusion_defaults
 from guided_diffusion.seeding import PerSample
 
 GRID = 12  # samples drawn at every save
@@ -50,7 +51,8 @@ def defaults() -> dict:
             num_classes=0,  # 0: as many as the data have
             log_dir="",  # "": $OPENAI_LOGDIR, or a temporary folder
             iterations=0,  # 0: until stopped
-            init_from="",  # a run or checkpoint whose weights this run begins with (finetuning)
+            init_from="",  # a run or checkpoint whose weights (and network's flags) this run begins with
+            ema_warmup=True,  # averages soon forget the untrained start
             train="all",  # or heads: the U-Net keeps its weights
             seed=0,
             precision="auto",  # bf16 where the GPU has it, else fp32; or fp32, bf16, fp16
@@ -73,8 +75,14 @@ def main():
     flags = parse_flags(defaults(), description=__doc__)
     dist_util.setup_dist()
     logger.configure(dir=flags["log_dir"] or None, format_strs=log_formats())
-    flags = complete(flags)
     resume = flags["resume_checkpoint"] or (logger.get_dir() if flags["log_dir"] else "")
+    if flags["init_from"]:
+        network = {
+            name: value for name, value in mt_defaults().items() if name in model_and_diffusion_defaults()
+        }
+        network.pop("num_classes")  # the data's
+        flags = checkpoint_util.with_flags_of(checkpoint_of(resume) or flags["init_from"], flags, network)
+    flags = complete(flags)
     before = config_before(resume)
     dataset = open_dataset(
         flags["data_dir"],
@@ -102,15 +110,13 @@ def main():
                 f"modality {m.name}: the data bring images and labels only, no {m.kind} beside them"
             )
     describe(model, len(dataset), len(held_out[0]))
-    if dist_util.get_rank() == 0:
-        write_config(flags, os.path.join(logger.get_dir(), CONFIG_NAME))
 
     device = dist_util.dev()
     model.network.to(device)
     if device.type == "cuda":
         model.network.to(memory_format=th.channels_last)
     images, cond = held_out
-    JointTrainLoop(
+    training = JointTrainLoop(
         held_out=(images.to(device), {key: value.to(device) for key, value in cond.items()}),
         model=model,
         data=lambda step: load_stream(
@@ -139,9 +145,13 @@ def main():
                 "max_nonfinite",
                 "progress",
                 "keep_checkpoints",
+                "ema_warmup",
             )
         },
-    ).run_loop()
+    )
+    if dist_util.get_rank() == 0 and not training.is_finished():
+        write_config(flags, os.path.join(logger.get_dir(), CONFIG_NAME))
+    training.run_loop()
 
 
 def log_formats() -> list[str] | None:

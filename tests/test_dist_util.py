@@ -198,7 +198,9 @@ class Payload:
 def test_a_checkpoint_with_code_is_refused_unless_trusted(tmp_path):
     path = str(tmp_path / "model.pt")
     th.save({"w": th.zeros(2), "extra": Payload()}, path)
-    with pytest.raises(UserError, match=r"names tests\.test_dist_util\.Payload, which could run code.*Convert"):
+    with pytest.raises(
+        UserError, match=r"names tests\.test_dist_util\.Payload, which could run code.*Convert"
+    ):
         dist_util.load_state_dict(path)
     assert isinstance(dist_util.load_state_dict(path, weights_only=False)["extra"], Payload)
 

@@ -29,6 +29,7 @@ def load_classifier(
     if num_classes < 1:
         raise UserValueError("the model has no classes: give --num_classes, those of the classifier")
     own = {name: flags[name] for name in classifier_flags()}
+    own = checkpoint_util.with_flags_of(path, own, classifier_flags())
     classifier = create_classifier(
         image_size=image_size, image_channels=image_channels, num_classes=num_classes, **own
     )

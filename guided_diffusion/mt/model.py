@@ -282,6 +282,7 @@ def _read(path, weights):
         raise UserError(
             f"{path} does not describe a model of mt_image_train.py: it was written by another script"
         )
+    checkpoint_util.warn_of_young_average(content, path, weights)
     return checkpoint_util.weights_of(content, path, weights), content["config"], path
 
 
