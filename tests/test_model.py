@@ -111,9 +111,11 @@ def test_model_is_loaded_from_every_file_of_a_run(trained):
 def test_files_that_hold_no_model_are_refused(trained, tmp_path):
     (tmp_path / "empty").mkdir()
     shutil.copy(trained / "model000002.pt", tmp_path / "model000002.pt")
-    th.save(
-        {"format": "mt-diffusion-checkpoint", "config": {"image_size": 8}}, tmp_path / "checkpoint000001.pt"
-    )
+    state = th.load(trained / "checkpoint000002.pt", weights_only=True)
+    th.save({**state, "config": {"image_size": 8}}, tmp_path / "checkpoint000001.pt")
+    th.save({**state, "model": []}, tmp_path / "checkpoint000002.pt")
+    del state["optimizer"]
+    th.save(state, tmp_path / "checkpoint000003.pt")
     (tmp_path / "noise.pt").write_bytes(b"no such thing")
     half = tmp_path / "half.pt"
     half.write_bytes((trained / "checkpoint000002.pt").read_bytes()[:100000])
@@ -122,6 +124,8 @@ def test_files_that_hold_no_model_are_refused(trained, tmp_path):
         (tmp_path / "empty", "ema", "no complete checkpoint"),
         (tmp_path / "model000002.pt", "ema", "no config.yaml beside it"),
         (tmp_path / "checkpoint000001.pt", "ema", "written by another script"),
+        (tmp_path / "checkpoint000002.pt", "ema", "'model' is of type list"),
+        (tmp_path / "checkpoint000003.pt", "ema", "it lacks 'optimizer'"),
         (tmp_path / "noise.pt", "ema", "is not a checkpoint"),
         (half, "ema", "is not a checkpoint"),
         (trained, "0.99", "no EMA '0.99'; it has 0.9, 0.5"),

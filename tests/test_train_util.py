@@ -433,3 +433,238 @@ def test_fork_may_replace_where_checkpoints_go(tmp_path, monkeypatch):
     monkeypatch.setattr(train_util, "get_blob_logdir", lambda: str(tmp_path / "elsewhere"))
     loop(iterations=1).run_loop()
     assert (tmp_path / "elsewhere" / "model000000.pt").exists()
+
+
+# --------------------------------------------------------------------------------- flags, locks and logs of a resumed run
+
+
+def test_a_resumed_run_uses_the_flags_that_are_given_and_tells_what_changed(logged, capsys):
+    first = loop(iterations=3, config={"lr": 3e-4, "weight_decay": 0.0, "seed": 3, "ema_rate": "0.9,0.99"})
+    first.run_loop()
+    changed = {"lr": 1e-3, "weight_decay": 0.1, "seed": 3, "ema_rate": "0.9,0.99"}
+    with logger.scoped_configure(dir=str(logged), format_strs=["stdout"]):
+        second = loop(iterations=5, lr=1e-3, weight_decay=0.1, config=changed, resume_checkpoint=str(logged))
+        second.run_loop()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "->" in line] == ["lr: 0.0003 -> 0.001", "weight_decay: 0.0 -> 0.1"]
+    state = final(logged, 5)
+    (group,) = state["optimizer"]["param_groups"]
+    assert (group["lr"], group["weight_decay"]) == (state["config"]["lr"], state["config"]["weight_decay"])
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.1)
+    assert state["optimizer"]["state"][0]["step"] == 5  # its moments went on
+
+
+def test_a_finished_run_says_so_and_changes_nothing(logged, capsys):
+    loop(iterations=3).run_loop()
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in logged.iterdir()}
+    with logger.scoped_configure(dir=str(logged), format_strs=["stdout"]):
+        loop(iterations=3, lr=1.0, resume_checkpoint=str(logged), data=None).run_loop()
+    assert "finished at step 3" in capsys.readouterr().out
+    assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in logged.iterdir()}
+
+
+def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on(tmp_path):
+    folder = tmp_path / "shared"
+    first = Started(1, folder, "--pause", 0.2, "--iterations", 1000)
+    first.wait_for_steps(2)
+    job = subprocess.run(command(1, folder), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert job.returncode == 2 and "is in use by another training" in job.stderr
+    assert job.stderr.count("\n") == 1
+    output = first.terminate(rank=0)
+    assert "stopped" in output
+    run(1, folder, "--resume", folder)  # the lock is gone with the process
+
+
+def test_a_lone_truncated_checkpoint_does_not_start_a_fresh_run(logged):
+    loop(iterations=2, save_interval=100).run_loop()
+    for path in sorted(logged.glob("checkpoint*.pt"))[:-1]:
+        path.unlink()
+    (last,) = logged.glob("checkpoint*.pt")
+    last.write_bytes(last.read_bytes()[:-50])
+    with pytest.raises(UserError, match=f"{last.name} is truncated, and .* has no other complete checkpoint"):
+        loop(iterations=4, resume_checkpoint=str(logged))
+
+
+def test_logs_hold_every_step_once_after_a_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "logs"
+
+    def train(iterations, save):
+        with logger.scoped_configure(dir=str(folder), format_strs=["csv", "json", "tensorboard"]):
+            training = loop(
+                iterations=iterations, log_interval=1, save_interval=3, resume_checkpoint=str(folder)
+            )
+            if not save:
+                training._save_last = lambda: None  # as if it had been killed
+            training.run_loop()
+
+    folder.mkdir()
+    train(6, save=False)  # the last checkpoint is that of 4 steps
+    assert find_complete_checkpoint(str(folder)).endswith("checkpoint000003.pt")
+    time.sleep(1.1)  # TensorBoard's files are in the order of their seconds
+    train(8, save=True)
+    rows = (folder / "progress.csv").read_text().splitlines()
+    column = rows[0].split(",").index("step")
+    assert [int(row.split(",")[column]) for row in rows[1:]] == list(range(8))
+    lines = (folder / "progress.json").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(8))
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(8))
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_saves_and_stops_like_sigterm(tmp_path, number):
+    """In a terminal of its own, which is closed for SIGHUP."""
+    folder = tmp_path / "run"
+    pid, terminal = os.forkpty()
+    if pid == 0:
+        os.execve(sys.executable, command(1, folder, "--pause", 0.1), {**ENVIRONMENT})
+    seen = b""
+    while seen.count(b"step") < 3:
+        seen += os.read(terminal, 4096)
+    if number == signal.SIGHUP:
+        os.close(terminal)
+    else:
+        os.kill(pid, number)
+    deadline = time.monotonic() + 60
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    step = checkpoint_util.load_complete(find_complete_checkpoint(str(folder)))["step"]
+    assert 3 <= step < 20
+
+
+def test_nohup_stays_in_force(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        training = loop(iterations=3)
+        with training._stop_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not training._signalled
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# -------------------------------------------------------------------------------------------------- numbers and averages
+
+
+def test_a_run_with_broken_weights_leaves_the_last_finite_checkpoint_as_the_newest(logged):
+    """Weights that become infinite without a bad loss are not saved either."""
+    training = loop(iterations=20)
+
+    def break_weights(step):
+        for batch in sample_images(2, step):
+            if training.step == 7:
+                next(training.model.parameters()).data.fill_(th.inf)
+            yield batch
+
+    training.data = break_weights
+    with pytest.raises(UserError, match="checkpoint000005.pt"):
+        training.run_loop()
+    newest = find_complete_checkpoint(str(logged))
+    assert newest.endswith("checkpoint000005.pt")
+    assert all(
+        bool(th.isfinite(value).all()) for value in checkpoint_util.load_complete(newest)["model"].values()
+    )
+    assert len(list(logged.glob("model*.pt"))) == 2
+
+
+def test_half_precision_gives_up_on_gradients_that_stay_broken(logged):
+    """The loss scale has a floor; the checkpoint of before stays the newest."""
+    training = loop(use_fp16=True, iterations=100, save_interval=1000)
+    forward = training.compute_losses
+
+    def broken(micro, cond):
+        losses, t, weights = forward(micro, cond)
+        if training.step > 2:
+            for parameter in training.model.parameters():
+                parameter.register_hook(lambda grad: grad * th.nan)
+        return losses, t, weights
+
+    training.compute_losses = broken
+    with pytest.raises(UserError, match=r"not finite in float16 even at a loss scale of 2\*\*-13"):
+        training.run_loop()
+    assert training.step < 50
+    assert find_complete_checkpoint(str(logged)).endswith("checkpoint000000.pt")
+
+
+def test_warm_averages_follow_the_rule_and_resume_exactly(logged):
+    training = loop(2, ema_rate="0.5,0.9999", ema_warmup=True)
+    expected = [[p.detach().clone() for p in training.model.parameters()] for _ in range(2)]
+    for step, (batch, cond) in enumerate(next(sample_images(2, start)) for start in range(12)):
+        training.run_step(batch, cond)
+        for i, limit in enumerate((0.5, 0.9999)):
+            rate = min(limit, (1 + step) / (10 + step))
+            expected[i] = [
+                rate * e + (1 - rate) * p.detach()
+                for e, p in zip(expected[i], training.model.parameters(), strict=True)
+            ]
+        training.step += 1
+    for wanted, found in zip(expected, training.ema_params, strict=True):
+        assert all(th.allclose(e, p, atol=1e-6) for e, p in zip(wanted, found, strict=True))
+    straight = loop(iterations=7, ema_warmup=True)
+    straight.run_loop()
+    for path in logged.glob("*.pt"):
+        path.unlink()
+    loop(iterations=4, ema_warmup=True).run_loop()
+    resumed = loop(iterations=7, ema_warmup=True, resume_checkpoint=str(logged))
+    resumed.run_loop()
+    assert same(resumed.state_dict(), straight.state_dict()) and resumed.state_dict()["ema_warmup"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "warm", "told"), [("0.99", False, True), ("0.99", True, False), ("0.5", False, False)]
+)
+def test_a_young_average_is_warned_of_when_it_is_read(logged, capsys, rate, warm, told):
+    loop(iterations=4, ema_rate=rate, ema_warmup=warm, config={"ema_warmup": warm}).run_loop()
+    with logger.scoped_configure(dir=str(logged), format_strs=["stdout"]):
+        for name in ("checkpoint000004.pt", f"ema_{rate}_000004.pt"):
+            capsys.readouterr()
+            checkpoint_util.read_weights(logged / name)
+            assert ("reaches over 100 steps, the run has made 4: 96 %" in capsys.readouterr().out) == told
+            checkpoint_util.read_weights(logged / "model000004.pt")
+            assert "average" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------- checkpoints of another content
+
+
+@pytest.mark.parametrize("part", sorted(checkpoint_util._PARTS))
+def test_a_checkpoint_that_lacks_a_part_or_has_another_type_there_is_one_line(tmp_path, part):
+    state = loop().state_dict()
+    for broken, message in (
+        ({k: v for k, v in state.items() if k != part}, f"it lacks {part!r}"),
+        ({**state, part: th.ones(2)}, f"{part!r} is of type Tensor"),
+    ):
+        th.save(broken, tmp_path / "checkpoint000001.pt")
+        with pytest.raises(UserError, match=message):
+            checkpoint_util.load_complete(str(tmp_path / "checkpoint000001.pt"))
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("optimizer", {}),
+        ("optimizer", {"state": {}, "param_groups": []}),
+        ("optimizer", {"state": {0: {"exp_avg": th.ones(3)}}}),
+        ("ema", {"0.9": {}}),
+        ("model", {"weight": 3}),
+        ("rng", [{"torch": 3}]),
+        ("rng", ["text"]),
+        ("schedule_sampler", {"losses": "text"}),
+    ],
+)
+def test_parts_of_another_form_are_one_line(logged, part, value):
+    training = loop(sampler="loss-second-moment")
+    training.run_step(*next(sample_images(2)))
+    state = training.state_dict()
+    if part == "optimizer" and value.get("state"):
+        value = {**value, "param_groups": state["optimizer"]["param_groups"]}
+    th.save({**state, part: value}, logged / "checkpoint000001.pt")
+    with pytest.raises(UserError) as caught:
+        loop(
+            iterations=2, sampler="loss-second-moment", resume_checkpoint=str(logged / "checkpoint000001.pt")
+        ).run_loop()
+    assert "\n" not in str(caught.value)
