@@ -191,7 +191,7 @@ def test_a_second_training_in_a_folder_is_refused(tmp_path):
     for file in _locks.values():
         file.close()
     _locks.clear()
-    hold = f"from ldm.training.checkpoints import lock_folder; lock_folder({str(folder)!r}); print(1, flush=True); input()"
+    hold = f"from guided_diffusion.checkpoint_util import lock_folder; lock_folder({str(folder)!r}); print(1, flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     ) as other:

@@ -2,8 +2,6 @@
 exactly."""
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import signal
@@ -14,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from guided_diffusion.checkpoint_util import save_atomic
+from guided_diffusion.checkpoint_util import read, save_atomic
 from guided_diffusion.errors import UserError, UserFileError
 from ldm.training.position import settle
 
@@ -34,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path, map_location="cpu", weights_only=None) -> dict:
         """Read a file that `save_checkpoint` wrote; never anything that could run code."""
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return read(path, map_location=map_location)
 
 
 class StoppedBySignal(SystemExit):
@@ -126,29 +124,6 @@ class SaveLast(pl.callbacks.Checkpoint):
         return trainer.strategy.reduce_boolean_decision(flag, all=False)
 
 
-_locks: dict[str, object] = {}
-
-
-def lock_folder(folder: str | Path) -> None:
-    """Keep a run's folder for this process until it ends, however it ends.
-
-    `UserError` where another training has it. A file system without locks is used without one.
-    """
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(os.path.realpath(folder), ".lock")
-    if path in _locks:
-        return
-    file = open(path, "a")  # held as long as it is open; data workers do not inherit this kind of lock
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(
-                f"{folder} is in use by another training: wait for it, or start a run of its own"
-            ) from None
-    _locks[path] = file
-
-
 def check_resumable(path: str | Path, model: torch.nn.Module) -> int:
     """See that `path` is a whole checkpoint of a training run of this `model`; the batches that its logs have.
 
@@ -156,10 +131,7 @@ def check_resumable(path: str | Path, model: torch.nn.Module) -> int:
     """
     if not Path(path).is_file():
         raise UserFileError(f"there is no checkpoint {path} to resume from")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises half a dozen types, pickle's among them
-        raise UserError(f"{path} is not a whole checkpoint of a training run: it cannot be read") from error
+    content = read(path)
     if not isinstance(content, dict) or "loops" not in content or "optimizer_states" not in content:
         raise UserError(
             f"{path} holds no training state (optimizers, position); to start from its weights alone give "

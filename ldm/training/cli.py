@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from guided_diffusion.checkpoint_util import lock_folder
 from guided_diffusion.errors import UserError, UserValueError
 from ldm.data.latents import check_caches
 from ldm.training.checkpoints import (
@@ -21,7 +22,6 @@ from ldm.training.checkpoints import (
     SaveLast,
     StoppedBySignal,
     check_resumable,
-    lock_folder,
 )
 from ldm.training.config import Run, load_config, locate
 from ldm.training.data import DataModuleFromConfig

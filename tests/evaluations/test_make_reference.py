@@ -102,11 +102,12 @@ def test_pick_takes_images_by_number(tmp_path):
     assert np.array_equal(pick(open_images(tmp_path / "a.npz"), indices, batch_size=3), array[indices])
 
 
-def test_two_ranks_write_what_one_writes(launch, batches, graph_file, tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_two_ranks_write_what_one_writes(launch, batches, graph_file, tmp_path, launcher):
     one, two = tmp_path / "one.npz", tmp_path / "two.npz"
     main([str(batches[0]), str(one), "--inception", str(graph_file)])
     program = ROOT / "evaluations/make_reference.py"
-    job = launch("torchrun", program, batches[0], two, "--inception", graph_file, timeout=120)
+    job = launch(launcher, program, batches[0], two, "--inception", graph_file, timeout=120)
     assert job.returncode == 0, job.stderr
     for a, b in zip(given_statistics(one), given_statistics(two), strict=True):
         agree(a.mu, b.mu, rtol=1e-5)
