@@ -312,7 +312,7 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_line(logged, tmp_path):
     other = th.nn.Linear(2, 2)
     th.save(other.state_dict(), tmp_path / "model000001.pt")
     with pytest.raises(
-        UserError, match="does not fit the model that the flags describe: .* are missing"
+        UserError, match="does not fit the model that the flags describe, UNetModel: .* are missing"
     ) as caught:
         loop(resume_checkpoint=str(tmp_path / "model000001.pt"))
     assert "\n" not in str(caught.value)
