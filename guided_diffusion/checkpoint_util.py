@@ -428,7 +428,7 @@ def _check_sums(path: str, file: BinaryIO) -> bool:
         raise _damaged(path, str(error)) from error
     if comment:
         seal = _SEAL.fullmatch(comment)
-        if not seal or int(seal[1], 16) != _checksum(file, os.stat(path).st_size - _SEAL_BYTES):
+        if not seal or int(seal[1], 16) != _checksum(file, file.seek(0, os.SEEK_END) - _SEAL_BYTES):
             raise _damaged(path, "its checksum differs")
     return True
 

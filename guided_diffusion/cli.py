@@ -91,7 +91,7 @@ def start(args: argparse.Namespace) -> None:
     and seed this rank unlike the others."""
     dist_util.setup_dist()
     logger.configure(dir=args.log_dir)
-    network = {**sr_model_and_diffusion_defaults(), **model_and_diffusion_defaults()}
+    network = sr_model_and_diffusion_defaults() if "large_size" in args else model_and_diffusion_defaults()
     for flag, described in (("model_path", network), ("classifier_path", classifier_defaults())):
         if path := getattr(args, flag, ""):
             vars(args).update(checkpoint_util.with_flags_of(path, vars(args), described))

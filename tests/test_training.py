@@ -17,7 +17,7 @@ from guided_diffusion.mt.model import JointModel, mt_defaults, read_config
 from guided_diffusion.mt.training import measure_variance
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from tests.conftest import script_path
-from tests.mt_driver import MODEL, TRAIN, Started, digits, refusal, run, same, train
+from tests.mt_driver import MODEL, TRAIN, Started, digits, in_process, refusal, run, same, train
 
 STEPS = 20
 
@@ -496,6 +496,14 @@ def test_finetuning_begins_with_another_runs_weights(data, tmp_path):
     )
     # The network's new input begins without influence.
     assert same(more[stem][:, :1].contiguous(), start[stem]) and more[stem][:, 1:].abs().max() == 0
+    # And back, without the flags of the network, which are the checkpoint's.
+    in_process(
+        "mt_image_train", *TRAIN, "--data_dir", data, "--log_dir", tmp_path / "less", "--sample_steps", 0, "--lr", 0,
+        "--init_from", tmp_path / "more", "--modalities", "", "--iterations", 1,
+    )  # fmt: skip
+    less = th.load(tmp_path / "less" / "model000000.pt", weights_only=True)
+    assert all(same(value, start[name]) for name, value in less.items() if name.split(".")[0] != "codes")
+    assert "1 input channels" in (tmp_path / "less" / "log.txt").read_text()
     train(data, tmp_path / "more", *flags, "--modalities", "masked:X,label:U", "--iterations", 2)
     assert (tmp_path / "more" / "log.txt").read_text().count("weights of") == 1
 
