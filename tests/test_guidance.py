@@ -212,7 +212,10 @@ def test_what_cannot_guide_is_refused(trained, tmp_path, capsys):
     flags = ("--model_path", model, "--log_dir", tmp_path, "--num_samples", 1, "--steps", 2)
     for more, message in (
         (("--classifier_path", tmp_path / "absent.pt"), "absent.pt"),
-        (("--classifier_path", classifier), "does not fit the model that the flags describe"),
+        (
+            ("--classifier_path", classifier, "--classifier_depth", 3),
+            "does not fit the model that the flags describe",
+        ),
         (("--classifier_path", classifier, *CLASSIFIER, "--num_classes", 3), "does not fit"),
         (("--guidance_scale", 2), "classifier-free guidance needs something that the network sees"),
         (("--given", "label=1", "--guidance_scale", 2), "trained with --single_task_probability"),
