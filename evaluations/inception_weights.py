@@ -13,7 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from evaluations.weights import PublishedFile
-from guided_diffusion import checkpoint_util
+from guided_diffusion import dist_util
 from guided_diffusion.errors import UserValueError
 
 GRAPH = PublishedFile(
@@ -226,7 +226,7 @@ def _parse_graph(data: bytes, path: Path) -> InceptionWeights:
 
 
 def _read_port(path: Path) -> InceptionWeights:
-    state = checkpoint_util.read(path)
+    state = dist_util.load_state_dict(path)
 
     def tensor(name: str) -> np.ndarray:
         if not isinstance(state, dict) or name not in state:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evaluations.distributed import choose_device
 from evaluations.weights import PublishedFile, existing_file, fetch, sha256_of
-from guided_diffusion import checkpoint_util
+from guided_diffusion import dist_util
 from guided_diffusion.errors import UserValueError
 
 # Inputs in [-1, 1] are brought to ImageNet's mean and standard deviation, here in that scale.
@@ -137,7 +137,7 @@ def load_lpips(
         files = [fetch([part], "--lpips_weights FILE") for part in (backbone.network, backbone.linear)]
     found: dict[str, Tensor] = {}
     for file in files:
-        state = checkpoint_util.read(file)
+        state = dist_util.load_state_dict(file)
         found |= {_our_name(name, backbone.ends): tensor for name, tensor in state.items()}
         model.sha256[file.name] = sha256_of(file)
     wanted = model.state_dict()

@@ -10,8 +10,8 @@ import torch as th
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from guided_diffusion.checkpoint_util import _locks
 from guided_diffusion.errors import UserError
-from ldm.training.checkpoints import _locks
 from ldm.training.cli import main
 from tests.conftest import ROOT
 from tests.ldm_training_driver import Killed, Line
