@@ -127,7 +127,7 @@ def read(path: str | os.PathLike, *, weights_only: bool = True, **options: Any) 
                     "it was made, torch.save(model.state_dict(), FILE) or safetensors' save_file, and give that one"
                 ) from error
             raise _not_a_checkpoint(path, error) from error
-        except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, UnicodeDecodeError) as error:
+        except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
             if sound:  # the arguments are not (map_location, ...)
                 raise
             raise _not_a_checkpoint(path, error) from error
