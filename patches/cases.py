@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch as th
+import yaml
 
 ADM_FACTORIES = {
     "unet": ("model_and_diffusion_defaults", "create_model_and_diffusion"),
@@ -22,39 +23,25 @@ LDM_CLASSES = {
     "vq": ("ldm.models.autoencoder", "VQModel"),
 }
 TABLES = ("betas", "alphas_cumprod", "posterior_variance", "posterior_mean_coef1", "posterior_mean_coef2")
-LATENT = {
-    "unet_config": {
-        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-        "params": {
-            **{
-                "image_size": 8,
-                "in_channels": 3,
-                "out_channels": 3,
-                "model_channels": 32,
-                "num_res_blocks": 1,
-            },
-            **{"attention_resolutions": [2], "channel_mult": [1, 2], "num_heads": 2, "context_dim": 16},
-            "use_spatial_transformer": True,
-        },
-    },
-    "first_stage_config": {
-        "target": "ldm.models.autoencoder.AutoencoderKL",
-        "params": {
-            "ddconfig": {
-                **{"ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": []},
-                **{"in_channels": 3, "double_z": True, "z_channels": 3, "resolution": 16, "dropout": 0.0},
-            },
-            **{"embed_dim": 3, "lossconfig": {"target": "torch.nn.Identity"}},
-        },
-    },
-    "cond_stage_config": {
-        "target": "ldm.modules.encoders.modules.ClassEmbedder",
-        "params": {"embed_dim": 16, "n_classes": 5, "key": "class_label"},
-    },
-    **{"timesteps": 100, "image_size": 8, "channels": 3, "linear_start": 0.0015, "linear_end": 0.0195},
-    **{"cond_stage_key": "class_label", "conditioning_key": "crossattn", "scale_factor": 0.18},
-    "original_elbo_weight": 0.01,
-}
+LATENT = """
+unet_config:
+  target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+  params: {image_size: 8, in_channels: 3, out_channels: 3, model_channels: 32, num_res_blocks: 1, num_heads: 2,
+    attention_resolutions: [2], channel_mult: [1, 2], context_dim: 16, use_spatial_transformer: true}
+first_stage_config:
+  target: ldm.models.autoencoder.AutoencoderKL
+  params:
+    embed_dim: 3
+    lossconfig: {target: torch.nn.Identity}
+    ddconfig: {ch: 32, out_ch: 3, ch_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [], in_channels: 3,
+      double_z: true, z_channels: 3, resolution: 16, dropout: 0.0}
+cond_stage_config:
+  target: ldm.modules.encoders.modules.ClassEmbedder
+  params: {embed_dim: 16, n_classes: 5, key: class_label}
+"""
+LATENT_OPTIONS = dict(timesteps=100, image_size=8, channels=3, linear_start=0.0015, linear_end=0.0195)
+LATENT_OPTIONS |= dict(cond_stage_key="class_label", conditioning_key="crossattn", scale_factor=0.18)
+LATENT_OPTIONS |= dict(original_elbo_weight=0.01)
 LONGEST = 60  # steps of a sampling loop that is run whole
 
 
@@ -63,9 +50,8 @@ class Cases:
 
     def __init__(self, parity: Path, package: str):
         self.package = package
-        self.folders = [parity / name for name in ("adm",)] if package == "guided_diffusion" else []
-        self.folders = self.folders or [parity / name for name in ("ldm", "ldm_sd2")]
-        self.index = {folder: json.loads((folder / "index.json").read_text()) for folder in self.folders}
+        folders = ("adm",) if package == "guided_diffusion" else ("ldm", "ldm_sd2")
+        self.index = {parity / f: json.loads((parity / f / "index.json").read_text()) for f in folders}
         self.fill = _load(parity / "weights.py").fill
 
     def _all(self, *groups):
@@ -169,7 +155,7 @@ class Cases:
     def _latent(self, parameterization):
         """A small LatentDiffusion with labels as context: its state dict, loss, coding and samplers."""
         model = importlib.import_module("ldm.models.diffusion.ddpm").LatentDiffusion(
-            **LATENT, parameterization=parameterization
+            **yaml.safe_load(LATENT), **LATENT_OPTIONS, parameterization=parameterization
         )
         for part in (model.model, model.first_stage_model, model.cond_stage_model):
             self.fill(part)
@@ -185,28 +171,14 @@ class Cases:
         loss, logged = model.p_losses(x, cond, t, noise=noise)
         result |= {"loss": loss} | {f"logged {k}": v for k, v in logged.items()}
         guided = dict(unconditional_guidance_scale=2.0, unconditional_conditioning=null)
-        for name, eta, more in (
-            ("ddim", 0.0, {}),
-            ("ddim", 0.0, guided),
-            ("plms", 0.0, {}),
-            ("plms", 0.0, guided),
-        ):
-            if parameterization == "x0":
-                continue  # upstream's samplers take the network's output for noise
+        common = dict(S=10, batch_size=2, shape=(3, 8, 8), conditioning=cond, x_T=noise, verbose=False)
+        # Upstream's samplers take the network's output for noise, whatever it is.
+        for name in ("ddim", "plms") if parameterization == "eps" else ():
             module = importlib.import_module(f"ldm.models.diffusion.{name}")
             # Upstream's register_buffer moves to CUDA.
             kind = type("OnCpu", (getattr(module, f"{name.upper()}Sampler"),), {"register_buffer": _set})
-            sampled, _ = kind(model).sample(
-                S=10,
-                batch_size=2,
-                shape=(3, 8, 8),
-                conditioning=cond,
-                x_T=noise,
-                eta=eta,
-                verbose=False,
-                **more,
-            )
-            result[f"{name}{' guided' if more else ''}"] = sampled
+            result[name] = kind(model).sample(**common)[0]
+            result[f"{name} guided"] = kind(model).sample(**common, **guided)[0]
         return result
 
 

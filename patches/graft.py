@@ -328,14 +328,22 @@ def plan(checkout: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
 
 
 def removal(checkout: Path) -> tuple[dict[str, bytes], list[str]]:
-    """({file: its text without insertions}, [file that came along]). UserError if one of those was changed."""
+    """({file: its text without insertions}, [file that came along]). UserError if any of that was changed."""
     manifest = checkout / MANIFEST
     if not manifest.is_file():
         raise UserError(f"{checkout} is not grafted: it has no {MANIFEST}")
     changed = {}
     for file in INSERTIONS:
         text = _text(checkout / file)
-        changed[file] = "".join(row for row in text.splitlines(keepends=True) if MARK not in row).encode()
+        rows = text.splitlines(keepends=True)
+        plain = "".join(row for row in rows if not _is_marked(row))
+        # A formatter may have broken an inserted line in two, of which one has no mark.
+        again = grafted(plain, INSERTIONS[file], file).splitlines(keepends=True)
+        if list(filter(_is_marked, rows)) != list(filter(_is_marked, again)):
+            raise UserError(
+                f"{file}: inserted lines were edited; they all end with `{MARK.strip()}`: remove them by hand"
+            )
+        changed[file] = plain.encode()
     files = []
     for line in manifest.read_text().splitlines():
         total, file = line.split(maxsplit=1)
@@ -346,6 +354,10 @@ def removal(checkout: Path) -> tuple[dict[str, bytes], list[str]]:
             )
         files.append(file)
     return changed, [*files, MANIFEST]
+
+
+def _is_marked(row):
+    return row.rstrip("\r\n").endswith(MARK)
 
 
 def _text(path):

@@ -38,6 +38,10 @@ def join(
     shape = (channels, model.image_size, model.image_size)
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
     parsed = parse_modalities(spec, shape, model.num_classes)
+    if any(m.head == "classifier" for m in parsed):
+        raise UserValueError(
+            "the head classifier asks for options that this code's classifier lacks: use middle"
+        )
     parsed = with_peaks(parsed, aggregation, betas, shape, detectability)
     shifts = Aggregation.named(aggregation, betas, peaks(parsed))
     process = GaussianDiffusion(

@@ -319,9 +319,12 @@ def test_twice_grafted_changed_copies_and_other_folders_are_refused(fork, tmp_pa
     graft.main([str(fork)])
     status = git(fork, "status", "--porcelain")
     copy = fork / "guided_diffusion/mt/losses.py"
+    unet = fork / "guided_diffusion/unet.py"
+    text, broken = unet.read_text(), "return self.out(h), self.heads("
     for command, before in (
         ([str(fork)], lambda: None),
-        ([str(fork), "--remove"], lambda: copy.write_text("MINE = 1\n")),
+        ([str(fork), "--remove"], lambda: edit(unet, broken, broken + "\n            ")),
+        ([str(fork), "--remove"], lambda: (unet.write_text(text), copy.write_text("MINE = 1\n"))),
         ([str(tmp_path)], lambda: None),
         ([str(tmp_path), "--remove"], lambda: None),
     ):
