@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
 
 def test_flags_are_adms_and_the_modalities():
     own = {"modalities", "aggregation", "single_task_probability", "detectability", "presence"}
-    own |= {"unshifted_probability", "code_interval"}
+    own |= {"unshifted_probability", "code_interval", "class_names", "label_from"}
     expected = {*model_and_diffusion_defaults(), *own} - {"class_cond"}
     assert set(mt_defaults()) == expected
     assert mt_defaults()["modalities"] == "masked:U,label:U" and mt_defaults()["aggregation"] == "bump"

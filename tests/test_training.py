@@ -136,11 +136,13 @@ def test_run_killed_at_a_random_moment_and_terminated_ends_with_the_same_bits(da
         if started.process.poll() is None:
             started.kill()
     with Started(tmp_path / "log", 1, "mt_image_train", *flags, "--log_interval", 1) as started:
-        # Only a run whose loop has begun saves.
-        progress = folder / "progress.csv"
-        rows = progress.read_bytes()
+        # Only a run whose loop has begun saves: it has told of a step.
         process = started.process
-        started.wait_until(lambda: progress.read_bytes() not in (rows, b"") or process.poll() is not None)
+
+        def begun():
+            return "| step" in started.output.read_text().rpartition("resuming")[2]
+
+        started.wait_until(lambda: begun() or process.poll() is not None)
         if process.poll() is None:  # it may have been quicker than the signal
             started.signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0, started.output.read_text()
@@ -295,7 +297,7 @@ def test_flags_that_cannot_be_used_are_refused_in_one_line(data, tmp_path, capsy
         (("--data_dir", tmp_path / "absent"), "absent"),
         (("--data_dir", ""), "give --data_dir"),
         (("--data_dir", unlabelled), "no labels"),
-        (("--data_dir", broken), "not a sound .npz file"),
+        (("--data_dir", broken), "not a sound .npy or .npz file"),
         (("--config", tmp_path / "absent.yaml"), "no such configuration file"),
         (("--modalities", "maskd"), "unknown kind 'maskd'"),
         (("--modalities", "masked:Z"), "unknown variant 'Z'"),
