@@ -217,7 +217,7 @@ def test_mistakes_are_one_clear_line(capsys, single_task, tmp_path):
     other = [*single_task, "--num_channels=64"]
     assert "does not fit the model" in fails("sdedit", tmp_path / "t", *other)
     missing = ["--model_path", tmp_path / "no.pt"]
-    assert "no.pt does not exist" in fails("sdedit", tmp_path / "t", *missing)
+    assert "no.pt' does not exist" in fails("sdedit", tmp_path / "t", *missing)
     torch.save(filled("squeeze").state_dict(), tmp_path / "lpips.pt")
     table = ["table", tmp_path / "t", "--net", "squeeze", "--lpips_weights", tmp_path / "lpips.pt"]
     assert "expected NAME=PATTERN" in fails(*table, "--row", "x")
@@ -228,4 +228,4 @@ def test_mistakes_are_one_clear_line(capsys, single_task, tmp_path):
 def test_unknown_flags_are_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         run("table", tmp_path, "--nonsense")
-    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+    assert "--nonsense: unknown flag" in capsys.readouterr().err
