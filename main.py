@@ -11,23 +11,32 @@ SIGTERM, Ctrl-C and a closed terminal save and stop; a resumed run continues exa
 numbers, position in the data.
 """
 
-from pytorch_lightning.callbacks import LearningRateMonitor
+import importlib
+import sys
 
 from guided_diffusion.errors import exit_on_user_error
-from ldm.training.callbacks import CUDACallback, ImageLogger, SetupCallback
-from ldm.training.cli import main
-from ldm.training.data import DataModuleFromConfig, WrappedDataset
+from ldm.training.flags import parse
 
 # Configurations name these as main.NAME.
-__all__ = [
-    "CUDACallback",
-    "DataModuleFromConfig",
-    "ImageLogger",
-    "LearningRateMonitor",
-    "SetupCallback",
-    "WrappedDataset",
-]
+_NAMES = {
+    "CUDACallback": "ldm.training.callbacks",
+    "DataModuleFromConfig": "ldm.training.data",
+    "ImageLogger": "ldm.training.callbacks",
+    "LearningRateMonitor": "pytorch_lightning.callbacks",
+    "SetupCallback": "ldm.training.callbacks",
+    "WrappedDataset": "ldm.training.data",
+}
+
+
+def __getattr__(name):
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)
+
 
 if __name__ == "__main__":
     with exit_on_user_error():
+        parse(sys.argv[1:])  # --help and mistakes need no Lightning, whose import takes seconds
+        from ldm.training.cli import main
+
         main()

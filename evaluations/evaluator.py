@@ -22,7 +22,7 @@ if not __package__:  # run as a script: look for modules in the repository, not 
 import torch
 from torch import Tensor
 
-from evaluations.arguments import add_json_option, add_network_options, positive
+from evaluations.arguments import add_json_option, add_network_options
 from evaluations.features import BATCH_SIZE, extract_features
 from evaluations.frechet import (
     Gaussian,
@@ -39,6 +39,7 @@ from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser
 
 FEW = 2048  # images: below the number of features, FID's covariance is singular and its bias large
 META = "meta"  # key of an .npz written by make_reference.py: JSON that says how its statistics were computed
@@ -220,28 +221,28 @@ def _note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("ref_batch", help="reference batch: .npz or folder")
-    parser.add_argument("sample_batch", help="samples: .npz or folder")
-    add_network_options(parser)
-    add_json_option(parser)
-    parser.add_argument(
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("ref_batch", path="source", help="reference batch: .npz or folder")
+    own.add("sample_batch", path="source", help="samples: .npz or folder")
+    add_network_options(own)
+    add_json_option(own)
+    own.add(
         "--bootstrap",
-        metavar="N",
-        type=positive,
         default=0,
-        help="95 %% intervals of FID and sFID from N draws",
+        low=1,
+        high=1_000_000,
+        group="results",
+        help="95 % intervals of FID and sFID from so many draws",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the bias estimate")
-    return parser.parse_args(arguments)
+    own.add("--seed", default=0, help="of the bootstrap and of the bias estimate")
+    return own
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
     with exit_on_user_error():
+        args = parser().parse_args(arguments)
         dist_util.setup_dist()
         run(args)
 

@@ -55,6 +55,7 @@ from evaluations.joint_metrics import (
 )
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser
 from guided_diffusion.image_files import check_labels, renumber
 from guided_diffusion.palettes import Palette, load_palette, to_indices
 
@@ -240,34 +241,39 @@ def evaluate_joint(
     )
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("ref_batch", path="source", help="real pairs, .npz")
+    own.add("sample_batch", path="source", help="jointly generated pairs, .npz")
+    own.add("--modality", default="arr_1", group="data", help="array with the other half of the pairs")
+    own.add("--ref_modality", group="data", unset="as --modality", help="its name in the reference")
+    own.add(
+        "--conditional",
+        path="source",
+        group="data",
+        help="pairs whose images were generated for given partners",
     )
-    parser.add_argument("ref_batch", help="real pairs, .npz")
-    parser.add_argument("sample_batch", help="jointly generated pairs, .npz")
-    parser.add_argument(
-        "--modality", default="arr_1", metavar="KEY", help="array with the other half of the pairs"
+    own.add(
+        "--predicted",
+        path="source",
+        group="data",
+        help="labels or maps (arr_0) found in the generated images",
     )
-    parser.add_argument("--ref_modality", metavar="KEY", help="its name in the reference, if it is another")
-    parser.add_argument(
-        "--conditional", metavar="FILE", help="pairs whose images were generated for given partners"
+    own.add(
+        "--palette",
+        group="data",
+        help="of segmentation maps: cityscapes, camvid, or a file with `R G B name` lines",
     )
-    parser.add_argument(
-        "--predicted", metavar="FILE", help="labels or maps (arr_0) found in the generated images"
-    )
-    parser.add_argument(
-        "--palette", help="of segmentation maps: cityscapes, camvid, or a file with `R G B name` lines"
-    )
-    add_network_options(parser)
-    add_json_option(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the regroupings")
-    return parser.parse_args(arguments)
+    add_network_options(own)
+    add_json_option(own)
+    own.add("--seed", default=0, help="of the regroupings")
+    return own
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
     with exit_on_user_error():
+        args = parser().parse_args(arguments)
         dist_util.setup_dist()
         run(args)
 

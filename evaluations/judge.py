@@ -11,7 +11,6 @@ generated with an image (int [N], or probabilities [N, classes]) is the one that
 where the samples bring them (class_names).
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluations.arguments import add_device_option, add_json_option, add_label_option, new_file, positive
+from evaluations.arguments import add_json_option, add_label_option, add_size_option
 from evaluations.frechet import frechet_bias, frechet_distance
 from evaluations.images import load_array
 from evaluations.joint_metrics import label_agreement
@@ -37,6 +36,7 @@ from evaluations.scores import inception_score
 from evaluations.weights import existing_file, sha256_of
 from guided_diffusion import dist_util, image_files
 from guided_diffusion.errors import UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser
 
 FEATURES = 256
 BATCH_SIZE = 128
@@ -230,35 +230,34 @@ def _labels(path: str, key: str) -> np.ndarray:
     return image_files.check_labels(array, len(array), f"{key} of {path}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    commands = own.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a judge on labelled images")
-    train.add_argument("data", help="folder of images, or .npz with arr_0 and arr_1")
-    train.add_argument("judge", type=new_file)
+    train.add("data", path="source", help="folder of images, or .npz with arr_0 and arr_1")
+    train.add("judge", kind=Path, path="file", help="the file to write")
     add_label_option(train)
-    train.add_argument("--epochs", type=positive, default=6)
+    train.add("--epochs", default=6, low=1, high=100_000, group="optimisation", help="passes over the images")
     judge = commands.add_parser("score", help="judge samples")
-    judge.add_argument("judge")
-    judge.add_argument("reference", help="folder of images, or .npz with arr_0")
-    judge.add_argument("samples", help=".npz with arr_0")
-    judge.add_argument("--num_images", type=positive, help="of the reference, drawn by --seed (default: all)")
-    judge.add_argument("--labels", metavar="KEY", help="the array of the samples' generated labels")
+    judge.add("judge", path="source", help="the file of `train`")
+    judge.add("reference", path="source", help="folder of images, or .npz with arr_0")
+    judge.add("samples", path="source", help=".npz with arr_0")
+    judge.add(
+        "--num_images", kind=int, low=1, group="data", unset="all", help="of the reference, drawn by --seed"
+    )
+    judge.add("--labels", metavar="KEY", group="data", help="the array of the samples' generated labels")
     add_json_option(judge)
     for command in (train, judge):
-        add_device_option(command)
-        command.add_argument(
-            "--image_size", type=positive, help="crop and scale to a square as ADM's training does"
-        )
-        command.add_argument("--seed", type=int, default=0)
-    return parser
+        command.add("--device")
+        add_size_option(command)
+        command.add("--seed", default=0)
+    return own
 
 
 def main() -> None:
-    args = _parser().parse_args()
     with exit_on_user_error():
+        args = parser().parse_args()
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if args.command == "train":
             images, labels, names = _images(args.data, args.image_size, label_from=args.label_from)

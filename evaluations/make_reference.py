@@ -24,7 +24,7 @@ if not __package__:  # run as a script: look for modules in the repository, not 
 import numpy as np
 
 from evaluations import distributed
-from evaluations.arguments import add_label_option, add_network_options, new_file, positive
+from evaluations.arguments import add_label_option, add_network_options, add_size_option
 from evaluations.evaluator import META
 from evaluations.features import BATCH_SIZE, stream_features
 from evaluations.frechet import RunningStatistics, Statistics
@@ -41,6 +41,7 @@ from evaluations.images import (
 from evaluations.inception import RESIZE_MODE, Inception, load_inception
 from guided_diffusion import dist_util, image_files
 from guided_diffusion.errors import UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser
 
 NUM_IMAGES = 10_000  # that ADM's reference batches keep
 CROP_MODE = "box-halving-bicubic-center"  # of center_crop_arr
@@ -186,31 +187,35 @@ def write_reference(
     os.replace(unfinished, path)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("source", path="source", help="folder of images, or .npz with arr_0")
+    own.add("output", kind=Path, path="file", help="the .npz to write")
+    add_size_option(own)
+    own.add("--num_images", default=NUM_IMAGES, low=1, group="data", help="images kept in arr_0")
+    own.add(
+        "--classes",
+        path="source",
+        group="data",
+        unset="all",
+        help="only these: a text file, one name per line",
     )
-    parser.add_argument("source", help="folder of images, or .npz with arr_0")
-    parser.add_argument("output", type=new_file, help="the .npz to write")
-    parser.add_argument(
-        "--image_size", type=positive, help="crop and scale to a square as ADM's training does"
+    own.add(
+        "--labels",
+        action="store_true",
+        group="results",
+        help="also write the labels of the kept images, as arr_1",
     )
-    parser.add_argument("--num_images", type=positive, default=NUM_IMAGES, help="images kept in arr_0")
-    parser.add_argument(
-        "--classes", metavar="FILE", help="only these classes: a text file, one name per line"
-    )
-    parser.add_argument(
-        "--labels", action="store_true", help="also write the labels of the kept images, as arr_1"
-    )
-    add_label_option(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of the images kept")
-    add_network_options(parser)
-    return parser.parse_args(arguments)
+    add_label_option(own)
+    own.add("--seed", default=0, help="of the choice of the images kept")
+    add_network_options(own)
+    return own
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
     with exit_on_user_error():
+        args = parser().parse_args(arguments)
         dist_util.setup_dist()
         run(args)
 

@@ -26,13 +26,14 @@ if not __package__:  # run as a script: look for modules in the repository, not 
 import numpy as np
 
 from evaluations import distributed
-from evaluations.arguments import add_device_option, add_json_option, positive
+from evaluations.arguments import add_json_option, add_size_option
 from evaluations.images import load_array, npz_keys
 from evaluations.lpips import BACKBONES, LPIPS, load_lpips, lpips_distances
 from evaluations.make_reference import pick, select
 from evaluations.sdedit import STRENGTH, load_single_task, restore
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser, args_to_dict, model_and_diffusion_defaults
 
 MASKS = (5, 10, 15, 20)
 MASK_SIZE = 16  # pixels
@@ -181,68 +182,74 @@ def format_table(table: Table) -> list[str]:
     return lines
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    commands = own.add_subparsers(dest="command", required=True)
 
     mask = commands.add_parser("mask", help="cut holes into clean images")
-    mask.add_argument("source", help="folder of images, or .npz with arr_0")
-    mask.add_argument("folder", help="where to write holes_M.npz")
-    mask.add_argument("--masks", type=int, nargs="+", default=list(MASKS), help="numbers of masks")
-    mask.add_argument("--mask_size", type=positive, default=MASK_SIZE, help="pixels")
-    mask.add_argument("--image_size", type=positive, help="crop and scale to a square as ADM's training does")
-    mask.add_argument("--num_images", type=positive, help="how many, drawn by the seed; all by default")
-    mask.add_argument("--seed", type=int, default=0)
+    mask.add("source", path="source", help="folder of images, or .npz with arr_0")
+    mask.add("folder", path="folder", help="where to write holes_M.npz")
+    mask.add(
+        "--masks",
+        kind=int,
+        low=0,
+        high=100_000,
+        nargs="+",
+        default=list(MASKS),
+        group="data",
+        help="numbers of masks",
+    )
+    mask.add(
+        "--mask_size", default=MASK_SIZE, low=1, high=4096, group="data", help="pixels of an edge of a mask"
+    )
+    add_size_option(mask)
+    mask.add("--num_images", kind=int, low=1, group="data", unset="all", help="how many, drawn by --seed")
+    mask.add("--seed", default=0)
 
     edit = commands.add_parser("sdedit", help="restore the holes by SDEdit with a single-task model")
-    edit.add_argument("folder", help="with holes_M.npz; sdedit_M.npz are written beside them")
-    edit.add_argument(
-        "--model_path", required=True, help="weights of the model; its flags are those of training"
+    edit.add("folder", path="source", help="with holes_M.npz; sdedit_M.npz are written beside them")
+    edit.add("--model_path", required=True, help="weights of the model; its flags are those of training")
+    edit.add(
+        "--strength", default=STRENGTH, low=0, high=1, help="share of the steps that are noised and denoised"
     )
-    edit.add_argument(
-        "--strength", type=float, default=STRENGTH, help="share of the steps that are noised and denoised"
+    edit.add(
+        "--keep_known", action="store_true", group="sampling", help="put the known pixels back at the end"
     )
-    edit.add_argument("--keep_known", action="store_true", help="put the known pixels back at the end")
-    edit.add_argument("--use_ddim", action="store_true")
-    edit.add_argument("--batch_size", type=positive, default=64)
-    edit.add_argument("--seed", type=int, default=0)
-    add_device_option(edit)
+    edit.add("--use_ddim", action="store_true")
+    edit.add("--batch_size", default=64, help="images of a step of the network")
+    edit.add("--seed", default=0)
+    edit.add("--device")
+    edit.add_flags(model_and_diffusion_defaults())
 
     table = commands.add_parser("table", help="print Table 1")
-    table.add_argument("folder", help="with holes_M.npz and the restored images")
-    table.add_argument(
-        "--row", action="append", default=[], metavar="NAME=PATTERN", help="a further method; {m}: masks"
+    table.add("folder", path="source", help="with holes_M.npz and the restored images")
+    table.add(
+        "--row",
+        action="append",
+        default=[],
+        metavar="NAME=PATTERN",
+        group="results",
+        help="a further method; {m}: masks",
     )
-    table.add_argument("--net", choices=list(BACKBONES), default="alex", help="of LPIPS")
-    table.add_argument(
-        "--lpips_weights", nargs="+", metavar="FILE", help="local weights; downloaded if not given"
+    table.add("--net", choices=tuple(BACKBONES), default="alex", group="model", help="of LPIPS")
+    table.add(
+        "--lpips_weights",
+        nargs="+",
+        metavar="FILE",
+        path="source",
+        group="model",
+        unset="downloaded",
+        help="local weights",
     )
     add_json_option(table)
-    add_device_option(table)
-
-    args, rest = parser.parse_known_args(arguments)
-    if args.command != "sdedit":
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        return args
-    args.flags = _model_flags(rest)
-    return args
-
-
-def _model_flags(arguments: list[str]) -> dict:
-    """The single-task model's flags, with guided-diffusion's names and defaults."""
-    from guided_diffusion.script_util import add_dict_to_argparser, model_and_diffusion_defaults
-
-    parser = argparse.ArgumentParser(prog="restoration.py sdedit", allow_abbrev=False)
-    add_dict_to_argparser(parser, model_and_diffusion_defaults())
-    return vars(parser.parse_args(arguments))
+    table.add("--device")
+    return own
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
     with exit_on_user_error():
+        args = parser().parse_args(arguments)
         dist_util.setup_dist()
         {"mask": run_mask, "sdedit": run_sdedit, "table": run_table}[args.command](args)
 
@@ -264,15 +271,17 @@ def run_mask(args: argparse.Namespace) -> None:
 def run_sdedit(args: argparse.Namespace) -> None:
     holes = find_holes(args.folder)
     device = distributed.choose_device(args.device)
-    model, diffusion = load_single_task(args.model_path, args.flags, device)
+    model, diffusion = load_single_task(
+        args.model_path, args_to_dict(args, model_and_diffusion_defaults()), device
+    )
     for m, path in holes.items():
         masked = load_array(path, "arr_0")
-        if masked.shape[1:3] != (args.flags["image_size"],) * 2:
+        if masked.shape[1:3] != (args.image_size,) * 2:
             raise UserValueError(
-                f"{path} has images of {masked.shape[2]}x{masked.shape[1]}, the model makes {args.flags['image_size']}"
+                f"{path} has images of {masked.shape[2]}x{masked.shape[1]}, the model makes {args.image_size}"
             )
         labels = None
-        if args.flags["class_cond"]:
+        if args.class_cond:
             if "labels" not in npz_keys(path):
                 raise UserValueError(f"{path} has no labels, and the model is class-conditional")
             labels = load_array(path, "labels")

@@ -27,6 +27,7 @@ import numpy as np
 from evaluations.arguments import add_json_option
 from evaluations.images import list_images, load_array
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser
 from guided_diffusion.image_files import read_image, to_channels
 from guided_diffusion.palettes import NUMBERS, VOID_NUMBER, Palette, load_palette, to_indices
 
@@ -167,22 +168,24 @@ def _colours(path: Path, pixels: np.ndarray, palette: Palette) -> np.ndarray:
     return pixels
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("truth", path="source", help="folder or .npz")
+    own.add("predictions", path="source", help="folder or .npz")
+    own.add(
+        "--palette",
+        default=CITYSCAPES.name,
+        group="data",
+        help="cityscapes, camvid, or a file with `R G B name` lines",
     )
-    parser.add_argument("truth", help="folder or .npz")
-    parser.add_argument("predictions", help="folder or .npz")
-    parser.add_argument(
-        "--palette", default=CITYSCAPES.name, help="cityscapes, camvid, or a file with `R G B name` lines"
-    )
-    add_json_option(parser)
-    return parser.parse_args(arguments)
+    add_json_option(own)
+    return own
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
     with exit_on_user_error():
+        args = parser().parse_args(arguments)
         run(args)
 
 

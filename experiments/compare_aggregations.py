@@ -4,7 +4,6 @@ and the Frechet distance of its samples to the training digits. Seven minutes on
 Writes aggregations.md and aggregations.png into --out; docs/walkthrough.md shows what it measured.
 """
 
-import argparse
 import sys
 import time
 
@@ -12,6 +11,7 @@ import numpy as np
 import quickstart
 
 from evaluations.frechet import fit, frechet_distance
+from guided_diffusion import flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet
 from guided_diffusion.mt.aggregation import SCHEDULES
@@ -29,15 +29,18 @@ FLAGS = dict(  # over configs/quickstart.yaml
 )
 
 
+def parser() -> flags.Parser:
+    """The flags of this script."""
+    own = flags.Parser(__doc__)
+    own.add("--out", default="runs/aggregations", path="", help="where the runs and the table go")
+    own.add("--iterations", default=600, low=1, help="steps of training, for each")
+    own.add("--modalities", default="masked:U,label:U")
+    return own
+
+
 @exit_on_user_error()
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", default="runs/aggregations", help="where the runs and the table go")
-    parser.add_argument("--iterations", type=int, default=600, help="steps of training, for each")
-    parser.add_argument("--modalities", default="masked:U,label:U")
-    args = parser.parse_args()
+    args = parser().parse_args()
     out = quickstart.ROOT / args.out
     if out.exists() and any(out.iterdir()):
         raise UserValueError(f"{out} is not empty: name another --out, or remove it")

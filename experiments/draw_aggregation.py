@@ -2,13 +2,12 @@
 docs/images/aggregation.png.
 """
 
-import argparse
 import logging
-import os
 
 import numpy as np
 from PIL import Image
 
+from guided_diffusion import flags
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.figures import Curve, line_plot
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
@@ -36,11 +35,16 @@ def curves(noise_schedule: str) -> list[Curve]:
     return [*drawn, signal, Curve("sqrt(1 - abar), the noise", few, np.sqrt(1 - abar[few]), dashed=True)]
 
 
+def parser() -> flags.Parser:
+    """The flags of this script."""
+    own = flags.Parser(__doc__)
+    own.add("--out", default="docs/images/aggregation.png", path="file", help="the image")
+    return own
+
+
 @exit_on_user_error()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="docs/images/aggregation.png")
-    out = parser.parse_args().out
+    out = parser().parse_args().out
     # Its warning about the literal weights is what the image shows.
     logging.getLogger("guided_diffusion.mt.aggregation").setLevel(logging.ERROR)
     plots = [
@@ -50,7 +54,6 @@ def main():
     image = Image.new("RGB", (sum(p.width for p in plots), plots[0].height), (255, 255, 255))
     for k, plot in enumerate(plots):
         image.paste(plot, (k * plot.width, 0))
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     image.save(out, optimize=True)
 
 

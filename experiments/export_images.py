@@ -10,34 +10,37 @@ Writes OUT/KEY/000000.png, ... for every key of the dataset in the configuration
 entry of the configuration.
 """
 
-import argparse
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
+from guided_diffusion import flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.image_files import stored_pixels
 from ldm import inference
 from ldm.data.latents import open_images
 
 
+def parser() -> flags.Parser:
+    """The flags of this script."""
+    own = flags.Parser(__doc__)
+    own.add("--config", required=True, path="source", group="data", help="with the dataset (.yaml)")
+    own.add(
+        "--split", default="validation", group="data", help="which entry of its data: train, validation, test"
+    )
+    own.add("--out", required=True, help="the folder for the images")
+    own.add("--num_samples", kind=int, unset="all", help="only so many, the first ones")
+    own.add("changes", nargs="*", metavar="name=value", help="entries of the configuration")
+    return own
+
+
 @exit_on_user_error()
 def main():
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    flags.add_argument("--config", required=True, help="with the dataset (.yaml)")
-    flags.add_argument(
-        "--split", default="validation", help="train, validation or test: an entry of its data"
-    )
-    flags.add_argument("--out", required=True, help="the folder for the images")
-    flags.add_argument("--num_samples", type=int, help="only so many, the first ones")
-    flags.add_argument("changes", nargs="*", metavar="name=value", help="entries of the configuration")
-    args = flags.parse_args()
+    args = parser().parse_args()
     images = open_images(inference.merged_config([args.config], args.changes), args.split)
     count = len(images) if args.num_samples is None else args.num_samples
-    if not 1 <= count <= len(images):
+    if count > len(images):
         raise UserValueError(f"--num_samples {count}: the split {args.split} has {len(images)} images")
     for number in tqdm(range(count), desc="images", dynamic_ncols=True):
         item = images[number]

@@ -6,25 +6,29 @@ Each run is a log folder with its progress.csv. Draws top-1 (solid) and top-5 (d
 validation data (--prefix train: of the training data) to figure6.png, and writes the numbers to figure6.csv.
 """
 
-import argparse
 import csv
 import os
 
+from guided_diffusion import flags
 from guided_diffusion.errors import UserError, UserFileError, UserValueError, exit_on_user_error
 from guided_diffusion.figures import Curve, line_plot
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags of this script."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    own = flags.Parser(__doc__)
+    own.add(
+        "--runs",
+        nargs="+",
+        required=True,
+        metavar="NAME=FOLDER",
+        group="data",
+        help="in the order of the legend",
     )
-    add = flags.add_argument
-    add("--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="in the order of the legend")
-    add("--prefix", choices=["val", "train"], default="val", help="which accuracies")
-    add("--title", default="Finetuning the classifier")
-    add("--out", default="figure6.png")
-    return flags
+    own.add("--prefix", choices=("val", "train"), default="val", group="data", help="which accuracies")
+    own.add("--title", default="Finetuning the classifier")
+    own.add("--out", default="figure6.png", path="file", help="the plot")
+    return own
 
 
 def read_run(name: str, folder: str, prefix: str) -> list[tuple[int, float, float]]:

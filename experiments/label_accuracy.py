@@ -9,7 +9,6 @@ With the training's own --data_dir and --seed, and --num_samples up to its --hel
 the training did not see.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -17,49 +16,45 @@ import os
 import numpy as np
 import torch as th
 
-from guided_diffusion import cli, dist_util
+from guided_diffusion import cli, dist_util, flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Curve, line_plot
 from guided_diffusion.image_datasets import classes_of, hold_out, open_dataset
-from guided_diffusion.image_files import LABEL_FROM
-from guided_diffusion.mt.guidance import classifier_flags, load_classifier
+from guided_diffusion.mt.guidance import load_classifier
 from guided_diffusion.mt.model import JointModel
-from guided_diffusion.script_util import add_dict_to_argparser
 from guided_diffusion.seeding import PerSample
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags of this script."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    own = flags.Parser(__doc__)
+    own.add("--model_path", required=True, help="a run folder or a checkpoint, as of mt_image_sample.py")
+    own.add("--weights", default="ema")
+    own.add("--data_dir", required=True, help="labelled images: a folder or an .npz file")
+    own.add("--label_from", default="auto", help="what gives the classes; auto: as in training")
+    own.add(
+        "--times", default="0,10,20,50,100,200,300,400,500,600,700,800,900", help="timesteps of the curve"
     )
-    add = flags.add_argument
-    add("--model_path", required=True, help="as of mt_image_sample.py")
-    add("--weights", default="ema", help="ema, a rate such as 0.9999, or model")
-    add("--data_dir", required=True, help="labelled images: a folder or an .npz file")
-    add(
-        "--label_from",
-        choices=LABEL_FROM,
-        default="auto",
-        help="what gives the classes; auto: as in training",
+    own.add(
+        "--average",
+        default="0,10,20",
+        kind=flags.integers,
+        low=0,
+        group="sampling",
+        help="the timesteps that are averaged",
     )
-    add("--times", type=cli.integers, default="0,10,20,50,100,200,300,400,500,600,700,800,900")
-    add("--average", type=cli.integers, default="0,10,20", help="the times that are averaged")
-    add("--num_samples", type=int, default=1000, help="images, drawn at random")
-    add("--batch_size", type=int, default=100)
-    add("--seed", type=int, default=0)
-    add("--classifier_path", default="", help="a classifier of noised images to compare with")
-    add("--title", default="Accuracy of the label read from the noised image")
-    add("--out", default="label_accuracy.png")
-    add_dict_to_argparser(flags, classifier_flags())
-    return flags
+    own.add("--num_samples", default=1000, help="images, drawn at random")
+    own.add("--batch_size", default=100)
+    own.add("--seed", default=0)
+    own.add("--classifier_path", default="", help="a classifier of noised images to compare with")
+    own.add("--title", default="Accuracy of the label read from the noised image")
+    own.add("--out", default="label_accuracy.png", path="file", help="the plot")
+    return own.add_flags(flags.classifier_flags())
 
 
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
-    if args.num_samples < 1 or args.batch_size < 1:
-        raise UserValueError("num_samples and batch_size must be at least 1")
     dist_util.setup_dist()
     model = JointModel.load(args.model_path, args.weights)
     model.network.to(dist_util.dev())

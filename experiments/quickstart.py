@@ -5,7 +5,6 @@ A single-task model of equal training stands beside it. Everything goes through 
 type; they are printed. Results: runs/quickstart/results.md (the table), results.json and sheet.png.
 """
 
-import argparse
 import json
 import platform
 import shlex
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from evaluations.frechet import fit, frechet_distance
+from guided_diffusion import flags
 from guided_diffusion.errors import UserError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet
 from guided_diffusion.mt.modalities import RandomPatches
@@ -35,17 +35,25 @@ STRENGTH = 2  # of conditioning on the label; 1 is Bayes' rule, more is surer
 SHOWN = 20  # columns of the sheet
 
 
+def parser() -> flags.Parser:
+    """The flags of this script."""
+    own = flags.Parser(__doc__)
+    own.add("--out", default="runs/quickstart", path="")
+    own.add(
+        "--ranks", default=2, low=1, high=1024, group="machine", help="processes for training and sampling"
+    )
+    own.add(
+        "--fresh",
+        action="store_true",
+        group="results",
+        help="delete what an earlier quickstart left; otherwise continue",
+    )
+    return own
+
+
 @exit_on_user_error()
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", default="runs/quickstart", help="where the results go")
-    parser.add_argument("--ranks", type=int, default=2, help="processes for training and sampling")
-    parser.add_argument(
-        "--fresh", action="store_true", help="delete what an earlier quickstart left; otherwise continue"
-    )
-    args = parser.parse_args()
+    args = parser().parse_args()
     out = ROOT / args.out
     if args.fresh and out.exists():
         shutil.rmtree(out)

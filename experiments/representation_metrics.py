@@ -18,7 +18,6 @@ Cosines are in standard form (the mean taken off, where that of the mean is 0), 
 as they are. Writes OUT/metrics.json.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from guided_diffusion import cli, dist_util, logger
+from guided_diffusion import dist_util, flags, logger
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Curve, Row, contact_sheet, line_plot, to_uint8
 from guided_diffusion.mt.modality_set import UNetEncoder
@@ -41,40 +40,45 @@ from ldm.modules.encoders.base import import_transformers, load_pretrained, read
 SHEET = 10  # images in a row
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags of this script."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    own = flags.Parser(__doc__)
+    own.add(
+        "--resume",
+        required=True,
+        metavar="LOGDIR_OR_CKPT",
+        group="model",
+        path="source",
+        help="a run of main.py, or its checkpoint",
     )
-    add = flags.add_argument
-    add("--resume", required=True, metavar="LOGDIR_OR_CKPT", help="a run of main.py, or its checkpoint")
-    add("--data_dir", required=True, help="captioned images, see ldm/data/captions.py")
-    add("--part", default="held_out", help="of the images: held_out, train or all")
-    add("--held_out_every", type=int, default=10, help="as the training had it")
-    add("--images", type=int, default=32, help="that many, for variations and drawn")
-    add("--each", type=int, default=2, help="variations of each")
-    add("--strengths", default="0,0.3,1", help="of the conditioning on a given representation")
-    add(
-        "--times",
-        type=cli.integers,
-        default="0,100,200,300,400,500,600,700,800,900",
-        help="for cosine.png",
+    own.add("--data_dir", required=True, help="captioned images, see ldm/data/captions.py")
+    own.add(
+        "--part", default="held_out", choices=("held_out", "train", "all"), group="data", help="of the images"
     )
-    add("--steps", type=int, default=25, help="sampling steps (DPM-Solver++)")
-    add("--scale", type=float, default=3.0, help="of classifier-free guidance by captions")
-    add("--clip", default="", help="the whole CLIP, for its text encoder")
-    add("--batch_size", type=int, default=32)
-    add("--seed", type=int, default=0)
-    add("--out", required=True, help="a folder")
-    return flags
+    own.add("--held_out_every", default=10, low=2, group="data", help="one image in so many, as in training")
+    own.add("--images", default=32, low=1, group="sampling", help="that many, for variations and drawn")
+    own.add("--each", default=2, low=1, group="sampling", help="variations of each image")
+    own.add(
+        "--strengths",
+        default="0,0.3,1",
+        kind=flags.numbers,
+        low=0,
+        group="sampling",
+        help="of the conditioning on a given representation",
+    )
+    own.add("--times", default="0,100,200,300,400,500,600,700,800,900", help="timesteps of cosine.png")
+    own.add("--steps", default=25, low=1, high=100_000, help="sampling steps (DPM-Solver++)")
+    own.add("--scale", default=3.0, help="of classifier-free guidance by captions; 1 is none")
+    own.add("--clip", default="", path="source", group="model", help="the whole CLIP, for its text encoder")
+    own.add("--batch_size", default=32)
+    own.add("--seed", default=0)
+    own.add("--out", required=True)
+    return own
 
 
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
-    strengths = [float(part) for part in args.strengths.split(",")]
-    if min(args.images, args.each, args.batch_size, args.steps) < 1:
-        raise UserValueError("images, each, batch_size and steps must be at least 1")
     dist_util.setup_dist()
     model, name = load(args.resume)
     data = held_out(args, model)
@@ -85,7 +89,7 @@ def main():
         bench = Bench(model, name, args)
         results["encoding"] = bench.encoding(chosen)
         results["read"] = bench.read(data)
-        results["variations"] = bench.variations(chosen, strengths)
+        results["variations"] = bench.variations(chosen, args.strengths)
         results["drawn"] = bench.drawn(chosen)
     path = Path(args.out) / "metrics.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -11,7 +11,6 @@ that was run by another command, or read other configurations, files or results 
 doit (pydoit.org) orders and runs them. Results: OUT/table.md, OUT/results.json, and a folder for every step.
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -36,35 +35,61 @@ from doit.task import dict_to_task
 from omegaconf import OmegaConf
 from tables import ROOT, Job, Plan, relative
 
+from guided_diffusion import flags
 from guided_diffusion.config_file import load_with_bases
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags of this script."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    own = flags.Parser(__doc__)
+    data, run = dict(group="data"), dict(group="results")
+    own.add("table", help="a name in configs/tables, or a .yaml file")
+    own.add("--scale", default="small", help="small: for one machine; paper: its sizes and lengths", **data)
+    own.add("--data", default="", help="the folder (or file) with the data", **data)
+    own.add("--out", default="", unset="runs/TABLE-SCALE")
+    own.add("--only", default="", metavar="ROW,...", unset="all", help="ids of the rows to make", **run)
+    own.add(
+        "--seeds",
+        default="0",
+        metavar="S,...",
+        help="runs of every row, printed with mean and deviation",
+        **run,
     )
-    add = flags.add_argument
-    add("table", help="a name in configs/tables, or a .yaml file")
-    add("--scale", default="small", help="small: for one machine; paper: its sizes and lengths")
-    add("--data", default="", help="the folder (or file) with the data")
-    add("--out", default="", help="where everything goes (default: runs/TABLE-SCALE)")
-    add("--only", default="", metavar="ROW,...", help="ids of the rows to make (default: all)")
-    add("--seeds", default="0", metavar="S,...", help="runs of every row, printed with mean and deviation")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="change a variable of the table")
-    add("--again", action="append", default=[], metavar="STEP", help="run a step and all that needs it anew")
-    add("--write", default="", metavar="FILE", help="write the table there too, with times and machine")
-    add("--jobs", type=int, default=1, metavar="N", help="steps that run at once, sharing the cores")
-    add("--dry_run", action="store_true", help="only print the commands")
-    return flags
+    own.add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a variable of the table",
+        **data,
+    )
+    own.add(
+        "--again",
+        action="append",
+        default=[],
+        metavar="STEP",
+        help="run a step and all that needs it anew",
+        **run,
+    )
+    own.add(
+        "--write", default="", metavar="FILE", help="write the table there too, with times and machine", **run
+    )
+    own.add(
+        "--jobs",
+        default=1,
+        low=1,
+        high=1024,
+        group="machine",
+        help="steps that run at once, sharing the cores",
+    )
+    own.add("--dry_run", action="store_true", help="only print the commands", **run)
+    return own
 
 
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
-    if args.jobs < 1:
-        raise UserValueError(f"--jobs {args.jobs}: give the number of steps to run at once")
     if wrong := [pair for pair in args.set if "=" not in pair]:
         raise UserValueError(f"--set {wrong[0]}: give NAME=VALUE")
     seeds = args.seeds.split(",")

@@ -7,27 +7,28 @@ Rows whose folders have the same names show the same scenes (every k-th, so that
 with other names, such as samples from nothing, shows its own first ones.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
+from guided_diffusion import flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet
 from guided_diffusion.image_files import list_images, read_pixels
 
 
+def parser() -> flags.Parser:
+    """The flags of this script."""
+    own = flags.Parser(__doc__)
+    own.add("rows", nargs="+", metavar="TITLE=FOLDER", help="rows of the sheet")
+    own.add("--columns", default=8, low=1, high=1000, group="results", help="images in a row")
+    own.add("--out", required=True, path="file", help="the image")
+    return own
+
+
 @exit_on_user_error()
 def main():
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    flags.add_argument("rows", nargs="+", metavar="TITLE=FOLDER")
-    flags.add_argument("--columns", type=int, default=8)
-    flags.add_argument("--out", required=True, help="the image")
-    args = flags.parse_args()
-    if args.columns < 1:
-        raise UserValueError("--columns must be at least 1")
+    args = parser().parse_args()
     rows = [row.partition("=") for row in args.rows]
     if wrong := [title for title, equals, _ in rows if not equals]:
         raise UserValueError(f"{wrong[0]}: rows are given as TITLE=FOLDER")
@@ -37,7 +38,6 @@ def main():
     sheet = contact_sheet(
         [row(title, files, shown, args.columns) for title, files in folders.items()], tile=96
     )
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(args.out)
     print(f"{len(rows)} rows in {args.out}")
 

@@ -9,7 +9,6 @@ OUT can be read by transformers, and by ldm's FrozenCLIPEmbedder, FrozenOpenCLIP
 FrozenOpenCLIPImageEmbedder (version: OUT, max_length: --max_length). The same seed gives the same weights.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -25,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from evaluations.arguments import positive
+from guided_diffusion import flags
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 from guided_diffusion.image_files import stored_pixels
 from ldm.data.captions import CaptionFolder
@@ -46,48 +45,58 @@ AVERAGED = 0.99  # decay of the mean of the weights
 SHARPEST = math.log(100)  # of the scale of likenesses, as in CLIP
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags of this script."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    own = flags.Parser(__doc__)
+    share = dict(low=0, high=0.9, group="optimisation")
+    own.add("--data_dir", required=True, help="images and their captions (see ldm/data/captions.py)")
+    own.add("--out", required=True, kind=Path, help="the folder to write")
+    own.add(
+        "--size",
+        default=64,
+        low=1,
+        high=4096,
+        group="model",
+        help="pixels of the images that the encoder sees",
     )
-    add = flags.add_argument
-    add("--data_dir", required=True, help="images and their captions (see ldm/data/captions.py)")
-    add("--out", required=True, type=Path, help="the folder to write")
-    add("--size", type=positive, default=64, help="of the images that the encoder sees")
-    add("--width", type=positive, default=128, help="channels of both encoders, and of their embeddings")
-    add("--layers", type=positive, default=3)
-    add("--patch", type=positive, default=16, help="side of the squares into which images are cut")
-    add("--max_length", type=positive, default=32, help="tokens of a caption")
-    add("--iterations", type=positive, default=400)
-    add("--batch_size", type=positive, default=128)
-    add("--lr", type=between(1e-9, 1), default=1e-3)
-    add("--weight_decay", type=between(0, 10), default=0.1)
-    add("--dropout", type=between(0, 0.9), default=0.1, help="of attention")
-    add("--word_dropout", type=between(0, 0.9), default=0.1, help="of a caption's tokens, in training")
-    add("--label_smoothing", type=between(0, 0.9), default=0.1)
-    add("--seed", type=int, default=0)
-    add("--held_out_every", type=int, default=10)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--progress", action="store_true", help="show a bar, and every measurement")
-    return flags
-
-
-def between(low: float, high: float):
-    """The type of a flag: a number in this range."""
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
-        return value
-
-    return number
+    own.add(
+        "--width",
+        default=128,
+        low=1,
+        high=16384,
+        group="model",
+        help="channels of both encoders, and of their embeddings",
+    )
+    own.add("--layers", default=3, low=1, high=1000, group="model", help="of each encoder")
+    own.add(
+        "--patch",
+        default=16,
+        low=1,
+        high=4096,
+        group="model",
+        help="pixels along an edge of the squares into which images are cut",
+    )
+    own.add("--max_length", default=32, low=1, high=100_000, group="model", help="tokens of a caption")
+    own.add("--iterations", default=400, low=1)
+    own.add("--batch_size", default=128)
+    own.add("--lr", default=1e-3, high=1)
+    own.add("--weight_decay", default=0.1, high=10)
+    own.add("--dropout", default=0.1, help="share of attention that is dropped", below=False, **share)
+    own.add("--word_dropout", default=0.1, help="share of a caption's tokens that is dropped", **share)
+    own.add("--label_smoothing", default=0.1, help="of the targets", **share)
+    own.add("--seed", default=0)
+    own.add(
+        "--held_out_every", default=10, low=2, group="data", help="one image in so many is not trained on"
+    )
+    own.add("--device")
+    own.add("--progress", action="store_true", help="show a bar, and every measurement")
+    return own
 
 
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if (args.out / "metrics.json").exists():
         raise UserError(f"{args.out} has a CLIP already: delete it, or name another folder")
     random.seed(args.seed)

@@ -1,96 +1,36 @@
-"""What the scripts share: flags, starting a run, training, collecting samples."""
+"""What the scripts share once their flags are read: starting a run, training, collecting samples."""
 
 import argparse
+import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import blobfile as bf
 import numpy as np
 import torch as th
 import torch.distributed as dist
 
 from . import checkpoint_util, dist_util, logger
-from .errors import UserValueError
-from .image_datasets import SquareImages, classes_of, load_stream, open_dataset
-from .image_files import LABEL_FROM
-from .resample import create_named_schedule_sampler
-from .script_util import (
-    add_dict_to_argparser,
+from .errors import UserFileError, UserValueError
+from .flags import (
     args_to_dict,
     classifier_defaults,
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
 )
+from .image_datasets import SquareImages, classes_of, load_stream, open_dataset
+from .resample import create_named_schedule_sampler
 from .seeding import derive_seed
-from .train_util import PRECISIONS, TrainLoop, resumed_checkpoint
-
-# ------------------------------------------------------------------------------------------------------------- flags
-
-
-def training_defaults() -> dict:
-    """Upstream's flags of image and super-resolution training."""
-    return dict(
-        data_dir="",
-        schedule_sampler="uniform",
-        lr=1e-4,
-        weight_decay=0.0,
-        lr_anneal_steps=0,
-        batch_size=1,
-        microbatch=-1,  # -1 disables microbatches
-        ema_rate="0.9999",  # comma-separated list of EMA values
-        log_interval=10,
-        save_interval=10000,
-        resume_checkpoint="",
-        use_fp16=False,
-        fp16_scale_growth=1e-3,
-    )
-
-
-def sampling_defaults() -> dict:
-    """Upstream's flags of every script that samples."""
-    return dict(clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, model_path="")
-
-
-def make_parser(doc: str, *defaults: dict) -> argparse.ArgumentParser:
-    """One flag per entry of `defaults` (later ones win), and those that every script has."""
-    parser = argparse.ArgumentParser(
-        description=doc.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    merged = {name: value for some in defaults for name, value in some.items()}
-    add_dict_to_argparser(parser, merged)
-    parser.add_argument("--seed", type=int, help="the same seed gives the same result; fresh by default")
-    parser.add_argument(
-        "--log_dir", help="where the results go (default: $OPENAI_LOGDIR, or a new temporary folder)"
-    )
-    return parser
-
-
-def integers(text: str) -> list[int]:
-    """Numbers separated by commas: a type for flags."""
-    return [int(part) for part in text.split(",")]
-
-
-def add_training_flags(parser: argparse.ArgumentParser, iterations: bool = True) -> argparse.ArgumentParser:
-    """Flags of training that upstream lacks; `iterations` where the script does not have its own."""
-    group = parser.add_argument_group("beyond guided-diffusion")
-    if iterations:
-        group.add_argument("--iterations", type=int, default=0, help="stop after so many steps (0: never)")
-    group.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--progress", action="store_true", help="show a progress bar")
-    group.add_argument("--label_from", choices=LABEL_FROM, default="auto", help="what gives the classes")
-    group.add_argument("--num_workers", type=int, default=1, help="processes that read images, per rank")
-    group.add_argument(
-        "--max_nonfinite", type=int, default=20, help="steps that may be skipped for NaN or infinity"
-    )
-    return parser
+from .train_util import TrainLoop, resumed_checkpoint
 
 
 def start(args: argparse.Namespace) -> None:
     """Join the other ranks, open the log, take the network's flags from its checkpoint where they are at their defaults,
     and seed this rank unlike the others."""
     dist_util.setup_dist()
-    logger.configure(dir=args.log_dir)
+    open_log(args.log_dir)
     network = sr_model_and_diffusion_defaults() if "large_size" in args else model_and_diffusion_defaults()
     for flag, described in (("model_path", network), ("classifier_path", classifier_defaults())):
         if path := getattr(args, flag, ""):
@@ -98,6 +38,38 @@ def start(args: argparse.Namespace) -> None:
     # Without this all ranks would draw the same noise: torch starts every process at one fixed seed.
     entropy = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     checkpoint_util.seed_everything(derive_seed(entropy, dist_util.get_rank()))
+
+
+def open_log(log_dir: str | None, name: str = "", format_strs: list[str] | None = None) -> None:
+    """Log to `log_dir`, else to $OPENAI_LOGDIR, else to runs/DATE-`name`, or where there is no name to a temporary
+    folder; the same one on every rank. Tells if GPUs are idle."""
+    if not log_dir and name and not os.getenv("OPENAI_LOGDIR"):
+        log_dir = from_rank_zero(lambda: _new_folder(f"runs/{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}"))
+    logger.configure(dir=log_dir or None, format_strs=format_strs)
+    gpus = th.cuda.device_count()
+    if dist_util.get_world_size() == 1 and gpus > 1:
+        logger.log(
+            f"this uses 1 of {gpus} GPUs; for all: mpiexec -n {gpus} python ..., or torchrun --nproc_per_node {gpus} ..."
+        )
+
+
+def _new_folder(path):
+    """`path`, or path-2, path-3, ... where it is there already."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else f"{path}-{number}"
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            continue
+
+
+def from_rank_zero(make: Callable[[], str]) -> str:
+    """What `make` returns on rank 0, on every rank."""
+    made = [make() if dist_util.get_rank() == 0 else ""]
+    if dist_util.get_world_size() > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 def pick(args: argparse.Namespace, defaults: dict) -> dict:
@@ -140,7 +112,7 @@ def train(
     from_data: Mapping[str, Callable[[SquareImages], Any]] | None = None,
     **more,
 ) -> None:
-    """Train with the flags of `training_defaults` and `add_training_flags`; `more` goes to `loop`.
+    """Train with the flags of `flags.training_defaults` and `flags.add_training_flags`; `more` goes to `loop`.
 
     prepare: changes the stream of batches (images [b, C, H, W], {"y": [b]}). from_data: what `loop` takes by
     name that depends on the data. The classes' names go into the run's configuration, and those of a run that is
@@ -157,6 +129,7 @@ def train(
     if class_cond:
         check_classes(dataset.class_names, args.num_classes)
         args.class_names, args.label_from = dataset.class_names, dataset.label_from
+    check_batch(len(dataset), args.batch_size)
     more |= {name: make(dataset) for name, make in (from_data or {}).items()}
     training = loop(
         model=model,
@@ -208,6 +181,16 @@ def check_classes(class_names: list[str], num_classes: int) -> None:
         raise UserValueError(
             f"the data have {len(class_names)} classes: give --num_classes {len(class_names)}"
         )
+    if len(class_names) < num_classes:
+        logger.warn(
+            f"the data have {len(class_names)} classes, the model {num_classes}: those from {len(class_names)} on are not trained"
+        )
+
+
+def check_batch(images: int, batch_size: int) -> None:
+    """UserValueError if a batch is larger than the data."""
+    if batch_size > images:
+        raise UserValueError(f"--batch_size {batch_size} is more than the {images} images of the data")
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -225,8 +208,6 @@ def random_labels(count: int, num_classes: int) -> th.Tensor:
 
 def collect(num_samples: int, draw: Callable[[], Iterable[th.Tensor]]) -> list[np.ndarray]:
     """Call `draw` on every rank until there are `num_samples`; its tensors [b, ...] of all ranks as arrays [N, ...]."""
-    if num_samples < 1:
-        raise UserValueError(f"num_samples must be at least 1, not {num_samples}")
     batches, made = [], 0
     while made < num_samples:
         batch = [th.cat(gather(tensor)).cpu().numpy() for tensor in draw()]
@@ -254,3 +235,75 @@ def save_samples(*arrays: np.ndarray) -> None:
         np.savez(path, *arrays)
     dist.barrier()
     logger.log("sampling complete")
+
+
+def base_batches(args):
+    """This rank's low-resolution images, again and again: {"low_res": [b, C, s, s] in [-1, 1], "y": int64 [b]}."""
+    images, labels = read_samples(args.base_samples, args.small_size, args.image_channels, args.class_cond)
+    rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
+    if len(images) < ranks:
+        raise UserValueError(
+            f"{args.base_samples} has {len(images)} images for {ranks} ranks: start fewer ranks"
+        )
+    places = itertools.cycle(range(rank, len(images), ranks))
+
+    def batches():
+        while True:
+            chosen = list(itertools.islice(places, args.batch_size))
+            low_res = th.from_numpy(images[chosen]).float().permute(0, 3, 1, 2) / 127.5 - 1
+            yield {"low_res": low_res, **({"y": th.from_numpy(labels[chosen])} if args.class_cond else {})}
+
+    return batches()
+
+
+def read_samples(path, size, channels, with_labels):
+    """(uint8 [N, s, s, C], int64 [N] or None) of a file that image_sample.py wrote; UserError if it is another."""
+    if not path:
+        raise UserValueError("give --base_samples, the .npz file of images to enlarge")
+    if not bf.exists(path):
+        raise UserFileError(f"base_samples not found: {path}")
+    with bf.BlobFile(path, "rb") as file:
+        try:
+            arrays = dict(np.load(file))
+        except (ValueError, OSError, TypeError) as error:
+            raise UserValueError(f"{path} is not an .npz file: {error}") from error
+    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+    expected = f"uint8 [N, {size}, {size}, {channels}] (--small_size, --image_channels)"
+    if images is None or images.dtype != np.uint8 or images.shape[1:] != (size, size, channels):
+        found = "no arr_0" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise UserValueError(f"{path} must hold arr_0 = {expected}, it has {found}")
+    if with_labels and (labels is None or labels.shape != (len(images),)):
+        raise UserValueError(f"{path} has no labels arr_1 = [N], which a class-conditional model needs")
+    return images, labels.astype(np.int64) if with_labels else None
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+TERMS = ("vb", "mse", "xstart_mse")
+
+
+def run_bpd_evaluation(model, diffusion, data, num_samples, clip_denoised):
+    """Evaluate batches until `num_samples` images (of all ranks) are done; returns the mean bound in bits/dim."""
+    bounds, terms, done = [], {name: [] for name in TERMS}, 0
+    while done < num_samples:
+        images, cond = next(data)
+        images = images.to(dist_util.dev())
+        cond = {name: value.to(dist_util.dev()) for name, value in cond.items()}
+        result = diffusion.calc_bpd_loop(model, images, clip_denoised=clip_denoised, model_kwargs=cond)
+        for name, rows in terms.items():
+            rows.append(mean_over_ranks(result[name].mean(dim=0)).cpu().numpy())
+        bounds.append(mean_over_ranks(result["total_bpd"].mean()).item())
+        done += len(images) * dist_util.get_world_size()
+        logger.log(f"done {done} samples: bpd={np.mean(bounds)}")
+    if dist_util.get_rank() == 0:
+        for name, rows in terms.items():
+            path = os.path.join(logger.get_dir(), f"{name}_terms.npz")
+            logger.log(f"saving {name} terms to {path}")
+            np.savez(path, np.mean(rows, axis=0))
+    dist.barrier()
+    logger.log("evaluation complete")
+    return float(np.mean(bounds))
+
+
+def mean_over_ranks(tensor):
+    return th.stack(gather(tensor)).mean(dim=0)

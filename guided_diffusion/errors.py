@@ -1,9 +1,10 @@
 """Mistakes that the user can repair, and how a script reports them: one line, exit code 2, no traceback."""
 
 import contextlib
+import difflib
 import errno
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 EXIT_CODE = 2
 
@@ -38,6 +39,12 @@ class UserValueError(UserError, ValueError):
 
 class UserFileError(UserError, FileNotFoundError):
     """A file or folder that is missing."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """ ", did you mean X?" for the known name nearest to `name`; "" where none is near."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f", did you mean {found[0]}?" if found else ""
 
 
 def one_line(error: BaseException) -> str:

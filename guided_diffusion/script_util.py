@@ -5,98 +5,29 @@ upstream's names and argument order are thin faces on them. Upstream's constants
 image channels, channel multipliers at any size), last in every signature and with upstream's value as default.
 """
 
-import argparse
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from . import gaussian_diffusion as gd
 from .errors import UserValueError
+from .flags import (  # noqa: F401 (upstream's names, which need no torch)
+    NOISE_SCHEDULES,
+    NUM_CLASSES,
+    POOLS,
+    add_dict_to_argparser,
+    args_to_dict,
+    classifier_and_diffusion_defaults,
+    classifier_defaults,
+    diffusion_defaults,
+    model_and_diffusion_defaults,
+    sr_model_and_diffusion_defaults,
+    str2bool,
+)
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
-NUM_CLASSES = 1000
-
-NOISE_SCHEDULES = ("linear", "cosine")
-POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 NORM_GROUPS = 32  # groups of every GroupNorm: all widths are multiples of it
-
-
-# ---------------------------------------------------------------------------------------------- defaults of the flags
-
-
-def diffusion_defaults():
-    """Flags of the diffusion process, shared by image models and classifiers."""
-    return dict(
-        learn_sigma=False,
-        diffusion_steps=1000,
-        noise_schedule="linear",
-        timestep_respacing="",
-        use_kl=False,
-        predict_xstart=False,
-        rescale_timesteps=False,
-        rescale_learned_sigmas=False,
-    )
-
-
-def _data_defaults():
-    """What upstream fixes: the number of classes and the channels of an image."""
-    return dict(num_classes=NUM_CLASSES, image_channels=3)
-
-
-def _classifier_flags():
-    return dict(
-        image_size=64,
-        classifier_use_fp16=False,
-        classifier_width=128,
-        classifier_depth=2,
-        classifier_attention_resolutions="32,16,8",
-        classifier_use_scale_shift_norm=True,
-        classifier_resblock_updown=True,
-        classifier_pool="attention",
-    )
-
-
-def classifier_defaults():
-    """Flags of the noisy classifier."""
-    return _classifier_flags() | dict(classifier_channel_mult="") | _data_defaults()
-
-
-def model_and_diffusion_defaults():
-    """Flags of image training and sampling."""
-    model = dict(
-        image_size=64,
-        num_channels=128,
-        num_res_blocks=2,
-        num_heads=4,
-        num_heads_upsample=-1,
-        num_head_channels=-1,
-        attention_resolutions="16,8",
-        channel_mult="",
-        dropout=0.0,
-        class_cond=False,
-        use_checkpoint=False,
-        use_scale_shift_norm=True,
-        resblock_updown=False,
-        use_fp16=False,
-        use_new_attention_order=False,
-    )
-    return model | diffusion_defaults() | _data_defaults()
-
-
-def classifier_and_diffusion_defaults():
-    """Flags of classifier training."""
-    return _classifier_flags() | diffusion_defaults() | dict(classifier_channel_mult="") | _data_defaults()
-
-
-def sr_model_and_diffusion_defaults():
-    """Flags of super-resolution training and sampling: the image model's, with two sizes for one."""
-    flags = model_and_diffusion_defaults()
-    appended = {
-        name: flags.pop(name) for name in ("channel_mult", "use_new_attention_order", *_data_defaults())
-    }
-    del flags["image_size"]
-    return flags | dict(large_size=256, small_size=64) | appended
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -289,6 +220,10 @@ class DiffusionConfig:
             raise UserValueError(f"unknown noise_schedule {self.noise_schedule!r}: choose one of {names}")
         if self.steps < 1:
             raise UserValueError(f"diffusion_steps must be at least 1, not {self.steps}")
+        if self.noise_schedule == "linear" and self.steps < 20:  # its largest beta is 20 / steps
+            raise UserValueError(
+                f"noise_schedule linear needs at least 20 diffusion_steps, not {self.steps}: take cosine"
+            )
 
     @property
     def mean_type(self) -> gd.ModelMeanType:
@@ -627,30 +562,3 @@ def create_gaussian_diffusion(
 ):
     """A `SpacedDiffusion` over `steps` steps, of which `timestep_respacing` says which are used. Raises `UserValueError`."""
     return DiffusionConfig(**locals()).build()
-
-
-# --------------------------------------------------------------------------------------------------------- argparse
-
-
-def add_dict_to_argparser(parser, default_dict):
-    """Add one `--name` per entry, of the type of its default (None: a string; bool: see `str2bool`)."""
-    for name, default in default_dict.items():
-        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
-        parser.add_argument(f"--{name}", default=default, type=kind)
-
-
-def args_to_dict(args, keys):
-    """The attributes `keys` of a parsed namespace, as a dict."""
-    return {key: getattr(args, key) for key in keys}
-
-
-def str2bool(v):
-    """yes/true/t/y/1 or no/false/f/n/0 in any case, or a bool; `argparse.ArgumentTypeError` for anything else."""
-    if isinstance(v, bool):
-        return v
-    word = v.lower()
-    if word in ("yes", "true", "t", "y", "1"):
-        return True
-    if word in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"boolean value expected (true or false), not {v!r}")

@@ -30,6 +30,7 @@ from .checkpoint_util import (
     set_rng_state,
 )
 from .errors import UserError, UserFileError, UserValueError
+from .flags import PRECISIONS
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
@@ -46,7 +47,6 @@ __all__ = [
     "parse_resume_step_from_filename",
 ]
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # they save and stop
 
 # What a seed is for: streams of random numbers that must not coincide.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -14,6 +13,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.config_file import load_with_bases
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.figures import to_uint8
+from guided_diffusion.mt import directions
 from guided_diffusion.mt.files import read_labels, read_vectors
 from ldm.data.folders import read_images as read_sources
 from ldm.data.images import Reading, reading_of
@@ -26,7 +26,6 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.util import instantiate_from_config
 
 SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm++": DPMSolverSampler}
-PRECISIONS = ("full", "autocast")
 
 
 def load_model(config: Mapping, checkpoint: str | Path) -> LatentDiffusion:
@@ -88,41 +87,20 @@ def precision(name: str):
     return contextlib.nullcontext()
 
 
-def own_share(count: int) -> range:
-    """The numbers of the samples that this rank makes, of `count` in all."""
-    return range(dist_util.get_rank(), count, dist_util.get_world_size())
-
-
-def batches(numbers: Sequence[int], size: int) -> list[list[int]]:
-    """`numbers` in runs of at most `size`."""
-    if size < 1:
-        raise UserValueError(f"the batch size must be at least 1, not {size}")
-    return [list(numbers[first : first + size]) for first in range(0, len(numbers), size)]
-
-
 def names_of(model: LatentDiffusion) -> list[str]:
     """What the model generates."""
     return model.names if isinstance(model, JointLatentDiffusion) else [model.first_stage_key]
 
 
-def own_name(name: str, model: LatentDiffusion) -> str:
-    """A name of the command line as the model knows it: `image` is the image, whatever its key."""
-    return model.first_stage_key if name == "image" else name
+def aliases(model: LatentDiffusion) -> dict[str, str]:
+    """Names of the command line as the model knows them: `image` is the image, whatever its key."""
+    return {"image": model.first_stage_key}
 
 
-def names_wanted(want: str, given: Mapping, model: LatentDiffusion) -> list[str]:
-    """The names of --want, by default all that are not given."""
-    names = names_of(model)
-    asked = [own_name(name.strip(), model) for name in want.split(",") if name.strip()]
-    wanted = asked or [n for n in names if n not in given]
-    for name in wanted:
-        if name not in names:
-            raise UserValueError(f"--want {name}: this model has {', '.join(names)}")
-        if name in given:
-            raise UserValueError(f"--want {name}: that is given already")
-    if not wanted:
-        raise UserValueError("everything is given: nothing is left to sample")
-    return wanted
+def names_wanted(want: str, given: Mapping, model: LatentDiffusion, without: Sequence[str] = ()) -> list[str]:
+    """The names of --want, by default all that are neither given nor left out."""
+    names = [name for name in names_of(model) if name not in without]
+    return directions.names_wanted(want, names, given, alias=aliases(model))
 
 
 def read_given(
@@ -135,21 +113,15 @@ def read_given(
     """What --given NAME=SOURCE says: images [N, C, H, W] of `size` (default: the model's), labels [N, classes],
     vectors [N, D], or images to read these off. NAME `image` is the image. readers: (source, model) -> value, for
     other names. config: the run's: images are read as its data sets read them, labels by its `class_names`."""
-    values, readers = {}, readers or {}
+    readers = readers or {}
     takes = [*(names_of(model) if isinstance(model, JointLatentDiffusion) else []), *readers]
-    for spec in specs:
-        name, found, source = spec.partition("=")
-        if not found or not source:
-            raise UserValueError(f"--given {spec}: expected NAME=FILE_OR_FOLDER")
-        name = own_name(name, model)
-        if name in values:
-            raise UserValueError(f"--given {spec}: {name} is given twice")
-        if name not in takes:
-            raise UserValueError(f"--given {spec}: this model takes {', '.join(takes) or 'nothing'}")
-        values[name] = readers.get(name, lambda s, m, n=name: _read_value(n, s, m, size, config or {}))(
-            source, model
-        )
-    return values
+    sources = directions.sources_given(specs, takes, aliases(model))
+    return {
+        name: readers[name](source, model)
+        if name in readers
+        else _read_value(name, source, model, size, config or {})
+        for name, source in sources.items()
+    }
 
 
 def _read_value(name, source, model, size, config):
@@ -180,17 +152,6 @@ def image_size(model: LatentDiffusion) -> tuple[int, int]:
 def take(values, numbers: Sequence[int]):
     """The values of these samples, repeated in turn."""
     return select(values, torch.tensor(numbers) % len(values))
-
-
-def gathered(arrays: dict[str, dict[int, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The labels and vectors of all ranks, {name: {number: row}}, in the order of their numbers."""
-    ranks = [arrays]
-    if dist_util.get_world_size() > 1:
-        ranks = [None] * dist_util.get_world_size()
-        dist.all_gather_object(ranks, arrays)
-    names = {name for rank in ranks for name in rank}
-    merged = {name: {k: v for rank in ranks for k, v in rank.get(name, {}).items()} for name in names}
-    return {name: np.stack([rows[k] for k in sorted(rows)]) for name, rows in merged.items()}
 
 
 def save_images(images: torch.Tensor, folder: Path, numbers: Sequence[int], digits: int = 6) -> None:

@@ -3,27 +3,24 @@
 python scripts/classifier_sample.py --model_path MODEL --classifier_path CLASSIFIER --classifier_scale 1.0 (and flags)
 """
 
-import torch as th
-
-from guided_diffusion import cli, dist_util, logger
+from guided_diffusion import flags
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.image_files import to_uint8
-from guided_diffusion.script_util import (
-    classifier_defaults,
-    create_classifier,
-    create_model_and_diffusion,
-    model_and_diffusion_defaults,
-)
 
 
 def main():
     args = create_argparser().parse_args()
+    import torch as th
+
+    from guided_diffusion import cli, dist_util, logger
+    from guided_diffusion.image_files import to_uint8
+    from guided_diffusion.script_util import create_classifier, create_model_and_diffusion
+
     cli.start(args)
     logger.log("creating model and diffusion...")
-    model, diffusion = create_model_and_diffusion(**cli.pick(args, model_and_diffusion_defaults()))
+    model, diffusion = create_model_and_diffusion(**cli.pick(args, flags.model_and_diffusion_defaults()))
     model = cli.load_model(model, args.model_path, "model_path", args.use_fp16)
     logger.log("loading classifier...")
-    classifier = create_classifier(**cli.pick(args, classifier_defaults()))
+    classifier = create_classifier(**cli.pick(args, flags.classifier_defaults()))
     classifier = cli.load_model(classifier, args.classifier_path, "classifier_path", args.classifier_use_fp16)
     sample = cli.sampler_of(diffusion, args.use_ddim)
     shape = (args.batch_size, args.image_channels, args.image_size, args.image_size)
@@ -56,8 +53,12 @@ def main():
 
 def create_argparser():
     own = dict(classifier_path="", classifier_scale=1.0)
-    return cli.make_parser(
-        __doc__, cli.sampling_defaults(), own, model_and_diffusion_defaults(), classifier_defaults()
+    return flags.make_parser(
+        __doc__,
+        flags.sampling_defaults(),
+        own,
+        flags.model_and_diffusion_defaults(),
+        flags.classifier_defaults(),
     )
 
 

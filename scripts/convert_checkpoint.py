@@ -14,40 +14,36 @@ carry the model's flags.
 
 import argparse
 
+from guided_diffusion import flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.mt import conversion
-from guided_diffusion.mt.model import mt_defaults
-from guided_diffusion.script_util import add_dict_to_argparser, model_and_diffusion_defaults, str2bool
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> flags.Parser:
     """The flags of this script; those of the model have no defaults, so that the source's own stay."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    own = flags.Parser(__doc__)
+    own.add(
+        "source",
+        path="source",
+        help="a run folder, a checkpoint*.pt, a model*.pt or ema_*.pt, a .safetensors",
     )
-    flags.add_argument(
-        "source", help="a run folder, a checkpoint*.pt, a model*.pt or ema_*.pt, a .safetensors"
-    )
-    flags.add_argument("target", help="a name that ends in .pt or .safetensors")
-    flags.add_argument("--to", choices=conversion.KINDS, required=True)
-    flags.add_argument("--weights", default="ema", help="of a complete checkpoint: ema, a rate, or model")
-    model = flags.add_argument_group("the model, where the source does not describe it")
-    names = {
-        k: v for k, v in {**model_and_diffusion_defaults(), **mt_defaults()}.items() if k != "class_cond"
-    }
-    add_dict_to_argparser(model, names)
-    model.add_argument(
-        "--class_cond", type=str2bool, help="--to adm: keep the classes (default: if it saw the label)"
-    )
-    for action in flags._actions:
-        if action.dest in names or action.dest == "class_cond":
-            action.default = argparse.SUPPRESS
-    return flags
+    own.add("target", help="a name that ends in .pt or .safetensors")
+    own.add("--to", choices=("joint", "adm"), required=True, group="results", help="what to write")
+    own.add("--weights", default="ema")
+    names = {**flags.model_and_diffusion_defaults(), **flags.mt_defaults()}
+    others = {name: dict(unset="the source's") for name in names}
+    others["class_cond"] = dict(help="--to adm: keep the classes", unset="if the source sees the label")
+    own.add_flags(names, **others)
+    for action in own._actions:
+        if action.dest in names:
+            action.default, action.help = argparse.SUPPRESS, action.flag.told(argparse.SUPPRESS)
+    return own
 
 
 @exit_on_user_error()
 def main():
     args = vars(parser().parse_args())
+    from guided_diffusion.mt import conversion
+
     source, target, kind, weights = (args.pop(name) for name in ("source", "target", "to", "weights"))
     package = conversion.read(source, weights)
     if package.kind is None and kind == "joint" and "modalities" not in args:

@@ -3,17 +3,19 @@
 python scripts/image_sample.py --model_path ema_0.9999_250000.pt --num_samples 100 (and the model's flags of training)
 """
 
-from guided_diffusion import cli, dist_util, logger
+from guided_diffusion import flags
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.image_files import to_uint8
-from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 
 def main():
     args = create_argparser().parse_args()
+    from guided_diffusion import cli, dist_util, logger
+    from guided_diffusion.image_files import to_uint8
+    from guided_diffusion.script_util import create_model_and_diffusion
+
     cli.start(args)
     logger.log("creating model and diffusion...")
-    model, diffusion = create_model_and_diffusion(**cli.pick(args, model_and_diffusion_defaults()))
+    model, diffusion = create_model_and_diffusion(**cli.pick(args, flags.model_and_diffusion_defaults()))
     model = cli.load_model(model, args.model_path, "model_path", args.use_fp16)
     sample = cli.sampler_of(diffusion, args.use_ddim)
     shape = (args.batch_size, args.image_channels, args.image_size, args.image_size)
@@ -32,7 +34,7 @@ def main():
 
 
 def create_argparser():
-    return cli.make_parser(__doc__, cli.sampling_defaults(), model_and_diffusion_defaults())
+    return flags.make_parser(__doc__, flags.sampling_defaults(), flags.model_and_diffusion_defaults())
 
 
 if __name__ == "__main__":

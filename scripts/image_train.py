@@ -6,16 +6,18 @@
 Resume with --resume_checkpoint RUN_FOLDER.
 """
 
-from guided_diffusion import cli, dist_util, logger
+from guided_diffusion import flags
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 
 def main():
     args = create_argparser().parse_args()
+    from guided_diffusion import cli, dist_util, logger
+    from guided_diffusion.script_util import create_model_and_diffusion
+
     cli.start(args)
     logger.log("creating model and diffusion...")
-    model, diffusion = create_model_and_diffusion(**cli.pick(args, model_and_diffusion_defaults()))
+    model, diffusion = create_model_and_diffusion(**cli.pick(args, flags.model_and_diffusion_defaults()))
     cli.train(
         args,
         model.to(dist_util.dev()),
@@ -30,8 +32,8 @@ def main():
 
 
 def create_argparser():
-    defaults = cli.training_defaults(), model_and_diffusion_defaults()
-    return cli.add_training_flags(cli.make_parser(__doc__, *defaults))
+    defaults = flags.training_defaults(), flags.model_and_diffusion_defaults()
+    return flags.add_training_flags(flags.make_parser(__doc__, *defaults))
 
 
 if __name__ == "__main__":

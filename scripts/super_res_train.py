@@ -3,18 +3,22 @@
 python scripts/super_res_train.py --data_dir FOLDER --large_size 256 --small_size 64 --batch_size 8
 """
 
-import torch.nn.functional as F
-
-from guided_diffusion import cli, dist_util, logger
+from guided_diffusion import flags
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.script_util import sr_create_model_and_diffusion, sr_model_and_diffusion_defaults
 
 
 def main():
     args = create_argparser().parse_args()
+    import torch.nn.functional as F
+
+    from guided_diffusion import cli, dist_util, logger
+    from guided_diffusion.script_util import sr_create_model_and_diffusion
+
     cli.start(args)
     logger.log("creating model...")
-    model, diffusion = sr_create_model_and_diffusion(**cli.pick(args, sr_model_and_diffusion_defaults()))
+    model, diffusion = sr_create_model_and_diffusion(
+        **cli.pick(args, flags.sr_model_and_diffusion_defaults())
+    )
 
     def with_low_res(batches):
         for images, cond in batches:
@@ -37,8 +41,8 @@ def main():
 
 
 def create_argparser():
-    defaults = cli.training_defaults(), sr_model_and_diffusion_defaults()
-    return cli.add_training_flags(cli.make_parser(__doc__, *defaults))
+    defaults = flags.training_defaults(), flags.sr_model_and_diffusion_defaults()
+    return flags.add_training_flags(flags.make_parser(__doc__, *defaults))
 
 
 if __name__ == "__main__":

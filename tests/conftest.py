@@ -29,8 +29,12 @@ def dev_data(name):
 
 
 def script_path(name):
-    """scripts/NAME.py or experiments/NAME.py."""
-    return next(p for p in (ROOT / d / f"{name}.py" for d in ("scripts", "experiments")) if p.exists())
+    """scripts/NAME.py, or the one of experiments, evaluations or the root."""
+    return next(
+        p
+        for p in (ROOT / d / f"{name}.py" for d in ("scripts", "experiments", "evaluations", "."))
+        if p.exists()
+    )
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ import torch as th
 import yaml
 from PIL import Image
 
+from guided_diffusion import flags
 from tests.conftest import ROOT, sample_image
 
 PAGES = [
@@ -56,6 +57,8 @@ def commands():
     found = {}
     for page in PAGES:
         for script, words in COMMAND.findall(page.read_text().replace("\\\n", " ").replace("`", "\n")):
+            if page.parent.name == "patches" and "--modalities" in words:
+                continue  # upstream's scripts, in a grafted checkout
             found.setdefault((script, words.strip()), f"{page.name}: {script} {words.strip()[:40]}")
     return [pytest.param(*key, id=name) for key, name in found.items()]
 
@@ -87,6 +90,7 @@ def test_commands_have_the_flags_that_they_show(script, words, monkeypatch, tmp_
     original = argparse.ArgumentParser.parse_known_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop(original))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop(argparse.ArgumentParser.parse_args))
+    monkeypatch.setattr(flags.Flag, "check_path", lambda *_: None)  # readers have the files
     monkeypatch.setattr(sys, "argv", [script, *given])
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
     monkeypatch.chdir(tmp_path)
@@ -97,7 +101,7 @@ def test_commands_have_the_flags_that_they_show(script, words, monkeypatch, tmp_
     with contextlib.redirect_stderr(said), pytest.raises((Parsed, SystemExit)) as end:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     # Without words a script may ask for those that it needs.
-    asks = end.type is SystemExit and not given and "required" in said.getvalue()
+    asks = end.type is SystemExit and not given and said.getvalue().startswith("error: give ")
     assert end.type is Parsed or asks, said.getvalue()
 
 

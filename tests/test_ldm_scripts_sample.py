@@ -9,8 +9,9 @@ import torch as th
 from omegaconf import OmegaConf
 from PIL import Image
 
-from guided_diffusion import dist_util
-from ldm import inference
+from guided_diffusion import cli, dist_util
+from guided_diffusion.mt import directions
+from ldm import inference, sample_diffusion
 from ldm.data.paired import CamVid
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from tests.conftest import ROOT, sample_image
@@ -237,10 +238,8 @@ class Ranks:
 def test_the_number_of_ranks_changes_nothing(run, joint_run, tmp_path, monkeypatch):
     options = ("-r", joint_run[0], "-n", 3, "-c", 3, "--sampler", "ddpm", "--batch_size", 2)
     assert run("sample_diffusion", *options, "-l", tmp_path / "one")[0] == 0
-    import sample_diffusion
-
-    monkeypatch.setattr(sample_diffusion, "dist", Ranks)
-    monkeypatch.setattr(sample_diffusion.inference, "dist", Ranks)
+    for module in (cli, directions, sample_diffusion):
+        monkeypatch.setattr(module, "dist", Ranks)
     monkeypatch.setattr(dist_util, "get_world_size", lambda: 2)
     for rank, made in ((1, 1), (0, 3)):  # rank 0 ends with the sheet
         monkeypatch.setattr(dist_util, "get_rank", lambda rank=rank: rank)
@@ -255,15 +254,15 @@ def test_the_number_of_ranks_changes_nothing(run, joint_run, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["-r", "nothing"], "no folder or checkpoint nothing"),
+        (["-r", "nothing"], "--resume not found: 'nothing' does not exist"),
         (["-r", "{tmp}"], "has no checkpoints/last.ckpt"),
-        (["-r", "{run}", "--given", "depth=a.png"], "this model takes image, label_map"),
+        (["-r", "{run}", "--given", "depth=a.png"], "the model has no 'depth', but image, label_map"),
         (["-r", "{run}", "--given", "label_map"], "expected NAME=FILE_OR_FOLDER"),
         (["-r", "{run}", "--given", "label_map=missing.png"], "no such file or folder: missing.png"),
-        (["-r", "{run}", "--want", "depth"], "this model has image, label_map"),
-        (["-r", "{run}", "-n", "0", "--batch_size", "0"], "batch size must be at least 1"),
+        (["-r", "{run}", "--want", "depth"], "the model has no 'depth', but image, label_map"),
+        (["-r", "{run}", "-n", "0", "--batch_size", "0"], "--n_samples must be at least 1, not 0"),
         (["-r", "{run}", "-n", "1", "-e", "1"], "deterministic"),
-        (["-r", "{run}", "--colour"], "unknown argument '--colour'"),
+        (["-r", "{run}", "--colour"], "--colour: unknown flag"),
     ],
 )
 def test_mistakes_are_one_line(run, joint_run, tmp_path, arguments, said):
@@ -431,11 +430,11 @@ def test_txt2img_beside_a_baseline(run, colour_model, text_model, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--given", "depth=a.png"], "this model takes image, colour"),
+        (["--given", "depth=a.png"], "the model has no 'depth', but image, colour"),
         (["--want", "colour"], "without a given image it is drawn"),
-        (["--without", "depth"], "the modalities are colour"),
+        (["--without", "depth"], "the model has no 'depth', but colour"),
         (["--given", "colour=missing.png"], "no such file or folder: missing.png"),
-        (["--baseline", "missing.ckpt"], "no checkpoint missing.ckpt"),
+        (["--baseline", "missing.ckpt"], "--baseline not found: 'missing.ckpt'"),
         (["--given", "image={image}", "--baseline", "same"], "leave it out where they are given"),
     ],
 )
@@ -450,17 +449,17 @@ def test_text_to_image_alone_has_no_directions(run, text_model, tmp_path):
     code, _, err = run("txt2img", *text_model, "--outdir", tmp_path, "--baseline", "same")
     assert code == 2 and "no modalities to leave out" in err
     code, _, err = run("txt2img", *text_model, "--outdir", tmp_path, "--given", "colour=a.npy")
-    assert code == 2 and "this model takes nothing" in err
+    assert code == 2 and "the model has no 'colour'" in err
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--from-file", "missing.txt"], "no file missing.txt"),
+        (["--from-file", "missing.txt"], "--from-file not found: 'missing.txt'"),
         (["--C", 4], "have 2 channels"),
-        (["--H", 17], "multiples of f"),
-        (["--ckpt", "missing.ckpt"], "no checkpoint missing.ckpt"),
-        (["--config", "missing.yaml"], "no such configuration file: missing.yaml"),
+        (["--H", 17], "--H must be a multiple of"),
+        (["--ckpt", "missing.ckpt"], "--ckpt not found: 'missing.ckpt'"),
+        (["--config", "missing.yaml"], "--config not found: 'missing.yaml'"),
     ],
 )
 def test_mistakes_in_txt2img_are_one_line(run, text_model, tmp_path, arguments, said):

@@ -6,7 +6,8 @@ import pytest
 import torch as th
 
 from guided_diffusion.errors import UserError, UserFileError
-from guided_diffusion.mt.model import JointModel, mt_defaults, parse_flags, read_config, write_config
+from guided_diffusion.flags import Parser, parse_flags
+from guided_diffusion.mt.model import JointModel, mt_defaults, read_config, write_config
 from guided_diffusion.script_util import model_and_diffusion_defaults
 from guided_diffusion.seeding import PerSample
 from tests.mt_driver import digits, train
@@ -156,11 +157,15 @@ def test_command_line_wins_over_the_file_over_the_defaults(tmp_path):
     defaults = dict(lr=1e-4, steps=10, flip=True, names="a,b", spec="")
     path = tmp_path / "config.yaml"
     path.write_text("lr: 1\nsteps: 20\nflip: false\nnames: [c, 2]\nspec: {x: {y: 1}}\n")
-    flags = parse_flags(defaults, ["--config", str(path), "--steps", "30"])
+
+    def parse(*argv):
+        return parse_flags(Parser().add_flags({"config": ""} | defaults), argv)
+
+    flags = parse("--config", str(path), "--steps", "30")
     assert flags == dict(lr=1.0, steps=30, flip=False, names="c,2", spec={"x": {"y": 1}})
     assert isinstance(flags["lr"], float)
-    assert parse_flags(defaults, []) == defaults
-    assert parse_flags(defaults, ["--flip", "no", "--names", ""])["flip"] is False
+    assert parse() == defaults
+    assert parse("--flip", "no", "--names", "")["flip"] is False
 
 
 def test_configuration_is_written_and_read_back(tmp_path):

@@ -249,7 +249,7 @@ def test_bad_input_is_refused_in_one_line(trained, data, tmp_path, capsys):
     (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:1500])
     image = f"image={data}"
     for flags, message in (
-        (("--model_path", tmp_path / "absent"), "checkpoint not found"),
+        (("--model_path", tmp_path / "absent"), "--model_path not found"),
         (("--model_path", tmp_path), "no complete checkpoint"),
         (("--weights", "0.5"), "no EMA '0.5'"),
         (("--given", "depth=a.png"), "the model has no 'depth', but image, masked, label"),
@@ -261,22 +261,28 @@ def test_bad_input_is_refused_in_one_line(trained, data, tmp_path, capsys):
         (("--given", f"masked={tmp_path}/torn.png"), "cannot be read as an image"),
         (("--given", f"image={tmp_path}/absent.png"), "no such file or folder"),
         (("--given", "label=3", "--want", "label"), "--want label: that is given already"),
-        (("--want", "depth"), "--want depth: the model has image, masked, label"),
+        (("--want", "depth"), "--want depth: the model has no 'depth', but image, masked, label"),
         (("--given", image, "--given", image), "given twice"),
         (("--given", image, "--given", "label=3", "--given", f"masked={data}"), "nothing is left to sample"),
-        (("--given", image, "--times", "0,50"), "time 50 is outside 0..39"),
-        (("--given", image, "--times", "soon"), "invalid integers value: 'soon'"),
+        (("--given", image, "--times", "0,50"), "--times must be below 40, not 50"),
+        (
+            ("--given", image, "--times", "soon"),
+            "--times must be whole numbers separated by commas, not 'soon'",
+        ),
         (("--given", image, "--want", "image"), "--want image: that is given already"),
         (("--given", f"masked={tmp_path}/hole.npz", "--resample", 2), "needs every_step"),
         (
             ("--given", f"image={tmp_path}/hole.npz", "--resample", 2, "--sampler", "ddim"),
             "works with ddpm, not ddim",
         ),
-        (("--sampler", "euler"), "invalid choice: 'euler'"),
+        (("--sampler", "euler"), "--sampler must be one of ddpm, ddim, plms, dpm++, not 'euler'"),
         (("--steps", "many"), "many"),
         (("--steps", 41), "41"),
-        (("--num_samples", -1), "num_samples and batch_size must be at least 1"),
-        (("--batch_size", 0), "num_samples and batch_size must be at least 1"),
+        (("--num_samples", -1), "--num_samples must be at least 1, not -1"),
+        (("--num_samples", 0), "--num_samples must be at least 1, not 0"),
+        (("--strength", "nan"), "--strength must be from 0"),
+        (("--without", "masks"), "did you mean masked?"),
+        (("--batch_size", 0), "--batch_size must be from 1"),
     ):
         base = ("--model_path", trained) if "--model_path" not in flags else ()
         line = refusal(capsys, "mt_image_sample", *base, "--log_dir", tmp_path / "out", "--steps", 2, *flags)

@@ -278,16 +278,24 @@ def test_scripts_run_uninstalled_on_two_ranks(tmp_path, image_folder):
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("image_train", ["--data_dir", "/no/such"], "data not found: '/no/such' does not exist"),
+        ("image_train", ["--data_dir", "/no/such"], "--data_dir not found: '/no/such' does not exist"),
         ("image_train", ["--attention_resolutions", "7"], "choose from 16, 8, 4, 2, 1"),
         (
             "image_train",
             ["--class_cond", "True", "--num_classes", "2"],
             "the data have 3 classes: give --num_classes 3",
         ),
-        ("image_train", ["--schedule_sampler", "best"], "unknown schedule sampler 'best'"),
+        (
+            "image_train",
+            ["--schedule_sampler", "best"],
+            "--schedule_sampler must be one of uniform, loss-second-moment, not 'best'",
+        ),
         ("image_sample", [], "give --model_path"),
-        ("image_sample", ["--model_path", "/no/such.pt"], "checkpoint not found: '/no/such.pt'"),
+        (
+            "image_sample",
+            ["--model_path", "/no/such.pt"],
+            "--model_path not found: '/no/such.pt' does not exist",
+        ),
     ],
 )
 def test_mistakes_end_with_one_line(monkeypatch, tmp_path, image_folder, capsys, name, flags, message):

@@ -241,7 +241,9 @@ def test_data_of_every_kind_train(tmp_path, class_folder, kind):
 def test_one_or_no_image_can_be_held_out(tmp_path):
     """Fewer than the heads' bins, or than ranks, are no reason to fail."""
     for count in (6, 12):
-        train(digits(tmp_path / "few.npz", count), tmp_path / str(count), "--iterations", 1)
+        train(
+            digits(tmp_path / "few.npz", count), tmp_path / str(count), "--iterations", 1, "--batch_size", 4
+        )
         variance = load_complete(find_complete_checkpoint(str(tmp_path / str(count))))["model"][
             "heads.masked.variance"
         ]
@@ -274,6 +276,8 @@ def test_flags_win_over_the_file_and_the_result_is_kept(data, tmp_path):
     ("text", "message"),
     [
         ("learning_rate: 1\n", "unknown flag learning_rate"),
+        ("num_chanels: 64\n", "unknown flag num_chanels, did you mean num_channels?"),
+        ("lr: -1\n", "bad.yaml: lr must be at least 0 and finite, not -1"),
         ("lr: fast\n", "lr must be of type float, not 'fast'"),
         ("batch_size: true\n", "batch_size must be of type int, not True"),
         ("batch_size: 1.5\n", "batch_size must be of type int, not 1.5"),
@@ -297,17 +301,19 @@ def test_flags_that_cannot_be_used_are_refused_in_one_line(data, tmp_path, capsy
         (("--data_dir", tmp_path / "absent"), "absent"),
         (("--data_dir", ""), "give --data_dir"),
         (("--data_dir", unlabelled), "no labels"),
-        (("--data_dir", broken), "not a sound .npy or .npz file"),
-        (("--config", tmp_path / "absent.yaml"), "no such configuration file"),
+        (("--data_dir", broken), "is not a sound .npy or .npz file"),
+        (("--config", tmp_path / "absent.yaml"), "--config not found"),
         (("--modalities", "maskd"), "unknown kind 'maskd'"),
         (("--modalities", "masked:Z"), "unknown variant 'Z'"),
         (("--modalities", "image"), "modality image"),
         (("--aggregation", "lump"), "lump"),
-        (("--schedule_sampler", "best"), "best"),
-        (("--compile", "yes"), "compile must be auto, true or false"),
-        (("--precision", "int4"), "unknown precision 'int4'"),
+        (("--schedule_sampler", "best"), "must be one of uniform, loss-second-moment"),
+        (("--compile", "yes"), "--compile must be one of auto, true, false"),
+        (("--precision", "int4"), "--precision must be one of auto, fp32, bf16, fp16"),
         (("--aggregation", "paper", "--precision", "bf16"), "half precision rounds the noise away"),
-        (("--num_classes", "3"), "labels must lie in 0..2"),
+        (("--num_classes", "3"), "the data have 10 classes: give --num_classes 10"),
+        (("--batch_size", "97"), "--batch_size 97 is more than the"),
+        (("--num_chanels", "64"), "--num_chanels: unknown flag, did you mean --num_channels?"),
     ):
         line = refusal(
             capsys, "mt_image_train", *MODEL, *TRAIN, "--data_dir", data,
@@ -525,7 +531,7 @@ def test_finetuning_that_cannot_be_is_refused(data, tmp_path, capsys):
     for more, message in (
         (("--init_from", tmp_path / "absent.pt"), "absent.pt"),
         (("--init_from", tmp_path / "first"), "have another shape"),
-        (("--train", "decoder"), "train must be all or heads"),
+        (("--train", "decoder"), "--train must be one of all, heads"),
         (("--train", "heads", "--modalities", ""), "this model has no heads"),
         (("--train", "heads", "--weight_decay", 0.1), "weight_decay would change the U-Net"),
         (("--single_task_probability", 1.5), "single_task_probability must be from 0 to 1"),

@@ -8,14 +8,10 @@ import torch.nn as nn
 
 from .. import checkpoint_util, dist_util
 from ..errors import UserValueError
-from ..script_util import classifier_defaults, create_classifier
+from ..flags import classifier_flags
+from ..script_util import create_classifier
 from .modalities import LabelModality
 from .model import JointModel
-
-
-def classifier_flags() -> dict:
-    """The flags classifier_* of classifier_train.py with their defaults; the model says the rest."""
-    return {name: value for name, value in classifier_defaults().items() if name.startswith("classifier_")}
 
 
 def load_classifier(

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch as th
 import torch.nn.functional as F
 
-from ..errors import UserValueError
+from ..errors import UserValueError, closest
 from ..losses import discretized_gaussian_log_likelihood
 from ..nn import mean_flat
 from ..seeding import PerSample
@@ -447,7 +447,9 @@ def preset(name: str, kind: str, image_shape: tuple[int, int, int], num_classes:
     if kind == "representation":
         return VectorModality(name, (1024,), hidden=1024)
     if kind != "label":
-        raise UserValueError(f"modality {name}: unknown kind {kind!r}, choose one of {', '.join(PRESETS)}")
+        raise UserValueError(
+            f"modality {name}: unknown kind {kind!r}, choose one of {', '.join(PRESETS)}{closest(kind, PRESETS)}"
+        )
     if not num_classes:
         raise UserValueError(
             f"modality {name}: the data have no labels; set --num_classes or give labelled data"
@@ -523,6 +525,6 @@ def _known(name, options, cls):
     allowed = {f.name for f in fields(cls)} - {"name", "derive", "classifier", "image_size", "image_channels"}
     if unknown := sorted(set(options) - allowed):
         raise UserValueError(
-            f"modality {name}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(allowed))}"
+            f"modality {name}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(allowed))}{closest(unknown[0], allowed)}"
         )
     return {key: tuple(value) if key == "shape" else value for key, value in options.items()}

@@ -1,6 +1,5 @@
 """A model of several modalities with all that is needed to train and sample it, and its checkpoints."""
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,15 +10,13 @@ import torch as th
 from omegaconf import OmegaConf
 
 from .. import checkpoint_util
-from ..config_file import load_with_bases
-from ..errors import UserError, UserFileError, UserValueError
+from ..errors import UserError, UserFileError
+from ..flags import FLAGS, mt_defaults, read_config
 from ..gaussian_diffusion import get_named_beta_schedule
 from ..respace import SpacedDiffusion
 from ..script_util import (
     DiffusionConfig,
     ModelConfig,
-    add_dict_to_argparser,
-    model_and_diffusion_defaults,
     split_flags,
 )
 from ..seeding import PerSample
@@ -34,23 +31,6 @@ from .sampling import JointSample, joint_sample
 
 CONFIG_NAME = "config.yaml"
 REPORTED = (50, 200, 500, 800)  # of 1000: timesteps at which the start-up report tells d_t
-
-
-def mt_defaults() -> dict:
-    """The flags that describe a model: ADM's, and those of its modalities."""
-    flags = model_and_diffusion_defaults()
-    del flags["class_cond"]  # a label is a modality
-    return flags | dict(
-        modalities="masked:U,label:U",  # see parse_modalities; "" for none
-        aggregation="bump",
-        detectability=4.0,  # largest d_t of labels and vectors in the latent; 0: they share 0.5 like images
-        presence=True,  # tell the network which modalities are in the latent
-        unshifted_probability=0.33,  # share of the samples without a modality's shift, its loss stays
-        code_interval=0,  # steps between two refreshes of labels' codes; 0: as cheap as 5 % of a step
-        single_task_probability=0.0,  # share of the samples that are images alone (M*, E*)
-        class_names="",  # in the order of their numbers; "": those of the data
-        label_from="auto",  # what gave them: prefix, folder
-    )
 
 
 # What runs had that were made before these flags.
@@ -78,13 +58,8 @@ class JointModel:
         names = {name: flags[name] for name in ("class_names", "label_from")}
         model_flags, diffusion_flags = split_flags({k: v for k, v in flags.items() if k not in names})
         spec, schedule, detectability, presence, unshifted, interval, single_task = map(model_flags.pop, own)
-        for name in ("single_task_probability", "unshifted_probability"):
-            if not 0 <= flags[name] <= 1:
-                raise UserValueError(f"{name} must be from 0 to 1, not {flags[name]}")
-        if not 0 <= detectability < float("inf"):
-            raise UserValueError(f"detectability must be at least 0, not {detectability}")
-        if interval < 0:
-            raise UserValueError(f"code_interval must be at least 0, not {interval}")
+        for name in own:
+            FLAGS[name].check(name, flags[name])
         shape = (flags["image_channels"], flags["image_size"], flags["image_size"])
         config = DiffusionConfig(**diffusion_flags)
         betas = get_named_beta_schedule(config.noise_schedule, config.steps)
@@ -286,59 +261,6 @@ def _read(path, weights):
     return checkpoint_util.weights_of(content, path, weights), content["config"], path
 
 
-# Flags and configuration files
-
-
-def read_config(path: str | Path) -> dict:
-    """A YAML file over its `base` (see load_with_bases) as plain values. UserError for one that cannot be read."""
-    config = load_with_bases(path)
-    try:
-        return OmegaConf.to_container(config, resolve=True)
-    except Exception as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
 def write_config(config: Mapping, path: str | Path) -> None:
     """Write plain values as YAML."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-
-
-def parse_flags(defaults: Mapping, argv: list[str] | None = None, description: str | None = None) -> dict:
-    """Flags from the command line over those of `--config FILE` over `defaults`. UserError for unknown names
-    in the file.
-
-    A value in the file must have the type of the flag; a flag whose default is text also takes a mapping
-    there.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--config", default="", help="a YAML file with any of these flags; the command line wins"
-    )
-    add_dict_to_argparser(parser, dict(defaults))
-    path = parser.parse_args(argv).config
-    if path:
-        config = read_config(path)
-        unknown = sorted(set(config) - set(defaults))
-        if unknown:
-            raise UserError(f"{path}: unknown flag {', '.join(unknown)}")
-        parser.set_defaults(
-            **{name: _as_flag(name, value, defaults[name], path) for name, value in config.items()}
-        )
-    flags = vars(parser.parse_args(argv))
-    del flags["config"]
-    return flags
-
-
-def _as_flag(name, value, default, path):
-    if isinstance(default, str):
-        return (
-            value
-            if isinstance(value, (dict, str))
-            else ",".join(map(str, value if isinstance(value, list) else [value]))
-        )
-    kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default), (type(default),))
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise UserError(f"{path}: {name} must be of type {type(default).__name__}, not {value!r}")
-    return type(default)(value)

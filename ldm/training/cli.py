@@ -1,10 +1,7 @@
-"""The training program: its command line, and how its parts are put together (interface: latent-diffusion,
-main.py)."""
+"""The training program: how its parts are put together (interface: latent-diffusion, main.py)."""
 
-import argparse
 import logging
 import pdb
-import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,14 +22,13 @@ from ldm.training.checkpoints import (
 )
 from ldm.training.config import Run, load_config, locate
 from ldm.training.data import DataModuleFromConfig
+from ldm.training.flags import parse
 from ldm.training.logs import make_logger
 from ldm.training.position import ExactResume
 from ldm.training.setup import make_callbacks, make_strategy, prepare_trainer, world_size
 from ldm.util import instantiate_from_config
 
 _logger = logging.getLogger(__name__)
-_OVERRIDE = re.compile(r"(model|data|lightning)(\.[^/=]+)*=")
-_YES, _NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 # Lightning's warnings about what is meant to be so.
@@ -44,75 +40,6 @@ _NO_CONCERN = (
     "Detected call of .lr_scheduler.step",  # the discriminator's schedule runs before it takes part
     ".*isinstance.treespec, LeafSpec.",  # between Lightning and torch
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as the rest of the program does."""
-
-    def error(self, message):
-        raise UserValueError(f"{message} (see --help)")
-
-
-def str2bool(value: str) -> bool:
-    """yes, true, t, y, 1 or no, false, f, n, 0."""
-    if value.lower() in (*_YES, *_NO):
-        return value.lower() in _YES
-    raise argparse.ArgumentTypeError(f"{value!r} is neither true nor false")
-
-
-def get_parser() -> argparse.ArgumentParser:
-    """Upstream's flags, and --devices, --strategy, --precision, which were Lightning's."""
-    parser = _Parser(
-        prog="main.py",
-        allow_abbrev=False,
-        description="Train an autoencoder or a latent diffusion model from a configuration.",
-        epilog="Any other argument key.key=value overrides the configuration, as in "
-        "data.params.batch_size=8 or lightning.trainer.max_epochs=20.",
-    )
-    switch = dict(type=str2bool, nargs="?", const=True, metavar="BOOL")
-    parser.add_argument("-n", "--name", help="of the run, after the time in its folder's name")
-    parser.add_argument(
-        "-r", "--resume", metavar="PATH", help="continue from this run's folder or checkpoint"
-    )
-    parser.add_argument(
-        "-b",
-        "--base",
-        nargs="*",
-        default=[],
-        metavar="CONFIG",
-        help="configurations, merged from left to right",
-    )
-    parser.add_argument("-t", "--train", default=False, help="train", **switch)
-    parser.add_argument("--no-test", default=False, help="do not test after training", **switch)
-    parser.add_argument("-p", "--project", help="folder below --logdir that holds this run with others")
-    parser.add_argument("-d", "--debug", default=False, help="after an error, open the debugger", **switch)
-    parser.add_argument("-s", "--seed", type=int, default=23, help="of all random numbers (default 23)")
-    parser.add_argument("-f", "--postfix", default="", help="end of the run's name")
-    parser.add_argument("-l", "--logdir", default="logs", help="holds the runs (default logs)")
-    parser.add_argument(
-        "--scale_lr",
-        default=True,
-        help="learning rate = base_learning_rate x processes x batch size x accumulated batches "
-        "(default true)",
-        **switch,
-    )
-    parser.add_argument(
-        "--devices", help="a number, or a list such as 0,1; by default all GPUs, or one CPU process"
-    )
-    parser.add_argument("--gpus", help="as --devices, as upstream calls it (0, means GPU 0)")
-    parser.add_argument(
-        "--strategy", choices=("auto", "ddp", "fsdp"), help="default auto: ddp on several devices"
-    )
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="default 32-true")
-    return parser
-
-
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(the flags, the overrides of the configuration). `UserValueError` for flags that there are not."""
-    # Taken out first: the flags before them (-t, --base) would swallow them as their values.
-    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
-    options, unknown = get_parser().parse_known_args([a for a in arguments if not _OVERRIDE.match(a)])
-    return options, [*overrides, *unknown]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -164,16 +164,16 @@ def test_mistakes_in_the_samples_are_one_clear_line(capsys, batches, graph_file,
 
 def test_a_mistake_ends_the_script_with_one_line(script, batches, tmp_path):
     done = script("evaluator.py", batches[0], tmp_path / "no.npz", rc=2)
-    assert one_error_line(done) == f"error: {tmp_path / 'no.npz'} does not exist"
+    assert one_error_line(done) == f"error: sample_batch not found: '{tmp_path / 'no.npz'}' does not exist"
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--inception", "no.pb", "no.pb does not exist"),
+        ("--inception", "no.pb", "--inception not found: 'no.pb' does not exist"),
         ("--device", "gpu", "device gpu cannot be used"),
-        ("--json", "no/such/folder/out.json", "name a file in a folder that exists"),
-        ("--bootstrap", "0", "must be at least 1"),
+        ("--json", __file__ + "/out.json", "is a file, not a folder"),
+        ("--bootstrap", "-1", "--bootstrap must be from 1"),
     ],
 )
 def test_options_that_cannot_work_are_found_before_the_work(

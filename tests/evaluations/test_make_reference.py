@@ -134,7 +134,7 @@ def test_mistakes_are_one_clear_line(capsys, folder, graph_file, tmp_path):
     assert "has no images of class unicorn" in fails(
         folder, tmp_path / "r.npz", "--classes", tmp_path / "list.txt"
     )
-    assert "name a file in a folder that exists" in fails(folder, tmp_path / "no/r.npz")
+    assert "is a file, not a folder" in fails(folder, tmp_path / "list.txt/r.npz")
     assert "is an .npz file" in fails(folder, tmp_path / "r.pt")
     assert "does not exist" in fails(tmp_path / "nothing", tmp_path / "r.npz")
     np.savez(tmp_path / "plain.npz", arr_0=sample_images(4))

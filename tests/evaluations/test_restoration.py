@@ -228,4 +228,4 @@ def test_mistakes_are_one_clear_line(capsys, single_task, tmp_path):
 def test_unknown_flags_are_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         run("table", tmp_path, "--nonsense")
-    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
+    assert "--nonsense: unknown flag" in capsys.readouterr().err

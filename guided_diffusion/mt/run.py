@@ -1,0 +1,454 @@
+"""What the programs of joint models do once their flags are read: train, sample in any direction, measure the bound."""
+
+import os
+
+import numpy as np
+import torch as th
+import torch.distributed as dist
+
+from .. import checkpoint_util, cli, dist_util, logger
+from ..errors import UserError, UserValueError
+from ..figures import Row, contact_sheet, label_captions, to_uint8
+from ..flags import model_and_diffusion_defaults, mt_defaults
+from ..image_datasets import classes_of, hold_out, load_stream, open_dataset
+from ..image_files import are_numbers
+from ..seeding import PerSample
+from . import directions
+from .files import GivenImages, read_images, read_labels, read_vectors
+from .guidance import ClassGuidance, classifier_guide
+from .modalities import Modality, wants_labels
+from .modality_set import batch_of
+from .model import CONFIG_NAME, JointModel, config_of, initialise, write_config
+from .sampling import Known, random_labels
+from .training import JointTrainLoop
+
+GRID = 12  # samples drawn at every save of a training
+SHEET = 16  # samples in the sheet of a sampling
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def train(flags: dict) -> None:
+    """Train a joint model with the flags of `flags.mt_training_defaults`."""
+    if not flags["data_dir"]:
+        raise UserValueError("give --data_dir: a folder of images or an .npz file")
+    dist_util.setup_dist()
+    cli.open_log(flags["log_dir"], "mt_image_train", log_formats())
+    resume = flags["resume_checkpoint"] or (logger.get_dir() if flags["log_dir"] else "")
+    if flags["init_from"]:
+        network = {
+            name: value for name, value in mt_defaults().items() if name in model_and_diffusion_defaults()
+        }
+        network.pop("num_classes")  # the data's
+        flags = checkpoint_util.with_flags_of(checkpoint_of(resume) or flags["init_from"], flags, network)
+    flags = complete(flags)
+    before = config_before(resume)
+    labelled = wants_labels(flags["modalities"])
+    try:
+        dataset = open_dataset(
+            flags["data_dir"],
+            flags["image_size"],
+            class_cond=labelled,
+            random_crop=flags["random_crop"],
+            random_flip=flags["random_flip"],
+            image_channels=flags["image_channels"],
+            max_bad=flags["max_bad"],
+            num_classes=flags["num_classes"],
+            **classes_known(flags, before),
+        )
+    except UserValueError as error:
+        if "labels" not in str(error) or not labelled:
+            raise
+        raise UserValueError(f"{error}; or leave the label out of --modalities, as in masked:U") from None
+    if dataset.class_names:
+        flags |= {"class_names": dataset.class_names, "label_from": dataset.label_from}
+        flags["num_classes"] = flags["num_classes"] or len(dataset.class_names)
+        cli.check_classes(dataset.class_names, flags["num_classes"])
+    dataset, held_out = hold_out(dataset, min(flags["held_out"], len(dataset) // 10), flags["seed"])
+    cli.check_batch(len(dataset), flags["batch_size"])
+    check_same_model(flags, before, resume)
+    th.manual_seed(flags["seed"])  # the same fresh weights everywhere
+    model = JointModel.from_flags(flags)
+    prepare(model, flags, begun=bool(checkpoint_of(resume)))
+    for m in model.modalities:
+        if m.data_key != "y" and m.derive is None:
+            raise UserValueError(
+                f"modality {m.name}: the data bring images and labels only, no {m.kind} beside them"
+            )
+    describe(model, len(dataset), len(held_out[0]))
+
+    device = dist_util.dev()
+    model.network.to(device)
+    if device.type == "cuda":
+        model.network.to(memory_format=th.channels_last)
+    images, cond = held_out
+    training = JointTrainLoop(
+        held_out=(images.to(device), {key: value.to(device) for key, value in cond.items()}),
+        model=model,
+        data=lambda step: load_stream(
+            dataset, flags["batch_size"], flags["seed"], start_step=step, num_workers=flags["num_workers"]
+        ),
+        resume_checkpoint=resume,
+        schedule_sampler=cli.schedule_sampler(flags["schedule_sampler"], model.diffusion),
+        compile=flags["compile"] == "true",
+        config=flags,
+        on_save=lambda loop: draw_samples(loop, model, flags),
+        **{
+            name: flags[name]
+            for name in (
+                "batch_size",
+                "microbatch",
+                "lr",
+                "ema_rate",
+                "log_interval",
+                "save_interval",
+                "fp16_scale_growth",
+                "weight_decay",
+                "lr_anneal_steps",
+                "iterations",
+                "seed",
+                "precision",
+                "max_nonfinite",
+                "progress",
+                "keep_checkpoints",
+                "ema_warmup",
+            )
+        },
+    )
+    if dist_util.get_rank() == 0 and not training.is_finished():
+        write_config(flags, os.path.join(logger.get_dir(), CONFIG_NAME))
+    training.run_loop()
+
+
+def log_formats() -> list[str] | None:
+    """ADM's, and TensorBoard on rank 0, unless the environment chooses; None for the logger's own choice."""
+    if "OPENAI_LOG_FORMAT" in os.environ or logger.get_rank_without_mpi_import() > 0:
+        return None
+    return ["stdout", "log", "csv", "tensorboard"]
+
+
+def complete(flags: dict) -> dict:
+    """The flags with everything decided that was left to the data or the machine."""
+    flags = dict(flags)
+    if not wants_labels(flags["modalities"]):
+        flags["num_classes"] = 0
+    on_gpu = dist_util.dev().type == "cuda"
+    if flags["aggregation"] == "paper" and flags["precision"] in ("bf16", "fp16"):
+        raise UserValueError(
+            "aggregation paper makes the shift so large that half precision rounds the noise away: use --precision fp32"
+        )
+    if flags["use_fp16"]:
+        flags["precision"] = "fp16"
+    if flags["precision"] == "auto":
+        half = on_gpu and th.cuda.is_bf16_supported() and flags["aggregation"] != "paper"
+        flags["precision"] = "bf16" if half else "fp32"
+    if flags["compile"] == "auto":
+        flags["compile"] = "true" if on_gpu else "false"
+    return flags
+
+
+def config_before(resume: str) -> dict | None:
+    """The configuration of the run that is continued, None where it begins."""
+    path = checkpoint_of(resume)
+    named = os.path.basename(path).startswith("checkpoint")
+    return checkpoint_util.load_complete(path)["config"] if named else None
+
+
+def classes_known(flags: dict, before: dict | None) -> dict:
+    """What `open_dataset` is told of the classes: those of the run that is continued or begun with, or the user's."""
+    if before is None and flags["init_from"]:
+        before = config_of(flags["init_from"])
+    if before is not None and wants_labels(before.get("modalities", "")):
+        return classes_of(before, flags["label_from"])
+    names = flags["class_names"].split(",") if isinstance(flags["class_names"], str) else flags["class_names"]
+    return {"class_names": [n for n in names if n] or None, "label_from": flags["label_from"]}
+
+
+def check_same_model(flags: dict, before: dict | None, resume: str) -> None:
+    """UserError if the run to resume trained another model, or with other random numbers."""
+    if before is None:
+        return
+    fixed = [*mt_defaults(), "seed", "held_out", "init_from", "train"]
+    changed = [
+        name for name in fixed if before.get(name, flags[name]) != flags[name] and name != "label_from"
+    ]
+    if changed:
+        was = ", ".join(f"{name} was {before[name]!r} and is now {flags[name]!r}" for name in changed)
+        raise UserError(
+            f"{checkpoint_of(resume)} belongs to another model: {was}. Use another --log_dir, or the former flags"
+        )
+
+
+def checkpoint_of(resume: str) -> str:
+    """The file that the run continues from, "" where it begins."""
+    return checkpoint_util.find_complete_checkpoint(resume) or "" if os.path.isdir(resume) else resume
+
+
+def prepare(model: JointModel, flags: dict, begun: bool) -> None:
+    """Weights from another run, unless this one has `begun`, and which of them are trained."""
+    if flags["init_from"] and not begun:
+        fresh, left = initialise(model.network, flags["init_from"])
+        logger.log(
+            f"weights of {flags['init_from']}; new: {', '.join(fresh) or 'none'}; "
+            f"left out: {', '.join(left) or 'none'}"
+        )
+    if flags["train"] == "heads":
+        if not any(m.head != "none" for m in model.modalities):
+            raise UserValueError("--train heads: this model has no heads")
+        if flags["weight_decay"]:
+            raise UserValueError("--train heads: weight_decay would change the U-Net, which is to stay")
+        for name, parameter in model.network.named_parameters():
+            parameter.requires_grad_(name.startswith("heads."))
+
+
+def describe(model: JointModel, images: int, held_out: int) -> None:
+    """Log the sizes, and for every modality how far its shift may carry an error of its prediction."""
+    weights = sum(p.numel() for p in model.network.parameters())
+    logger.log(f"{weights / 1e6:.2f} M parameters, {images} images, {held_out} held out")
+    if report := model.report():
+        logger.log(report)
+
+
+def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
+    """Joint samples of the averaged weights, by rank 0: samplesNNNNNN.png beside the checkpoint of that
+    number, and in TensorBoard."""
+    if not flags["sample_steps"] or dist_util.get_rank() != 0:
+        return
+    steps = min(flags["sample_steps"], model.diffusion.num_timesteps)
+    loop.model.eval()
+    with loop.ema_weights():
+        random = PerSample.derived(flags["seed"], range(GRID), dist_util.dev())
+        given = random_labels(model.modalities, random)
+        drawn = model.sample(random, steps, given=given, sampler="dpm++")
+    loop.model.train()
+    rows = [Row("image", to_uint8(drawn.images), _captions(model, drawn.values))]
+    rows += [
+        Row(m.name, to_uint8(drawn.values[m.name]))
+        for m in model.modalities
+        if m.kind == "image" and m.name in drawn.values
+    ]
+    sheet = contact_sheet(rows)
+    number = loop.step + loop.resume_step
+    sheet.save(os.path.join(logger.get_dir(), f"samples{number:06d}.png"))
+    for log in logger.get_current().output_formats:
+        if isinstance(log, logger.TensorBoardOutputFormat):
+            log.writer.add_image("samples", np.asarray(sheet), number, dataformats="HWC")
+
+
+def _captions(model, values):
+    labels = [values[m.name].argmax(dim=1).tolist() for m in model.modalities if m.kind == "label"]
+    return label_captions(labels, model.class_names)
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+
+def sample(args) -> None:
+    """Sample a joint model with the flags of mt_image_sample.py."""
+    dist_util.setup_dist()
+    cli.open_log(args.log_dir, "mt_image_sample")
+    model = JointModel.load(args.model_path, args.weights)
+    if max(args.times) >= model.diffusion.num_timesteps:
+        raise UserValueError(f"--times must be below {model.diffusion.num_timesteps}, not {max(args.times)}")
+    model.network.to(dist_util.dev())
+    guidance = ClassGuidance.from_flags(vars(args), model)
+    given, holes, drawn = read_given(args.given, model, guidance)
+    absent = directions.names_without(args.without, model.modalities.names)
+    names = ["image", *(m.name for m in model.modalities if m.head != "none" and m.name not in absent)]
+    wanted = directions.names_wanted(args.want, names, given, in_part=holes)
+    count = args.num_samples or (len(next(iter(given.values()))) if given else 16)
+    logger.log(f"sampling {count}, given {', '.join(given) or 'nothing'}, wanted {', '.join(wanted)}")
+    rows: dict[str, dict[int, np.ndarray]] = {}
+    for numbers in directions.batches(directions.own_share(count), args.batch_size):
+        # What is given is repeated in turn until there is enough.
+        part, part_holes = (
+            {name: value[th.tensor(numbers) % len(value)].to(dist_util.dev()) for name, value in some.items()}
+            for some in (given, holes)
+        )
+        made = sample_batch(args, model, guidance, absent, drawn, part, part_holes, numbers)
+        kept = {"image", "classes", *wanted, *given}
+        directions.store(rows, numbers, {name: value for name, value in made.items() if name in kept})
+    arrays = directions.gathered(rows)
+    if dist_util.get_rank() == 0:
+        write(arrays, given, holes, wanted, model)
+    if dist_util.get_world_size() > 1:
+        dist.barrier()
+
+
+def read_given(
+    specs: list[str], model: JointModel, guidance: ClassGuidance | None
+) -> tuple[dict[str, th.Tensor], dict[str, th.Tensor], set[str]]:
+    """(values by name [N, ...], known pixels by name bool [N, 1, H, W], labels to draw) of --given NAME=FILE."""
+    modalities: dict[str, Modality] = {m.name: m for m in model.modalities}
+    if guidance is not None:
+        modalities[guidance.target.name] = guidance.target
+    values, known, drawn = {}, {}, set()
+    for name, source in directions.sources_given(specs, ["image", *modalities]).items():
+        modality = modalities.get(name)
+        if source == directions.RANDOM:
+            if name not in model.modalities.names or modality.kind != "label":
+                raise UserValueError(f"--given {name}=random: only a label of the model is drawn")
+            drawn.add(name)
+        else:
+            read = read_value(source, modality, model)
+            values[name], where = (read.values, read.known) if isinstance(read, GivenImages) else (read, None)
+            if where is not None:
+                known[name] = where
+                if modality is not None and modality.derive is None:
+                    raise UserValueError(
+                        f"--given {name}={source}: pixels are missing, which only image and masked images may have"
+                    )
+    return values, known, drawn
+
+
+def read_value(source: str, modality: Modality | None, model: JointModel) -> GivenImages | th.Tensor:
+    """A modality's values in a file, or images (`modality` None: the model's own)."""
+    if modality is None or modality.kind == "image":
+        return read_images(source, model.flags["image_channels"], model.flags["image_size"])
+    if modality.kind == "label":
+        return read_labels(source, modality, model.class_names)
+    return read_vectors(source, modality)
+
+
+def sample_batch(
+    args,
+    model: JointModel,
+    guidance: ClassGuidance | None,
+    absent: list[str],
+    drawn: set[str],
+    given: dict,
+    holes: dict,
+    indices: list[int],
+) -> dict[str, th.Tensor]:
+    """Images and modalities [b, ...] of the samples with the given indices; `classes` [b], where they were
+    drawn or guided to."""
+    random = PerSample.derived(args.seed, indices, dist_util.dev())
+    if "image" in given and "image" not in holes:
+        if guidance is not None or args.guidance_scale != 1 or absent:
+            raise UserValueError("the image is given: there is nothing to guide, and nothing to leave out")
+        images = given.pop("image")
+        values = model.predict(images, given, times=args.times, random=random)
+        return {"image": images, **values}
+    known = None
+    for name, where in holes.items():
+        every_step = args.replace_known or name == "image"
+        known = Known(given[name], where, every_step, args.resample)
+    given.pop("image", None)
+    strength = {m.name: args.strength for m in model.modalities}
+    cond_fn, extra = None, {}
+    if guidance is not None:
+        target, label = guidance.target.name, guidance.choose(given, random)
+        extra["classes"] = label.argmax(dim=1)
+        given.pop(target, None) if target not in model.modalities.names else None
+        if guidance.classifier is None:
+            given[target], strength[target] = label, guidance.scale
+        else:
+            cond_fn = classifier_guide(guidance.classifier, extra["classes"], guidance.scale)
+            if target in model.modalities.names and guidance.target.as_input:
+                given[target] = label  # as in ADM, network and classifier are told the same
+    names = drawn | {m.name for m in model.modalities if m.kind == "label" and m.required}
+    for name, label in random_labels(model.modalities, random, names - {*given, *absent}).items():
+        given[name], extra["classes"] = label, label.argmax(dim=1)
+    result = model.sample(
+        random,
+        args.steps,
+        given=given,
+        strength=strength,
+        known=known,
+        sampler=args.sampler,
+        order=args.order,
+        clip_denoised=args.clip_denoised,
+        cond_fn=cond_fn,
+        guidance=args.guidance_scale,
+        absent=absent,
+        progress=dist_util.get_rank() == 0,
+    )
+    return {"image": result.images, **result.values, **extra}
+
+
+def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: JointModel) -> None:
+    """samples_NxHxWxC.npz and samples.png in the log's folder."""
+    bad = [name for name in wanted if not np.isfinite(arrays[name]).all()]
+    if bad:
+        raise UserError(f"the samples of {', '.join(bad)} are not finite: the model or the sampler diverged")
+    stored, rows = {}, []
+    for name in ["image", *model.modalities.names]:
+        if name not in arrays:
+            continue
+        is_image = name == "image" or model.modalities[name].kind == "image"
+        value = arrays[name]
+        if is_image:
+            known = holes.get(name, th.ones(1, 1, 1, 1, dtype=th.bool)) if name in given else None
+            value = to_uint8(th.from_numpy(value), known)
+            told = f"{name} ({'given' if name in given else 'generated'})"
+            rows.append(Row(told, value[:SHEET], captions(arrays, model)))
+        stored["arr_0" if name == "image" else name] = value
+    if "classes" in arrays:
+        stored["arr_1"] = arrays["classes"].astype(np.int64)  # ADM's name for the labels
+    if not are_numbers(model.class_names):
+        stored["class_names"] = np.array(model.class_names)  # evaluations tell by them which number is which
+    stored |= {f"{name}_known": where[:, 0].numpy() for name, where in holes.items()}
+    path = os.path.join(logger.get_dir(), f"samples_{'x'.join(map(str, stored['arr_0'].shape))}.npz")
+    np.savez(path, **stored)
+    sheet = os.path.join(logger.get_dir(), "samples.png")
+    contact_sheet(rows).save(sheet)
+    logger.log(f"saved {path} and {sheet}")
+
+
+def captions(arrays: dict, model: JointModel) -> list[str]:
+    """The most probable labels of the samples in the image."""
+    labels = [
+        arrays[m.name][:SHEET].argmax(axis=1)
+        for m in model.modalities
+        if m.kind == "label" and m.name in arrays
+    ]
+    return label_captions(labels, model.class_names)
+
+
+# ---------------------------------------------------------------------------------------------------------- the bound
+
+
+def measure_bound(args) -> None:
+    """The bound of a joint model with the flags of mt_image_nll.py."""
+    dist_util.setup_dist()
+    cli.open_log(args.log_dir, "mt_image_nll")
+    model = JointModel.load(args.model_path, args.weights)
+    model.network.to(dist_util.dev())
+    dataset = open_dataset(
+        args.data_dir,
+        model.flags["image_size"],
+        class_cond=any(m.kind == "label" for m in model.modalities),
+        random_flip=False,
+        image_channels=model.flags["image_channels"],
+        **classes_of(model.flags, args.label_from),
+    )
+    count = min(args.num_samples, len(dataset))
+    own, rows = directions.own_share(count), {}
+    for numbers in directions.batches(own, args.batch_size):
+        directions.store(rows, numbers, bound_of(dataset, numbers, model, args))
+        logger.log(f"{len(rows['total'])} of {len(own)} images")
+    terms = directions.gathered(rows)
+    if dist_util.get_rank() == 0:
+        path = os.path.join(logger.get_dir(), "nll.npz")
+        np.savez(path, **terms)
+        for name, values in terms.items():
+            # L1 is a sum over timesteps, L2 a mean.
+            by_image = values.sum(axis=1) if name == "L1" else values
+            logger.log(f"{name}: {by_image.mean():.5f} bits per dimension")
+        logger.log(f"{count} images, {terms['L1'].shape[1]} steps, saved to {path}")
+
+
+def bound_of(dataset, indices, model: JointModel, args) -> dict[str, th.Tensor]:
+    """Every term [b] or [b, T] for the images with these indices."""
+    items = [dataset[index] for index in indices]
+    images = th.stack([th.from_numpy(image) for image, _ in items]).to(dist_util.dev())
+    cond = {
+        key: th.stack([th.from_numpy(extra[key]) for _, extra in items]).to(dist_util.dev())
+        for key in items[0][1]
+    }
+    random = PerSample.derived(args.seed, indices, dist_util.dev())
+    batch = model.derived(images, batch_of(model.modalities, cond), random)
+    bound = model.bound(batch, args.steps, clip_denoised=args.clip_denoised, random=random)
+    terms = {"L0": bound.L0, "L1": bound.L1}
+    terms |= {f"L2_{name}": values for name, values in bound.L2.items()}
+    return terms | {"L3": bound.L3, "total": bound.total}

@@ -1,0 +1,179 @@
+"""Sample a model that main.py trained, in any direction: what scripts/sample_diffusion.py does with its flags."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from guided_diffusion import cli, dist_util, logger
+from guided_diffusion.errors import UserValueError
+from guided_diffusion.figures import Row, contact_sheet, label_captions, to_uint8
+from guided_diffusion.image_files import MOST_CLASSES, class_number
+from guided_diffusion.mt import directions
+from guided_diffusion.seeding import PerSample
+from ldm import inference
+from ldm.checkpoint import trained_steps
+from ldm.data.images import reading_of
+from ldm.models.diffusion.joint import JointLatentDiffusion
+from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
+
+SHEET = 16  # samples in the image
+
+
+def run(args, overrides: list[str]) -> None:
+    """Sample with the flags of scripts/sample_diffusion.py; overrides: key.key=value of the configuration."""
+    run, checkpoint = inference.locate(args.resume)
+    dist_util.setup_dist()
+    config = inference.merged_config(inference.configurations(run), overrides)
+    model = inference.load_model(config, checkpoint)
+    out = results_folder(Path(args.logdir or run) / "samples" / f"{trained_steps(checkpoint):08}")
+    cli.open_log(str(out), format_strs=["stdout"])
+    given = read_given(args.given, model, config)
+    wanted = inference.names_wanted(args.want, given, model)
+    count = args.n_samples or (len(next(iter(given.values()))) if given else 50000)
+    logger.log(f"sampling {count}, given {', '.join(given) or 'nothing'}, wanted {', '.join(wanted)}")
+    arrays = {}
+    with model.ema_scope():
+        for numbers in directions.batches(directions.own_share(count), args.batch_size):
+            # What is given is repeated in turn until there is enough.
+            part = {name: inference.take(value, numbers) for name, value in given.items()}
+            for name, value in sample(args, model, part, wanted, numbers).items():
+                if value.ndim == 4:
+                    inference.save_images(value, out / folder_of(name, model), numbers)
+                else:
+                    directions.store(arrays, numbers, {name: value})
+    finish(out, count, given, wanted, directions.gathered(arrays), model, config.get("class_names") or ())
+
+
+# ------------------------------------------------------------------------------------------------------ what to sample
+
+
+def results_folder(parent: Path) -> Path:
+    """parent/TIME, the same on every rank."""
+    return parent / cli.from_rank_zero(lambda: time.strftime("%Y-%m-%d-%H-%M-%S"))
+
+
+def read_given(specs: list[str], model, config: dict) -> dict:
+    """What --given NAME=SOURCE says: images [N, C, H, W], labels [N] or [N, classes], vectors [N, D],
+    captions. config: the run's, see inference.read_given."""
+    condition = model.cond_stage_key if model.model.conditioning_key is not None else None
+    readers = {}
+    if condition is not None:
+        readers = {condition: lambda source, model: read_condition(source, model, config)}
+    values = inference.read_given(specs, model, readers, config=config)
+    if condition is not None and condition not in values:
+        raise UserValueError(f"this model is conditioned on {condition}: give --given {condition}=...")
+    return values
+
+
+def read_condition(source: str, model, config: dict):
+    """Captions (text, or a file with one on each line), class numbers, or images, as the model's
+    conditioner takes them."""
+    if isinstance(model.cond_stage_model, TextEncoder):
+        return Path(source).read_text().splitlines() if Path(source).is_file() else [source]
+    if isinstance(model.cond_stage_model, ClassEmbedder) or model.cond_stage_model is None:
+        names, most = (
+            config.get("class_names") or (),
+            getattr(model.cond_stage_model, "n_classes", MOST_CLASSES),
+        )
+        try:
+            return torch.tensor([class_number(part.strip(), names, most) for part in source.split(",")])
+        except UserValueError as error:
+            raise UserValueError(f"{model.cond_stage_key}={source}: {error}") from None
+    reading = reading_of(model.cond_stage_key, config.get("data"))
+    return inference.read_model_images(source, model, reading=reading)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def sample(args, model, given: dict, wanted: list[str], numbers: list[int]) -> dict[str, torch.Tensor]:
+    """What is wanted, by name, for the samples with these numbers; images [b, C, H, W] in [-1, 1]."""
+    n, given = len(numbers), dict(given)
+    conditioning = None
+    if model.model.conditioning_key is not None:
+        conditioning = model.get_learned_conditioning(on_device(given.pop(model.cond_stage_key), model))
+    free = model.get_unconditional_conditioning(n, args.null_label) if args.scale != 1 else None
+    name = "ddpm" if args.vanilla_sample else args.sampler
+    if isinstance(model, JointLatentDiffusion):
+        if args.eta and name == "ddim":
+            raise UserValueError("DDIM of several modalities is deterministic: leave --eta out")
+        return model.sample_joint(
+            n,
+            given,
+            wanted,
+            sampler=name,
+            steps="" if args.vanilla_sample else args.custom_steps,
+            seed=args.seed,
+            indices=numbers,
+            conditioning=conditioning,
+            unconditional=free,
+            guidance=args.scale,
+            strength=args.strength,
+            use_ema=False,  # they are in place already
+            progress=dist_util.get_rank() == 0,
+        )
+    random = PerSample.derived(args.seed, numbers, dist_util.dev())
+    options = {"random": random, "verbose": dist_util.get_rank() == 0}
+    if free is not None:
+        options |= {"unconditional_guidance_scale": args.scale, "unconditional_conditioning": free}
+    if name == "ddpm":
+        latents = model.sample(conditioning, n, **options)
+    else:
+        eta = (1.0 if args.eta is None else args.eta) if name == "ddim" else 0.0
+        sampler = inference.SAMPLERS[name](model)
+        latents, _ = sampler.sample(
+            args.custom_steps, n, model.latent_shape, conditioning, eta=eta, **options
+        )
+    return {model.first_stage_key: model.decode_first_stage(latents)}
+
+
+def on_device(raw, model):
+    """Raw conditioning where the model is, labels under their name."""
+    if not isinstance(raw, torch.Tensor):
+        return raw
+    raw = raw.to(model.device)
+    return {model.cond_stage_key: raw} if raw.ndim == 1 else raw
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def folder_of(name: str, model) -> str:
+    """Of the image `img`, as upstream has it; else the modality's name."""
+    return "img" if name == model.first_stage_key else name
+
+
+def finish(
+    out: Path, count: int, given: dict, wanted: list[str], arrays: dict, model, class_names=()
+) -> None:
+    """The arrays and the sheet, by rank 0, once all images are there."""
+    if dist_util.get_world_size() > 1:
+        dist.barrier()
+    if dist_util.get_rank():
+        return
+    for name, array in arrays.items():
+        np.save(out / f"{name}.npy", array)
+    labels = [
+        array[:SHEET].argmax(1) for name, array in arrays.items() if model.modalities[name].kind == "label"
+    ]
+    captions = label_captions(labels, class_names)
+    rows = [
+        Row(f"{name} (given)", to_uint8(inference.take(value, list(range(min(SHEET, count))))))
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor) and value.ndim == 4
+    ]
+    for name in wanted:
+        if name in arrays:
+            continue
+        images = inference.read_images(out / folder_of(name, model), range(count))
+        rows.append(Row(name, images[:SHEET], captions))
+        if name == model.first_stage_key:
+            (out / "numpy").mkdir(exist_ok=True)
+            np.savez(out / "numpy" / f"{'x'.join(map(str, images.shape))}-samples.npz", images)
+    if rows:
+        contact_sheet(rows).save(out / "samples.png")
+    logger.log(f"saved {count} samples in {out}")

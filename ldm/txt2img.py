@@ -1,0 +1,218 @@
+"""Images for a prompt, and joint models in any direction: what scripts/txt2img.py does with its flags."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from guided_diffusion import cli, dist_util, logger
+from guided_diffusion.errors import UserValueError
+from guided_diffusion.figures import Row, contact_sheet, to_uint8
+from guided_diffusion.mt import directions
+from guided_diffusion.seeding import PerSample
+from ldm import inference
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.joint import JointLatentDiffusion
+
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn by which model: given values by name, the names wanted, and what is left out."""
+
+    model: LatentDiffusion
+    folder: Path
+    wanted: Sequence[str]
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    without: Sequence[str] = ()
+
+
+def run(args) -> None:
+    """Draw with the flags of scripts/txt2img.py."""
+    prompts = read_prompts(args)
+    dist_util.setup_dist()
+    cli.open_log(args.outdir, format_strs=["stdout"])
+    drawing, baseline = plan(args)
+    if drawing.model.first_stage_key in drawing.given:
+        arrays = {name: value.cpu().numpy() for name, value in read_off(args, drawing, prompts).items()}
+        if dist_util.get_rank() == 0:
+            save_arrays(args, arrays)
+        return
+    for_each = args.n_iter * args.n_samples
+    logger.log(f"{for_each} images for each of {len(prompts)} prompts")
+    arrays = draw_all(args, drawing, prompts)
+    if baseline is not None:
+        draw_all(args, baseline, prompts)
+    if dist_util.get_world_size() > 1:
+        dist.barrier()
+    if dist_util.get_rank() == 0:
+        save_arrays(args, arrays)
+        finish(args, drawing, baseline, prompts)
+
+
+def plan(args) -> tuple[Drawing, Drawing | None]:
+    """What to draw, and the baseline beside it. UserValueError for what the models cannot do."""
+    config = inference.merged_config([args.config])
+    check_size(args, config)
+    model = inference.load_model(config, args.ckpt)
+    if args.C != model.channels:
+        raise UserValueError(f"--C {args.C}: this model's latents have {model.channels} channels")
+    image = model.first_stage_key
+    given = inference.read_given(args.given, model, size=(args.H, args.W), config=config)
+    modalities = [name for name in inference.names_of(model) if name != image]
+    without = directions.names_without(args.without, modalities)
+    wanted = inference.names_wanted(args.want, given, model, without)
+    if image not in (*wanted, *given):
+        raise UserValueError(f"--want {args.want}: without a given {image} it is drawn, and has to be wanted")
+    drawing = Drawing(model, Path(args.outdir) / "samples", wanted, given, without)
+    if not args.baseline:
+        return drawing, None
+    if args.baseline == "same":
+        if not modalities:
+            raise UserValueError("--baseline same: this model has no modalities to leave out")
+        return drawing, Drawing(model, Path(args.outdir) / "baseline", [image], without=modalities)
+    other = inference.load_model(
+        inference.merged_config([args.baseline_config or args.config]), args.baseline
+    )
+    if other.channels != model.channels:
+        raise UserValueError(f"--baseline: its latents have {other.channels} channels, not {model.channels}")
+    return drawing, Drawing(other, Path(args.outdir) / "baseline", [other.first_stage_key])
+
+
+def check_size(args, config: Mapping) -> None:
+    """UserValueError for a height or width that the U-Net of a configuration cannot halve as often as it does."""
+    unet = ((config.get("model") or {}).get("params") or {}).get("unet_config") or {}
+    levels = len((unet.get("params") or {}).get("channel_mult") or [1])
+    stride = args.f * 2 ** (levels - 1)
+    for flag in ("H", "W"):
+        if getattr(args, flag) % stride:
+            raise UserValueError(
+                f"--{flag} must be a multiple of {stride} for this model, not {getattr(args, flag)}"
+            )
+
+
+def read_prompts(args) -> list[str]:
+    """--prompt, or the lines of --from-file."""
+    if not args.from_file:
+        return [args.prompt]
+    prompts = [line.strip() for line in Path(args.from_file).read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise UserValueError(f"--from-file: {args.from_file} holds no prompt")
+    return prompts
+
+
+@torch.no_grad()
+def read_off(args, drawing: Drawing, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """What is wanted of the given images, under the prompts in turn; by name, [N, D] or [N, classes]."""
+    model, given = drawing.model, dict(drawing.given)
+    arrays = given.pop(model.first_stage_key)
+    if args.baseline:
+        raise UserValueError("--baseline draws images: leave it out where they are given")
+    if images := [name for name in drawing.wanted if model.modalities[name].kind == "image"]:
+        raise UserValueError(f"--want {images[0]}: scripts/sample_diffusion.py draws images of images")
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in drawing.wanted}
+    for numbers in directions.batches(range(len(arrays)), args.n_samples):
+        cond = model.get_learned_conditioning([prompts[n % len(prompts)] for n in numbers])
+        values = {name: inference.take(value, numbers) for name, value in given.items()}
+        read = model.predict(arrays[numbers], values, conditioning=cond, seed=args.seed, indices=numbers)
+        for name, rows in found.items():
+            rows.append(read[name])
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def draw_all(args, drawing: Drawing, prompts: list[str]) -> dict[str, np.ndarray]:
+    """This rank's images, as files in the drawing's folder; the vectors and labels of all ranks, by name."""
+    for_each = args.n_iter * args.n_samples
+    arrays: dict[str, dict[int, np.ndarray]] = {}
+    with drawing.model.ema_scope():
+        for numbers in directions.batches(directions.own_share(len(prompts) * for_each), args.n_samples):
+            drawn = draw(args, drawing, [prompts[n // for_each] for n in numbers], numbers)
+            inference.save_images(drawn.pop(drawing.model.first_stage_key), drawing.folder, numbers, DIGITS)
+            for name, value in drawn.items():
+                if value.ndim == 4:
+                    inference.save_images(value, drawing.folder.with_name(name), numbers, DIGITS)
+                else:
+                    directions.store(arrays, numbers, {name: value})
+    return directions.gathered(arrays)
+
+
+@torch.no_grad()
+def draw(args, drawing: Drawing, prompts: list[str], numbers: list[int]) -> dict[str, torch.Tensor]:
+    """What is wanted of the samples with these numbers, by name; images [b, 3, H, W] in [-1, 1]."""
+    model = drawing.model
+    name = "plms" if args.plms else "dpm++" if args.dpm_solver else "ddim"
+    # With a fixed code the samples of all batches have the noise of the first.
+    seeds = [n % args.n_samples for n in numbers] if args.fixed_code else numbers
+    shape = (args.C, args.H // args.f, args.W // args.f)
+    with inference.precision(args.precision):
+        free = model.get_unconditional_conditioning(len(prompts)) if args.scale != 1 else None
+        directions = {}
+        if isinstance(model, JointLatentDiffusion):
+            given = {name: inference.take(value, numbers) for name, value in drawing.given.items()}
+            directions = {
+                "given": model.given_values(given, len(numbers), shape),
+                "strength": args.strength,
+                "absent": drawing.without,
+            }
+        cond = model.as_conditioning(model.get_learned_conditioning(prompts))
+        guided = model.guided_model(cond, free, args.scale, **directions)
+        latents, _ = inference.SAMPLERS[name](model).sample(
+            args.ddim_steps,
+            len(prompts),
+            shape,
+            guided=guided,
+            eta=args.ddim_eta,
+            verbose=dist_util.get_rank() == 0,
+            random=PerSample.derived(args.seed, seeds, dist_util.dev()),
+        )
+        drawn = {model.first_stage_key: model.decode_first_stage(latents)}
+        others = [name for name in drawing.wanted if name not in drawn]
+        if others:
+            drawn |= model.decoded({name: guided.estimates[name] for name in others})
+        return {name: value.float().cpu() for name, value in drawn.items()}
+
+
+def save_arrays(args, arrays: Mapping[str, np.ndarray]) -> None:
+    """NAME.npy of every array, in the output folder."""
+    for name, array in arrays.items():
+        path = Path(args.outdir) / f"{name}.npy"
+        np.save(path, array)
+        logger.log(f"saved {path}, {'x'.join(map(str, array.shape))}")
+
+
+def finish(args, drawing: Drawing, baseline: Drawing | None, prompts: list[str]) -> None:
+    """The sheet, and only that with --skip_save."""
+    numbers = range(len(prompts) * args.n_iter * args.n_samples)
+    drawings = [drawing, *([] if baseline is None else [baseline])]
+    if not args.skip_grid:
+        path = Path(args.outdir) / f"grid-{len(list(Path(args.outdir).glob('grid-*.png'))):04}.png"
+        contact_sheet(sheet_rows(args, drawings, prompts, numbers)).save(path)
+        logger.log(f"saved {path}")
+    for made in drawings:
+        if args.skip_save:
+            for number in numbers:
+                (made.folder / f"{number:0{DIGITS}}.png").unlink()
+        else:
+            logger.log(f"saved {len(numbers)} images in {made.folder}")
+
+
+def sheet_rows(args, drawings: Sequence[Drawing], prompts: list[str], numbers: range) -> list[Row]:
+    """Rows of the sheet: what is given, then each prompt's images, above the baseline's."""
+    for_each = args.n_iter * args.n_samples
+    columns = args.n_rows or for_each
+    rows = [
+        Row(f"{name} (given)", to_uint8(inference.take(value, range(min(columns, len(numbers))))))
+        for name, value in drawings[0].given.items()
+        if value.ndim == 4
+    ]
+    images = [inference.read_images(drawing.folder, numbers, DIGITS) for drawing in drawings]
+    for k, prompt in enumerate(prompts):
+        for first in range(0, for_each, columns):
+            part = slice(k * for_each + first, k * for_each + min(first + columns, for_each))
+            titles = [prompt if first == 0 else "", "... by the baseline"]
+            rows += [Row(title, own[part]) for title, own in zip(titles, images, strict=False)]
+    return rows
