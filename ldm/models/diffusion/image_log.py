@@ -1,0 +1,112 @@
+"""Images that show how the training of a latent diffusion goes: what the data are, what the first stage keeps, what
+is sampled."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from guided_diffusion.seeding import PerSample, derive_seed
+from ldm.models.diffusion.conditioning import select
+from ldm.util import isimage, log_txt_as_img
+
+Images = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def log_images(
+    model,
+    batch: Mapping,
+    N: int = 8,
+    n_row: int = 4,
+    sample: bool = True,
+    ddim_steps: int | None = 200,
+    ddim_eta: float = 1.0,
+    return_keys: Sequence[str] | None = None,
+    quantize_denoised: bool = True,
+    inpaint: bool = True,
+    plot_denoise_rows: bool = False,
+    plot_progressive_rows: bool = True,
+    plot_diffusion_rows: bool = True,
+    unconditional_guidance_scale: float = 1.0,
+    split: str = "train",
+) -> Images:
+    """Images [n, C, H, W] in [-1, 1] by name, n = min(N, B): `inputs` (where the batch has them),
+    `reconstruction`, `conditioning` (where it can be drawn), and with `sample` those of the model's
+    `log_samples` (ddim_steps None: ancestral).
+
+    plot_diffusion_rows: `diffusion_row`, n_row of them noised further and further; plot_denoise_rows:
+    `denoise_row`, the samples on their way; plot_progressive_rows: `progressive_row`, the predicted images of
+    ancestral sampling; quantize_denoised: `samples_x0_quantized`, where the first stage has a codebook;
+    inpaint: `samples_inpainting`, `samples_outpainting` and their `mask`, 1 where the input is kept. A row of k
+    times is [k n, C, H, W]. return_keys: only these, if any is there. The noise is always the same for the same
+    `split` of the data, train or val.
+    """
+    batch = {name: select(value, slice(N)) for name, value in batch.items() if hasattr(value, "__len__")}
+    z, cond = model.get_input(batch, model.first_stage_key, force_c_encode=True)
+    n, seed = len(z), derive_seed(model.seed, int(split == "val"))
+
+    def random():
+        return PerSample.derived(seed, range(n), model.device)
+
+    def decoded(latents):
+        return torch.cat([model.decode_first_stage(part) for part in latents])
+
+    shown = inputs_and_conditioning(model, batch)
+    shown["reconstruction"] = model.decode_first_stage(z)
+    if plot_diffusion_rows:
+        times = [*range(0, model.num_timesteps - 1, model.log_every_t), model.num_timesteps - 1]
+        first, noise = z[:n_row], random().randn_like(z)[:n_row]
+        shown["diffusion_row"] = decoded(
+            model.q_sample(first, torch.full((len(first),), t, device=first.device), noise) for t in times
+        )
+    steps = None if ddim_steps is None else min(ddim_steps, model.num_timesteps)
+    with model.ema_scope("images for the log"):
+        if sample:
+            shown |= model.log_samples(batch, cond, n, steps, ddim_eta, unconditional_guidance_scale, seed)
+            options = {"ddim": steps is not None}
+            if steps is not None:
+                options |= {"ddim_steps": steps, "eta": ddim_eta}
+            if plot_denoise_rows:
+                _, way = model.sample_log(cond, n, random=random(), **options)
+                shown["denoise_row"] = decoded(way["x_inter"] if isinstance(way, dict) else way)
+            if quantize_denoised and hasattr(model.first_stage_model, "quantize"):
+                name = "quantize_x0" if steps is not None else "quantize_denoised"
+                latents, _ = model.sample_log(cond, n, random=random(), **options, **{name: True})
+                shown["samples_x0_quantized"] = model.decode_first_stage(latents)
+            if inpaint:
+                height, width = z.shape[2:]
+                mask = z.new_ones(n, 1, height, width)
+                mask[..., height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 0
+                shown["mask"] = mask
+                for name, kept in (("samples_inpainting", mask), ("samples_outpainting", 1 - mask)):
+                    latents, _ = model.sample_log(cond, n, random=random(), x0=z, mask=kept, **options)
+                    shown[name] = model.decode_first_stage(latents)
+        if plot_progressive_rows:
+            _, way = model.progressive_denoising(cond, z.shape, verbose=False, x_T=random().randn_like(z))
+            shown["progressive_row"] = decoded(way)
+    shown = {name: images.clamp(-1, 1) for name, images in shown.items()}
+    return {name: shown[name] for name in return_keys or () if name in shown} or shown
+
+
+def inputs_and_conditioning(model, batch: Mapping) -> Images:
+    """`inputs`, and `conditioning` where it can be drawn."""
+    shown: Images = {}
+    for name, key in (("inputs", model.first_stage_key), ("conditioning", model.cond_stage_key)):
+        if name == "conditioning" and (model.model.conditioning_key is None or "inputs" not in shown):
+            continue
+        value = batch.get(key)
+        if isinstance(value, torch.Tensor) and value.ndim == 4:
+            images = value.movedim(-1, 1).float()
+            if isimage(images):
+                shown[name] = images.expand(-1, 3, -1, -1)
+        elif name == "conditioning" and isinstance(value, (list, tuple)):
+            shown[name] = log_txt_as_img(_size(shown), list(value))
+        elif name == "conditioning" and isinstance(value, torch.Tensor) and value.ndim == 1:
+            labels = batch.get("human_label", [str(int(label)) for label in value])
+            shown[name] = log_txt_as_img(_size(shown), labels)
+    return shown
+
+
+def _size(shown):
+    """(width, height) of the inputs."""
+    return tuple(shown["inputs"].shape[:1:-1])
