@@ -248,7 +248,7 @@ def test_ancestral_sampling(models):
 
 def test_wrong_options_are_named(models, conditional):
     for sampler in (PLMSSampler, DPMSolverSampler):
-        with pytest.raises(UserValueError, match="deterministic"):
+        with pytest.raises(UserValueError, match="only DDIM has an eta"):
             sampler(models["eps"]).sample(4, 2, SHAPE, eta=0.5)
     ddim = DDIMSampler(models["eps"])
     with pytest.raises(UserValueError, match="41 sampling steps"):

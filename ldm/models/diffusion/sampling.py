@@ -176,7 +176,7 @@ class Sampler:
         """Choose the timesteps, None for the whole process; sets `ddim_timesteps` and `diffusion`, the process
         over them."""
         if ddim_eta and not self.stochastic:
-            raise UserValueError(f"{type(self).__name__} is deterministic: ddim_eta must be 0")
+            raise UserValueError(f"only DDIM has an eta: for {type(self).__name__} it must be 0")
         self.ddim_eta, self._to_image = ddim_eta, ddim_num_steps is None
         if self._to_image:
             self.ddim_timesteps, self.diffusion = np.arange(self.ddpm_num_timesteps), self.model.diffusion
