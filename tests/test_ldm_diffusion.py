@@ -362,11 +362,16 @@ def test_rows_and_inpainting_for_the_log(monkeypatch):
     batch = {"image": maps(3) / 2}
     shown = model.log_images(batch, N=2, n_row=1, ddim_steps=20, plot_denoise_rows=True)
     x = batch["image"].permute(0, 3, 1, 2)
-    times = [0, 39]  # every hundredth, and the last
-    assert len(shown["diffusion_row"]) == len(times) and (shown["diffusion_row"][0] - x[0]).abs().max() < 0.1
-    assert (shown["diffusion_row"][1] - x[0]).abs().mean() > 0.3
-    assert th.allclose(shown["denoise_row"][-2:], shown["samples"], atol=1e-5)
-    assert shown["progressive_row"].shape == (2 * 2, 2, 8, 8)
+    # At timesteps 0 and 39: every hundredth, and the last.
+    clean, noise = shown["diffusion_row"].split(8, dim=3)
+    assert (clean - x[:1]).abs().max() < 0.1 and (noise - x[:1]).abs().mean() > 0.3
+    assert th.allclose(shown["denoise_row"][..., -8:], shown["samples"], atol=1e-5)
+    assert shown["progressive_row"].shape == (2, 2, 8, 2 * 8)
+    th.manual_seed(9)  # the noise is the log's own, and training's stays
+    before = th.get_rng_state()
+    again = model.log_images(batch, N=2, n_row=1, ddim_steps=20)
+    assert all(th.equal(shown[name], image) for name, image in again.items())
+    assert th.equal(before, th.get_rng_state())
     assert not th.equal(shown["samples_x0_quantized"], shown["samples"])
     kept, mask = shown["mask"].bool().expand(-1, 2, -1, -1), shown["mask"]
     assert mask[0, 0, 0, 0] == 1 and mask[0, 0, 4, 4] == 0

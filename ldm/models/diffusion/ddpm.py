@@ -330,7 +330,7 @@ class LatentDiffusion(DDPM):
         """(loss, terms to log) at timesteps t of latents x_0 under learned conditioning; see DDPM."""
         return super().p_losses(x_start, t, noise, random, batch, cond)
 
-    def forward(self, x, c=None, *args, **kwargs):
+    def forward(self, x, c, *args, **kwargs):
         """See DDPM; c: conditioning, raw where the conditioner is trained."""
         cond = self.get_learned_conditioning(c) if self.cond_stage_trainable else c
         return super().forward(x, cond, *args, **kwargs)
@@ -449,6 +449,7 @@ class LatentDiffusion(DDPM):
         x_T=None,
         start_T=None,
         log_every_t=None,
+        random: PerSample | None = None,
     ):
         """(latents, the predicted x_0 on the way to them); `shape` is without the batch where batch_size is
         given."""
@@ -458,6 +459,7 @@ class LatentDiffusion(DDPM):
             shape if batch_size is None else (batch_size, *shape),
             x_T=x_T,
             start=start_T,
+            random=random,
             score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs,
             temperature=temperature,
@@ -496,7 +498,7 @@ class LatentDiffusion(DDPM):
         return self.p_sample_loop(cond, shape, *own, **known, **options)
 
     @torch.no_grad()
-    def sample_log(self, cond, batch_size, ddim=True, ddim_steps=50, **options):
+    def sample_log(self, cond, batch_size, ddim, ddim_steps, **options):
         """(latents, intermediates) by DDIM in ddim_steps steps, options being DDIMSampler.sample's; without
         `ddim` by `sample`, with the options of that."""
         if not ddim:
@@ -506,14 +508,32 @@ class LatentDiffusion(DDPM):
         )
 
     @torch.no_grad()
-    def log_images(self, batch, N=8, n_row=4, sample=True, ddim_steps=200, ddim_eta=1.0, **options):
+    def log_images(
+        self,
+        batch,
+        N=8,
+        n_row=4,
+        sample=True,
+        ddim_steps=200,
+        ddim_eta=1.0,
+        return_keys=None,
+        quantize_denoised=True,
+        inpaint=True,
+        plot_denoise_rows=False,
+        plot_progressive_rows=True,
+        plot_diffusion_rows=True,
+        **options,
+    ):
         """Images that show how training goes; see image_log.log_images."""
-        return log_images(self, batch, N, n_row, sample, ddim_steps, ddim_eta, **options)
+        rows = (plot_denoise_rows, plot_progressive_rows, plot_diffusion_rows)
+        how = (N, n_row, sample, ddim_steps, ddim_eta, return_keys, quantize_denoised, inpaint, *rows)
+        return log_images(self, batch, *how, **options)
 
     def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> dict[str, torch.Tensor]:
         """`samples` for the log, and where the scale is not 1 `samples_cfg` with guidance; steps None:
         ancestral."""
-        options = {"ddim": False} if steps is None else {"ddim_steps": steps, "eta": eta}
+        ddim = steps is not None
+        options = {"eta": eta} if ddim else {}
         shown, guided = {}, {}
         if scale != 1:
             free = self.get_unconditional_conditioning(n)
@@ -521,7 +541,7 @@ class LatentDiffusion(DDPM):
         for name, extra in (("samples", {}), ("samples_cfg", guided)):
             if name == "samples" or extra:
                 random = PerSample.derived(seed, range(n), self.device)
-                latents, _ = self.sample_log(cond, n, random=random, **options, **extra)
+                latents, _ = self.sample_log(cond, n, ddim, steps, random=random, **options, **extra)
                 shown[name] = self.decode_first_stage(latents)
         return shown
 

@@ -16,17 +16,17 @@ Images = dict[str, torch.Tensor]
 def log_images(
     model,
     batch: Mapping,
-    N: int = 8,
-    n_row: int = 4,
-    sample: bool = True,
-    ddim_steps: int | None = 200,
-    ddim_eta: float = 1.0,
-    return_keys: Sequence[str] | None = None,
-    quantize_denoised: bool = True,
-    inpaint: bool = True,
-    plot_denoise_rows: bool = False,
-    plot_progressive_rows: bool = True,
-    plot_diffusion_rows: bool = True,
+    N: int,
+    n_row: int,
+    sample: bool,
+    ddim_steps: int | None,
+    ddim_eta: float,
+    return_keys: Sequence[str] | None,
+    quantize_denoised: bool,
+    inpaint: bool,
+    plot_denoise_rows: bool,
+    plot_progressive_rows: bool,
+    plot_diffusion_rows: bool,
     unconditional_guidance_scale: float = 1.0,
     split: str = "train",
 ) -> Images:
@@ -37,8 +37,8 @@ def log_images(
     plot_diffusion_rows: `diffusion_row`, n_row of them noised further and further; plot_denoise_rows:
     `denoise_row`, the samples on their way; plot_progressive_rows: `progressive_row`, the predicted images of
     ancestral sampling; quantize_denoised: `samples_x0_quantized`, where the first stage has a codebook;
-    inpaint: `samples_inpainting`, `samples_outpainting` and their `mask`, 1 where the input is kept. A row of k
-    times is [k n, C, H, W]. return_keys: only these, if any is there. The noise is always the same for the same
+    inpaint: `samples_inpainting`, `samples_outpainting` and their `mask`, 1 where the input is kept. A row is
+    [n, C, H, k W], k images side by side. return_keys: only these, if any is there. The noise is always the same for the same
     `split` of the data, train or val.
     """
     batch = {name: select(value, slice(N)) for name, value in batch.items() if hasattr(value, "__len__")}
@@ -48,30 +48,33 @@ def log_images(
     def random():
         return PerSample.derived(seed, range(n), model.device)
 
-    def decoded(latents):
-        return torch.cat([model.decode_first_stage(part) for part in latents])
+    def row(latents):
+        return torch.cat([model.decode_first_stage(part) for part in latents], dim=3)
 
     shown = inputs_and_conditioning(model, batch)
     shown["reconstruction"] = model.decode_first_stage(z)
     if plot_diffusion_rows:
         times = [*range(0, model.num_timesteps - 1, model.log_every_t), model.num_timesteps - 1]
         first, noise = z[:n_row], random().randn_like(z)[:n_row]
-        shown["diffusion_row"] = decoded(
+        shown["diffusion_row"] = row(
             model.q_sample(first, torch.full((len(first),), t, device=first.device), noise) for t in times
         )
     steps = None if ddim_steps is None else min(ddim_steps, model.num_timesteps)
     with model.ema_scope("images for the log"):
         if sample:
             shown |= model.log_samples(batch, cond, n, steps, ddim_eta, unconditional_guidance_scale, seed)
-            options = {"ddim": steps is not None}
-            if steps is not None:
-                options |= {"ddim_steps": steps, "eta": ddim_eta}
+            ddim = steps is not None
+
+            def sampled(**options):
+                if ddim:
+                    options["eta"] = ddim_eta
+                return model.sample_log(cond, n, ddim, steps, random=random(), **options)
+
             if plot_denoise_rows:
-                _, way = model.sample_log(cond, n, random=random(), **options)
-                shown["denoise_row"] = decoded(way["x_inter"] if isinstance(way, dict) else way)
+                _, way = sampled()
+                shown["denoise_row"] = row(way["x_inter"] if ddim else way)
             if quantize_denoised and hasattr(model.first_stage_model, "quantize"):
-                name = "quantize_x0" if steps is not None else "quantize_denoised"
-                latents, _ = model.sample_log(cond, n, random=random(), **options, **{name: True})
+                latents, _ = sampled(**{"quantize_x0" if ddim else "quantize_denoised": True})
                 shown["samples_x0_quantized"] = model.decode_first_stage(latents)
             if inpaint:
                 height, width = z.shape[2:]
@@ -79,11 +82,11 @@ def log_images(
                 mask[..., height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 0
                 shown["mask"] = mask
                 for name, kept in (("samples_inpainting", mask), ("samples_outpainting", 1 - mask)):
-                    latents, _ = model.sample_log(cond, n, random=random(), x0=z, mask=kept, **options)
+                    latents, _ = sampled(x0=z, mask=kept)
                     shown[name] = model.decode_first_stage(latents)
         if plot_progressive_rows:
-            _, way = model.progressive_denoising(cond, z.shape, verbose=False, x_T=random().randn_like(z))
-            shown["progressive_row"] = decoded(way)
+            _, way = model.progressive_denoising(cond, z.shape, verbose=False, random=random())
+            shown["progressive_row"] = row(way)
     shown = {name: images.clamp(-1, 1) for name, images in shown.items()}
     return {name: shown[name] for name in return_keys or () if name in shown} or shown
 
