@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.util import instantiate_from_config
 from tests.compare import agree
+from tests.conftest import ROOT
 from tests.ldm_models import CLASSES, CONTEXT, IDENTITY, KL, maps, shaken, small, unet_config
 
 PARITY = Path(__file__).parent / "parity"
@@ -25,6 +28,15 @@ TABLES = (
     "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance "
     "posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2"
 ).split()
+
+
+def test_single_task_code_does_not_know_the_joint_models():
+    """Nor do the encoders, the samplers or main.py, which the single task needs."""
+    single = "ddpm ddim plms dpm_solver sampling conditioning parameterization image_log".split()
+    names = [*(f"ldm.models.diffusion.{name}" for name in single), "ldm.modules.encoders.modules", "main"]
+    code = f"import sys, {', '.join(names)}; print([m for m in sys.modules if m.startswith('ldm') and ('joint' in m or 'vectors' in m)])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 # ------------------------------------------------------------------------------------------- layout of the weights

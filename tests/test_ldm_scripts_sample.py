@@ -19,15 +19,14 @@ from tests.conftest import ROOT, sample_image
 from tests.ldm_models import CLASSES, KL, small, unet_config
 from tests.test_ldm_conditioning import WIDTH, clip  # noqa: F401 (a fixture)
 
-SCRIPTS = ROOT / "scripts"
 CROSS = dict(use_spatial_transformer=True)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run(script, *arguments): (exit code, stdout, stderr) of a script in this process."""
-    for folder in (SCRIPTS, ROOT / "experiments"):
-        monkeypatch.syspath_prepend(str(folder))
+    for folder in ("scripts", "experiments"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     monkeypatch.setattr(dist_util, "setup_dist", lambda: None)
 
     def call(script, *arguments):

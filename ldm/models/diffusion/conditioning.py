@@ -41,7 +41,7 @@ class DiffusionWrapper(nn.Module):
             raise UserValueError(
                 f"unknown conditioning_key {conditioning_key!r}: choose one of {', '.join(map(str, NEEDS))}"
             )
-        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.diffusion_model = instantiate_from_config(diff_model_config, nn.Module, "unet_config")
         self.conditioning_key = conditioning_key
 
     @property

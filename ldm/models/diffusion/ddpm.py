@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.seeding import PerSample
@@ -103,7 +104,7 @@ class LatentDiffusion(DDPM):
 
     def instantiate_first_stage(self, config: Mapping) -> None:
         """Make `first_stage_model`, frozen."""
-        self.first_stage_model = frozen(instantiate_from_config(config))
+        self.first_stage_model = frozen(instantiate_from_config(config, nn.Module, "first_stage_config"))
 
     def instantiate_cond_stage(self, config) -> None:
         """Make `cond_stage_model`: the first stage itself, None where unconditional, or what `config`
@@ -115,7 +116,7 @@ class LatentDiffusion(DDPM):
                 )
             self.cond_stage_model = self.first_stage_model
             return
-        model = instantiate_from_config(config)
+        model = instantiate_from_config(config, nn.Module, "cond_stage_config")
         if model is None and self.cond_stage_trainable:
             raise UserValueError("there is no conditioner to train: cond_stage_trainable must be off")
         self.cond_stage_model = model if model is None or self.cond_stage_trainable else frozen(model)

@@ -29,7 +29,7 @@ from ldm.models.diffusion.parameterization import (
 )
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.ema import LitEma
-from ldm.util import count_params, instantiate_from_config
+from ldm.util import Schedule, count_params, instantiate_from_config
 
 _logger = logging.getLogger(__name__)
 
@@ -340,7 +340,7 @@ class DDPM(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate)
         if self.scheduler_config is None:
             return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
+        schedule = instantiate_from_config(self.scheduler_config, Schedule, "scheduler_config").schedule
         scheduler = {"scheduler": LambdaLR(optimizer, schedule), "interval": "step", "frequency": 1}
         return [optimizer], [scheduler]
 

@@ -77,7 +77,7 @@ def make_extractors(configs: Mapping[str, Mapping], standards: Mapping[str, Stan
             raise UserValueError(
                 f"extractors.{name}: the vector modalities are {', '.join(standards) or 'none'}"
             )
-        made[name] = frozen(instantiate_from_config(config))
+        made[name] = frozen(instantiate_from_config(config, nn.Module, f"extractors.{name}"))
         width = len(standards[name].mean)
         if made[name].width != width:
             raise UserValueError(
