@@ -19,6 +19,7 @@ from ldm.checkpoint import load_state_dict, load_weights
 from ldm.diffusers_layout import parameterization as told_parameterization
 from ldm.models.diffusion import sampling
 from ldm.models.diffusion.conditioning import DiffusionWrapper, channels_first, from_batch
+from ldm.models.diffusion.image_log import log_pixel_images
 from ldm.models.diffusion.parameterization import (
     TABLES,
     elbo_weights,
@@ -229,6 +230,10 @@ class DDPM(pl.LightningModule):
     def sample(self, batch_size=16, return_intermediates=False):
         """As `p_sample_loop`, of this model's shape."""
         return self.p_sample_loop((batch_size, *self.latent_shape), return_intermediates)
+
+    def log_images(self, batch, N=8, n_row=2, sample=True, return_keys=None, **kwargs):
+        """Images that show how training goes; see image_log.log_pixel_images."""
+        return log_pixel_images(self, batch, N, n_row, sample, return_keys, **kwargs)
 
     # Loss
 

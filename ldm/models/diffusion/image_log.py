@@ -1,12 +1,13 @@
-"""Images that show how the training of a latent diffusion goes: what the data are, what the first stage keeps, what
-is sampled."""
+"""Images that show how the training of a diffusion goes: what the data are, what the first stage keeps, what is
+sampled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from guided_diffusion.seeding import PerSample, derive_seed
 from ldm.models.diffusion.conditioning import select
+from ldm.models.diffusion.sampling import ancestral
 from ldm.util import isimage, log_txt_as_img
 
 Images = dict[str, torch.Tensor]
@@ -54,11 +55,7 @@ def log_images(
     shown = inputs_and_conditioning(model, batch)
     shown["reconstruction"] = model.decode_first_stage(z)
     if plot_diffusion_rows:
-        times = [*range(0, model.num_timesteps - 1, model.log_every_t), model.num_timesteps - 1]
-        first, noise = z[:n_row], random().randn_like(z)[:n_row]
-        shown["diffusion_row"] = row(
-            model.q_sample(first, torch.full((len(first),), t, device=first.device), noise) for t in times
-        )
+        shown["diffusion_row"] = row(noised(model, z[:n_row], random()))
     steps = None if ddim_steps is None else min(ddim_steps, model.num_timesteps)
     with model.ema_scope("images for the log"):
         if sample:
@@ -87,6 +84,32 @@ def log_images(
         if plot_progressive_rows:
             _, way = model.progressive_denoising(cond, z.shape, verbose=False, random=random())
             shown["progressive_row"] = row(way)
+    return _clipped(shown, return_keys)
+
+
+@torch.no_grad()
+def log_pixel_images(model, batch: Mapping, N, n_row, sample, return_keys=None, split="train") -> Images:
+    """The same of a DDPM of images: `inputs`, `diffusion_row`, and with `sample` `samples` and `denoise_row`."""
+    x = model.get_input(batch, model.first_stage_key)[:N].to(model.device)
+    seed, places = derive_seed(model.seed, int(split == "val")), range(len(x))
+    noise = PerSample.derived(seed, places, model.device)
+    shown = {"inputs": x, "diffusion_row": torch.cat(list(noised(model, x[:n_row], noise)), dim=3)}
+    if sample:
+        with model.ema_scope("images for the log"):
+            random = PerSample.derived(seed, places, model.device)
+            shown["samples"], way = ancestral(model, None, x.shape, random=random)
+        shown["denoise_row"] = torch.cat(way, dim=3)
+    return _clipped(shown, return_keys)
+
+
+def noised(model, x: torch.Tensor, random: PerSample) -> Iterator[torch.Tensor]:
+    """x, noised to every log_every_t-th timestep and the last."""
+    noise = random.randn(x.shape[1:]).to(x)[: len(x)]
+    for t in (*range(0, model.num_timesteps - 1, model.log_every_t), model.num_timesteps - 1):
+        yield model.q_sample(x, torch.full((len(x),), t, device=x.device), noise)
+
+
+def _clipped(shown, return_keys):
     shown = {name: images.clamp(-1, 1) for name, images in shown.items()}
     return {name: shown[name] for name in return_keys or () if name in shown} or shown
 
