@@ -7,10 +7,12 @@ dict of the U-Net's inputs: `c_concat` and `c_crossattn` (lists of tensors), `c_
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.seeding import PerSample
+from ldm.modules.distributions.distributions import AbstractDistribution
 from ldm.util import instantiate_from_config
 
 FIRST_STAGE, UNCONDITIONAL = "__is_first_stage__", "__is_unconditional__"
@@ -132,6 +134,89 @@ def sometimes_null(values, rule: Mapping, random: PerSample):
         return [rule["val"] if gone else value for value, gone in zip(values, drop.tolist(), strict=True)]
     mask = drop.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
     return torch.where(mask, torch.as_tensor(rule["val"], dtype=values.dtype, device=values.device), values)
+
+
+# Of a LatentDiffusion
+
+
+def raw_conditioning(model, batch: Mapping, key: str, random: PerSample | None = None):
+    """batch[key] as the model's conditioner takes it; None where the model has no conditioning.
+
+    Images [B, H, W, C] become [B, C, H, W], labels [B] a dict with cond_stage_key, captions and vectors stay; with
+    concat_keys it is {"raw": that, "c_concat": their maps}. random: decides which samples get the null values of
+    ucg_training.
+    """
+    if model.model.conditioning_key is None:
+        return None
+    own = model.cond_stage_key
+    if model.conditioned_on_images and f"{key}_latent" in batch:
+        raw = {f"{own}_latent": batch[f"{key}_latent"].float()}
+    else:
+        raw = from_batch(batch, key, "cond_stage_key")
+        raw = raw.to(model.device) if isinstance(raw, torch.Tensor) else list(raw)
+        if random is not None and key in model.ucg_training:
+            raw = sometimes_null(raw, model.ucg_training[key], random)
+        if isinstance(raw, torch.Tensor) and raw.ndim != 2:
+            raw = channels_first(raw) if raw.ndim >= 3 else {own: raw}
+    maps = [_concat_map(model, batch, name, random) for name in model.concat_keys]
+    return {"raw": raw, "c_concat": maps} if maps else raw
+
+
+def _concat_map(model, batch, name, random):
+    """A map beside the latent: an image encoded, or a mask of one channel resized to the latent."""
+    if f"{name}_latent" in batch:
+        return model.latents(batch, name, random)
+    image = channels_first(from_batch(batch, name, "concat_keys")).to(model.device)
+    if image.shape[1] == 1:
+        return F.interpolate(image, size=model.latent_shape[1:])
+    return model.encode_images(image, random)
+
+
+def learned_conditioning(model, c) -> dict:
+    """The U-Net's inputs for what `raw_conditioning` returns, or what the conditioner takes: captions, a dict with
+    labels, images [B, C, H, W]."""
+    if c is None:
+        return {}
+    maps = []
+    if isinstance(c, Mapping) and "raw" in c:
+        c, maps = c["raw"], c["c_concat"]
+    learned = model.as_conditioning(_learned(model, c))
+    return {**learned, "c_concat": [*learned.get("c_concat", ()), *maps]} if maps else learned
+
+
+def _learned(model, c):
+    conditioner = model.cond_stage_model
+    if model.conditioned_on_images and isinstance(c, Mapping):
+        return c[f"{model.cond_stage_key}_latent"]
+    if conditioner is None:
+        return c[model.cond_stage_key] if isinstance(c, Mapping) else c
+    if model.cond_stage_forward is not None:
+        return getattr(conditioner, model.cond_stage_forward)(c)
+    with torch.set_grad_enabled(model.cond_stage_trainable and torch.is_grad_enabled()):
+        encode = getattr(conditioner, "encode", None)
+        c = encode(c) if callable(encode) else conditioner(c)
+    return c.mode() if isinstance(c, AbstractDistribution) else c
+
+
+def null_conditioning(model, batch_size: int, null_label=None) -> dict:
+    """The U-Net's inputs that say nothing, for classifier-free guidance: for the conditioner's `null` input, or
+    `null_label` (a caption, a class) in its place.
+
+    UserValueError if the conditioner has none.
+    """
+    if null_label is None and model.cond_stage_key in model.ucg_training:
+        null_label = model.ucg_training[model.cond_stage_key]["val"]
+    if null_label is None:
+        null_label = getattr(model.cond_stage_model, "null", None)
+    if null_label is None:
+        raise UserValueError(
+            "this model's conditioner has no null input: guidance needs one (give null_label, or train "
+            "with ucg_training)"
+        )
+    if isinstance(null_label, str):
+        return model.get_learned_conditioning([null_label] * batch_size)
+    labels = torch.full((batch_size,), null_label, device=model.device)
+    return model.get_learned_conditioning({model.cond_stage_key: labels})
 
 
 # Batches of conditioning

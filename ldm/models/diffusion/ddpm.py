@@ -6,25 +6,16 @@ import logging
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.seeding import PerSample
-from ldm.models.diffusion import sampling
-from ldm.models.diffusion.conditioning import (
-    FIRST_STAGE,
-    DiffusionWrapper,
-    channels_first,
-    from_batch,
-    resolve_key,
-    select,
-    sometimes_null,
-)
+from ldm.models.diffusion import conditioning, sampling
+from ldm.models.diffusion.conditioning import DiffusionWrapper, channels_first, from_batch, select
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.image_diffusion import DDPM
-from ldm.models.diffusion.image_log import log_images
+from ldm.models.diffusion.image_log import log_images, log_samples
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.distributions.distributions import AbstractDistribution, draw
 from ldm.modules.encoders.base import frozen
@@ -73,7 +64,7 @@ class LatentDiffusion(DDPM):
         load_only_unet=False,
         **kwargs,
     ):
-        key = resolve_key(cond_stage_config, conditioning_key, concat_mode)
+        key = conditioning.resolve_key(cond_stage_config, conditioning_key, concat_mode)
         super().__init__(*args, conditioning_key=key, **kwargs)
         if num_timesteps_cond not in (None, 1):
             raise UserValueError("noise on the conditioning (num_timesteps_cond above 1) is not supported")
@@ -109,7 +100,7 @@ class LatentDiffusion(DDPM):
     def instantiate_cond_stage(self, config) -> None:
         """Make `cond_stage_model`: the first stage itself, None where unconditional, or what `config`
         says."""
-        if config == FIRST_STAGE:
+        if config == conditioning.FIRST_STAGE:
             if self.cond_stage_trainable:
                 raise UserValueError(
                     "the first stage as conditioner is frozen: cond_stage_trainable must be off"
@@ -206,61 +197,12 @@ class LatentDiffusion(DDPM):
         return self.cond_stage_model is not None and self.cond_stage_model is self.first_stage_model
 
     def raw_conditioning(self, batch: Mapping, random: PerSample | None = None, key: str | None = None):
-        """batch[key], by default cond_stage_key, as the conditioner takes it; None where the model has no
-        conditioning.
-
-        Images [B, H, W, C] become [B, C, H, W], labels [B] a dict with cond_stage_key, captions and vectors stay.
-        random: decides which samples get the null values of ucg_training.
-        """
-        if self.model.conditioning_key is None:
-            return None
-        key = key or self.cond_stage_key
-        if self.conditioned_on_images and f"{key}_latent" in batch:
-            raw = {f"{self.cond_stage_key}_latent": batch[f"{key}_latent"].float()}
-        else:
-            raw = from_batch(batch, key, "cond_stage_key")
-            raw = raw.to(self.device) if isinstance(raw, torch.Tensor) else list(raw)
-            if random is not None and key in self.ucg_training:
-                raw = sometimes_null(raw, self.ucg_training[key], random)
-            if isinstance(raw, torch.Tensor) and raw.ndim != 2:
-                raw = channels_first(raw) if raw.ndim >= 3 else {self.cond_stage_key: raw}
-        maps = [self._concat_map(batch, name, random) for name in self.concat_keys]
-        return {"raw": raw, "c_concat": maps} if maps else raw
-
-    def _concat_map(self, batch, name, random):
-        """A map beside the latent: an image encoded, or a mask of one channel resized to the latent."""
-        if f"{name}_latent" in batch:
-            return self.latents(batch, name, random)
-        image = channels_first(from_batch(batch, name, "concat_keys")).to(self.device)
-        if image.shape[1] == 1:
-            return F.interpolate(image, size=self.latent_shape[1:])
-        return self.encode_images(image, random)
+        """What a batch says under `key` (default: cond_stage_key); see conditioning.raw_conditioning."""
+        return conditioning.raw_conditioning(self, batch, key or self.cond_stage_key, random)
 
     def get_learned_conditioning(self, c) -> dict[str, list[torch.Tensor]]:
-        """The U-Net's inputs for raw conditioning `c`.
-
-        `c` may be what `raw_conditioning` returns, or what the conditioner takes: captions, a dict with
-        labels, images [B, C, H, W].
-        """
-        if c is None:
-            return {}
-        maps = []
-        if isinstance(c, Mapping) and "raw" in c:
-            c, maps = c["raw"], c["c_concat"]
-        learned = self.as_conditioning(self._learned(c))
-        return {**learned, "c_concat": [*learned.get("c_concat", ()), *maps]} if maps else learned
-
-    def _learned(self, c):
-        model = self.cond_stage_model
-        if self.conditioned_on_images and isinstance(c, Mapping):
-            return c[f"{self.cond_stage_key}_latent"]
-        if model is None:
-            return c[self.cond_stage_key] if isinstance(c, Mapping) else c
-        if self.cond_stage_forward is not None:
-            return getattr(model, self.cond_stage_forward)(c)
-        with torch.set_grad_enabled(self.cond_stage_trainable and torch.is_grad_enabled()):
-            c = model.encode(c) if callable(getattr(model, "encode", None)) else model(c)
-        return c.mode() if isinstance(c, AbstractDistribution) else c
+        """The U-Net's inputs for raw conditioning, see conditioning.learned_conditioning."""
+        return conditioning.learned_conditioning(self, c)
 
     def as_conditioning(self, cond) -> dict[str, list[torch.Tensor]]:
         """Conditioning of any accepted form, a dict, a list or one tensor, as a dict of the U-Net's inputs."""
@@ -269,27 +211,9 @@ class LatentDiffusion(DDPM):
         cond = list(cond) if isinstance(cond, (list, tuple)) else [cond]
         return {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": cond}
 
-    def get_unconditional_conditioning(
-        self, batch_size: int, null_label=None
-    ) -> dict[str, list[torch.Tensor]]:
-        """Conditioning that says nothing, for classifier-free guidance: the conditioner's `null` input, or
-        `null_label` (a caption, a class) in its place.
-
-        UserValueError if the conditioner has none.
-        """
-        if null_label is None and self.cond_stage_key in self.ucg_training:
-            null_label = self.ucg_training[self.cond_stage_key]["val"]
-        if null_label is None:
-            null_label = getattr(self.cond_stage_model, "null", None)
-        if null_label is None:
-            raise UserValueError(
-                "this model's conditioner has no null input: guidance needs one (give null_label, or train "
-                "with ucg_training)"
-            )
-        if isinstance(null_label, str):
-            return self.get_learned_conditioning([null_label] * batch_size)
-        labels = torch.full((batch_size,), null_label, device=self.device)
-        return self.get_learned_conditioning({self.cond_stage_key: labels})
+    def get_unconditional_conditioning(self, batch_size: int, null_label=None):
+        """The U-Net's inputs that say nothing, see conditioning.null_conditioning."""
+        return conditioning.null_conditioning(self, batch_size, null_label)
 
     # Loss
 
@@ -531,20 +455,8 @@ class LatentDiffusion(DDPM):
         return log_images(self, batch, *how, **options)
 
     def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> dict[str, torch.Tensor]:
-        """`samples` for the log, and where the scale is not 1 `samples_cfg` with guidance; steps None:
-        ancestral."""
-        ddim = steps is not None
-        options = {"eta": eta} if ddim else {}
-        shown, guided = {}, {}
-        if scale != 1:
-            free = self.get_unconditional_conditioning(n)
-            guided = {"unconditional_guidance_scale": scale, "unconditional_conditioning": free}
-        for name, extra in (("samples", {}), ("samples_cfg", guided)):
-            if name == "samples" or extra:
-                random = PerSample.derived(seed, range(n), self.device)
-                latents, _ = self.sample_log(cond, n, ddim, steps, random=random, **options, **extra)
-                shown[name] = self.decode_first_stage(latents)
-        return shown
+        """Samples for `log_images`; see image_log.log_samples."""
+        return log_samples(self, cond, n, steps, eta, scale, seed)
 
     # Checkpoints
 

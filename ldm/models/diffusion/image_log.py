@@ -87,6 +87,24 @@ def log_images(
     return _clipped(shown, return_keys)
 
 
+def log_samples(model, cond, n: int, steps: int | None, eta: float, scale: float, seed: int) -> Images:
+    """`samples` of a LatentDiffusion, and where the scale is not 1 `samples_cfg` with guidance; steps None:
+    ancestral."""
+    options = {} if steps is None else {"eta": eta}
+    shown, guided = {}, {}
+    if scale != 1:
+        free = model.get_unconditional_conditioning(n)
+        guided = {"unconditional_guidance_scale": scale, "unconditional_conditioning": free}
+    for name, extra in (("samples", {}), ("samples_cfg", guided)):
+        if name == "samples" or extra:
+            random = PerSample.derived(seed, range(n), model.device)
+            latents, _ = model.sample_log(
+                cond, n, steps is not None, steps, random=random, **options, **extra
+            )
+            shown[name] = model.decode_first_stage(latents)
+    return shown
+
+
 @torch.no_grad()
 def log_pixel_images(model, batch: Mapping, N, n_row, sample, return_keys=None, split="train") -> Images:
     """The same of a DDPM of images: `inputs`, `diffusion_row`, and with `sample` `samples` and `denoise_row`."""
