@@ -506,7 +506,7 @@ def test_text_to_image_alone_has_no_directions(run, text_model, tmp_path):
         (["--C", 4], "have 2 channels"),
         (["--H", 17], "multiples of f"),
         (["--ckpt", "missing.ckpt"], "no checkpoint missing.ckpt"),
-        (["--config", "missing.yaml"], "no such configuration file: missing.yaml"),
+        (["--config", "missing.yaml"], "no configuration file missing.yaml"),
     ],
 )
 def test_mistakes_in_txt2img_are_one_line(run, text_model, tmp_path, arguments, said):
