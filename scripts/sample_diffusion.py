@@ -187,9 +187,7 @@ def finish(
         return
     for name, array in arrays.items():
         np.save(out / f"{name}.npy", array)
-    labels = [
-        array[:SHEET].argmax(1) for name, array in arrays.items() if model.modalities[name].kind == "label"
-    ]
+    labels = [array[:SHEET].argmax(1) for name, array in arrays.items() if name not in model.standards]
     captions = label_captions(labels, class_names)
     rows = [
         Row(f"{name} (given)", to_uint8(inference.take(value, list(range(min(SHEET, count))))))
