@@ -44,10 +44,17 @@ def linear(*args, **kwargs):
 
 @th.no_grad()
 def update_ema(target_params, source_params, rate=0.99):
-    """Move `target_params` in place towards `source_params`: target = rate * target + (1 - rate) * source."""
+    """Move `target_params` in place towards `source_params`: target = rate * target + (1 - rate) * source.
+
+    rate: a number, or a tensor of one, which stays on its device.
+    """
     target, source = list(target_params), list(source_params)
-    if target:
-        th._foreach_mul_(target, rate)
+    if not target:
+        return
+    th._foreach_mul_(target, rate)
+    if isinstance(rate, th.Tensor):
+        th._foreach_add_(target, th._foreach_mul(source, 1 - rate))
+    else:
         th._foreach_add_(target, source, alpha=1 - rate)
 
 

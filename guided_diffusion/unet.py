@@ -242,7 +242,8 @@ def count_flops_attn(model, _x, y):
 
 def _attend(q, k, v):
     """Scaled dot-product attention on [B, heads, C, T] -> [B, heads * C, T]."""
-    out = F.scaled_dot_product_attention(*(a.transpose(-1, -2) for a in (q, k, v)))
+    # Contiguous: no fused kernel takes views whose last stride is T.
+    out = F.scaled_dot_product_attention(*(a.transpose(-1, -2).contiguous() for a in (q, k, v)))
     return out.transpose(-1, -2).flatten(1, 2)
 
 

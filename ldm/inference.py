@@ -15,17 +15,13 @@ from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.figures import to_uint8
 from guided_diffusion.mt import directions
 from guided_diffusion.mt.files import read_labels, read_vectors
+from guided_diffusion.seeding import PerSample
 from ldm.data.folders import read_images as read_sources
 from ldm.data.images import Reading, reading_of
 from ldm.models.diffusion.conditioning import select
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion
-from ldm.models.diffusion.plms import PLMSSampler
 from ldm.util import instantiate_from_config
-
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm++": DPMSolverSampler}
 
 
 def load_model(config: Mapping, checkpoint: str | Path) -> LatentDiffusion:
@@ -125,11 +121,11 @@ def read_given(
 
 
 def _read_value(name, source, model, size, config):
-    kind = "image" if name == model.first_stage_key else model.modalities[name].kind
-    if kind == "label":
-        return read_labels(source, model.modalities[name], config.get("class_names") or ())
-    if kind == "vector" and Path(source).suffix in (".npy", ".npz"):
-        return read_vectors(source, model.modalities[name])
+    if isinstance(model, JointLatentDiffusion) and name not in model.image_names:
+        if name not in model.standards:
+            return read_labels(source, model.modalities[name], config.get("class_names") or ())
+        if Path(source).suffix in (".npy", ".npz"):
+            return read_vectors(source, model.modalities[name])
     return read_model_images(source, model, size, reading_of(name, config.get("data")))
 
 
@@ -147,6 +143,49 @@ def image_size(model: LatentDiffusion) -> tuple[int, int]:
     """(height, width) of the images that the model draws."""
     latent = torch.zeros(1, *model.latent_shape, device=model.device)
     return tuple(model.decode_first_stage(latent).shape[2:])
+
+
+def draw(
+    model: LatentDiffusion,
+    n: int,
+    given: Mapping[str, torch.Tensor],
+    wanted: Sequence[str],
+    *,
+    sampler: str,
+    steps: int | None,
+    seed: int,
+    indices: Sequence[int],
+    eta: float = 0.0,
+    conditioning=None,
+    unconditional=None,
+    guidance: float = 1.0,
+    shape: tuple[int, int, int] | None = None,
+    progress: bool = False,
+    **directions,
+) -> dict[str, torch.Tensor]:
+    """What is wanted of n samples, by name, as every script draws it: images [n, C, H, W], probabilities, vectors.
+
+    directions: strength and absent, of a joint model; others as in JointLatentDiffusion.sample_joint. The weights are
+    those in use.
+    """
+    if isinstance(model, JointLatentDiffusion):
+        own = dict(
+            sampler=sampler, steps=steps, eta=eta, seed=seed, indices=indices, progress=progress, shape=shape
+        )
+        guide = dict(conditioning=conditioning, unconditional=unconditional, guidance=guidance, use_ema=False)
+        return model.sample_joint(n, given, wanted, **own, **guide, **directions)
+    latents, _ = SAMPLERS[sampler](model).sample(
+        steps,
+        n,
+        shape or model.latent_shape,
+        conditioning,
+        eta=eta,
+        verbose=progress,
+        unconditional_guidance_scale=guidance,
+        unconditional_conditioning=unconditional,
+        random=PerSample.derived(seed, indices, model.device),
+    )
+    return {model.first_stage_key: model.decode_first_stage(latents)}
 
 
 def take(values, numbers: Sequence[int]):

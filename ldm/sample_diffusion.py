@@ -12,7 +12,6 @@ from guided_diffusion.errors import UserValueError
 from guided_diffusion.figures import Row, contact_sheet, label_captions, to_uint8
 from guided_diffusion.image_files import MOST_CLASSES, class_number
 from guided_diffusion.mt import directions
-from guided_diffusion.seeding import PerSample
 from ldm import inference
 from ldm.checkpoint import trained_steps
 from ldm.data.images import reading_of
@@ -98,37 +97,24 @@ def sample(args, model, given: dict, wanted: list[str], numbers: list[int]) -> d
         conditioning = model.get_learned_conditioning(on_device(given.pop(model.cond_stage_key), model))
     free = model.get_unconditional_conditioning(n, args.null_label) if args.scale != 1 else None
     name = "ddpm" if args.vanilla_sample else args.sampler
-    if isinstance(model, JointLatentDiffusion):
-        if args.eta and name == "ddim":
-            raise UserValueError("DDIM of several modalities is deterministic: leave --eta out")
-        return model.sample_joint(
-            n,
-            given,
-            wanted,
-            sampler=name,
-            steps="" if args.vanilla_sample else args.custom_steps,
-            seed=args.seed,
-            indices=numbers,
-            conditioning=conditioning,
-            unconditional=free,
-            guidance=args.scale,
-            strength=args.strength,
-            use_ema=False,  # they are in place already
-            progress=dist_util.get_rank() == 0,
-        )
-    random = PerSample.derived(args.seed, numbers, dist_util.dev())
-    options = {"random": random, "verbose": dist_util.get_rank() == 0}
-    if free is not None:
-        options |= {"unconditional_guidance_scale": args.scale, "unconditional_conditioning": free}
-    if name == "ddpm":
-        latents = model.sample(conditioning, n, **options)
-    else:
-        eta = (1.0 if args.eta is None else args.eta) if name == "ddim" else 0.0
-        sampler = inference.SAMPLERS[name](model)
-        latents, _ = sampler.sample(
-            args.custom_steps, n, model.latent_shape, conditioning, eta=eta, **options
-        )
-    return {model.first_stage_key: model.decode_first_stage(latents)}
+    joint = isinstance(model, JointLatentDiffusion)
+    eta = args.eta if args.eta is not None else float(name == "ddim" and not joint)
+    return inference.draw(
+        model,
+        n,
+        given,
+        wanted,
+        sampler=name,
+        steps=None if args.vanilla_sample else args.custom_steps,
+        seed=args.seed,
+        indices=numbers,
+        eta=0.0 if name == "ddpm" else eta,
+        conditioning=conditioning,
+        unconditional=free,
+        guidance=args.scale,
+        progress=dist_util.get_rank() == 0,
+        **({"strength": args.strength} if joint else {}),
+    )
 
 
 def on_device(raw, model):
@@ -157,9 +143,7 @@ def finish(
         return
     for name, array in arrays.items():
         np.save(out / f"{name}.npy", array)
-    labels = [
-        array[:SHEET].argmax(1) for name, array in arrays.items() if model.modalities[name].kind == "label"
-    ]
+    labels = [array[:SHEET].argmax(1) for name, array in arrays.items() if name not in model.standards]
     captions = label_captions(labels, class_names)
     rows = [
         Row(f"{name} (given)", to_uint8(inference.take(value, list(range(min(SHEET, count))))))

@@ -12,7 +12,6 @@ from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
 from guided_diffusion.mt import directions
-from guided_diffusion.seeding import PerSample
 from ldm import inference
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion
@@ -112,7 +111,7 @@ def read_off(args, drawing: Drawing, prompts: list[str]) -> dict[str, torch.Tens
     arrays = given.pop(model.first_stage_key)
     if args.baseline:
         raise UserValueError("--baseline draws images: leave it out where they are given")
-    if images := [name for name in drawing.wanted if model.modalities[name].kind == "image"]:
+    if images := [name for name in drawing.wanted if name in model.image_names]:
         raise UserValueError(f"--want {images[0]}: scripts/sample_diffusion.py draws images of images")
     found: dict[str, list[torch.Tensor]] = {name: [] for name in drawing.wanted}
     for numbers in directions.batches(range(len(arrays)), args.n_samples):
@@ -147,32 +146,27 @@ def draw(args, drawing: Drawing, prompts: list[str], numbers: list[int]) -> dict
     name = "plms" if args.plms else "dpm++" if args.dpm_solver else "ddim"
     # With a fixed code the samples of all batches have the noise of the first.
     seeds = [n % args.n_samples for n in numbers] if args.fixed_code else numbers
-    shape = (args.C, args.H // args.f, args.W // args.f)
     with inference.precision(args.precision):
-        free = model.get_unconditional_conditioning(len(prompts)) if args.scale != 1 else None
-        directions = {}
+        own = {}
         if isinstance(model, JointLatentDiffusion):
-            given = {name: inference.take(value, numbers) for name, value in drawing.given.items()}
-            directions = {
-                "given": model.given_values(given, len(numbers), shape),
-                "strength": args.strength,
-                "absent": drawing.without,
-            }
-        cond = model.as_conditioning(model.get_learned_conditioning(prompts))
-        guided = model.guided_model(cond, free, args.scale, **directions)
-        latents, _ = inference.SAMPLERS[name](model).sample(
-            args.ddim_steps,
-            len(prompts),
-            shape,
-            guided=guided,
+            own = {"strength": args.strength, "absent": drawing.without}
+        drawn = inference.draw(
+            model,
+            len(numbers),
+            {name: inference.take(value, numbers) for name, value in drawing.given.items()},
+            drawing.wanted,
+            sampler=name,
+            steps=args.ddim_steps,
+            seed=args.seed,
+            indices=seeds,
             eta=args.ddim_eta,
-            verbose=dist_util.get_rank() == 0,
-            random=PerSample.derived(args.seed, seeds, dist_util.dev()),
+            conditioning=model.get_learned_conditioning(prompts),
+            unconditional=model.get_unconditional_conditioning(len(prompts)) if args.scale != 1 else None,
+            guidance=args.scale,
+            shape=(args.C, args.H // args.f, args.W // args.f),
+            progress=dist_util.get_rank() == 0,
+            **own,
         )
-        drawn = {model.first_stage_key: model.decode_first_stage(latents)}
-        others = [name for name in drawing.wanted if name not in drawn]
-        if others:
-            drawn |= model.decoded({name: guided.estimates[name] for name in others})
         return {name: value.float().cpu() for name, value in drawn.items()}
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.modules.diffusionmodules.util import make_beta_schedule
 from ldm.util import instantiate_from_config
 from tests.compare import agree
+from tests.conftest import ROOT
 from tests.ldm_models import CLASSES, CONTEXT, IDENTITY, KL, maps, shaken, small, unet_config
 
 PARITY = Path(__file__).parent / "parity"
@@ -25,6 +28,15 @@ TABLES = (
     "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance "
     "posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2"
 ).split()
+
+
+def test_single_task_code_does_not_know_the_joint_models():
+    """Nor do the encoders, the samplers or main.py, which the single task needs."""
+    single = "ddpm ddim plms dpm_solver sampling conditioning parameterization image_log".split()
+    names = [*(f"ldm.models.diffusion.{name}" for name in single), "ldm.modules.encoders.modules", "main"]
+    code = f"import sys, {', '.join(names)}; print([m for m in sys.modules if m.startswith('ldm') and ('joint' in m or 'vectors' in m)])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 # ------------------------------------------------------------------------------------------- layout of the weights
@@ -338,14 +350,73 @@ def test_validation_reports_weights_and_average(monkeypatch):
     assert not th.equal(seen["val/loss"], seen["val/loss_ema"])
 
 
+PLAIN = dict(inpaint=False, plot_progressive_rows=False, plot_diffusion_rows=False)
+
+
 def test_images_for_the_log():
     model = small(first_stage_config=KL, scale_factor=0.5)
-    images = model.log_images({"image": maps(3, 3, 16), "name": ["a", "b", "c"]}, N=2, ddim_steps=2)
+    batch = {"image": maps(3, 3, 16), "name": ["a", "b", "c"]}
+    images = model.log_images(batch, N=2, ddim_steps=2, **PLAIN)
     assert {name: tuple(p.shape) for name, p in images.items()} == dict.fromkeys(
         ("inputs", "reconstruction", "samples"), (2, 3, 16, 16)
     )
     assert th.allclose(images["inputs"], maps(3, 3, 16)[:2].permute(0, 3, 1, 2))
     assert all(p.abs().max() <= 1 for p in images.values())
+    again = model.log_images(batch, N=2, ddim_steps=2, return_keys=["samples"], **PLAIN)
+    assert list(again) == ["samples"] and th.equal(again["samples"], images["samples"])
+
+
+@th.no_grad()
+def test_rows_and_inpainting_for_the_log(monkeypatch):
+    """Upstream's further images: noising, denoising, prediction, quantised samples, known parts."""
+    model = small()
+    monkeypatch.setattr(model.first_stage_model, "quantize", lambda z: (z.round(), None, None), raising=False)
+    batch = {"image": maps(3) / 2}
+    shown = model.log_images(batch, N=2, n_row=1, ddim_steps=20, plot_denoise_rows=True)
+    x = batch["image"].permute(0, 3, 1, 2)
+    # At timesteps 0 and 39: every hundredth, and the last.
+    clean, noise = shown["diffusion_row"].split(8, dim=3)
+    assert (clean - x[:1]).abs().max() < 0.1 and (noise - x[:1]).abs().mean() > 0.3
+    assert th.allclose(shown["denoise_row"][..., -8:], shown["samples"], atol=1e-5)
+    assert shown["progressive_row"].shape == (2, 2, 8, 2 * 8)
+    th.manual_seed(9)  # the noise is the log's own, and training's stays
+    before = th.get_rng_state()
+    again = model.log_images(batch, N=2, n_row=1, ddim_steps=20)
+    assert all(th.equal(shown[name], image) for name, image in again.items())
+    assert th.equal(before, th.get_rng_state())
+    assert not th.equal(shown["samples_x0_quantized"], shown["samples"])
+    kept, mask = shown["mask"].bool().expand(-1, 2, -1, -1), shown["mask"]
+    assert mask[0, 0, 0, 0] == 1 and mask[0, 0, 4, 4] == 0
+    error = (shown["samples_inpainting"] - x[:2]).abs(), (shown["samples_outpainting"] - x[:2]).abs()
+    assert error[0][kept].mean() < 0.5 * error[0][~kept].mean()
+    assert error[1][~kept].mean() < 0.5 * error[1][kept].mean()
+
+
+@th.no_grad()
+def test_upstreams_ways_to_call_it():
+    """get_input, forward, p_losses, decode_first_stage with the parameters that forks of upstream use."""
+    model = small(first_stage_config=KL, scale_factor=0.5, cond_stage_config=CLASSES, cond_stage_trainable=True,
+                  cond_stage_key="class_label", conditioning_key="crossattn", unet_config=CONTEXT)  # fmt: skip
+    batch = {"image": maps(3, 3, 16), "class_label": th.tensor([1, 2, 3]), "other": th.tensor([0, 0, 0])}
+    z, c, x, xrec, xc = model.get_input(
+        batch, "image", return_first_stage_outputs=True, force_c_encode=True, return_original_cond=True, bs=2
+    )
+    assert z.shape == (2, 2, 8, 8) and th.equal(x, batch["image"][:2].permute(0, 3, 1, 2))
+    assert th.equal(xrec, model.decode_first_stage(z)) and th.equal(xc["class_label"], th.tensor([1, 2]))
+    assert th.equal(c["c_crossattn"][0], model.cond_stage_model.embedding.weight[[1, 2]][:, None])
+    z, raw = model.get_input(batch, "image", cond_key="other")  # the loss encodes what is trained
+    assert th.equal(raw["class_label"], batch["other"])
+    th.manual_seed(0)
+    loss, _ = model(z, raw)
+    th.manual_seed(0)
+    assert th.equal(model(z, raw)[0], loss)
+    assert th.isfinite(model.p_losses(z, model.get_learned_conditioning(raw), th.tensor([0, 9, 39]))[0])
+    first_stage = model.first_stage_model
+    first_stage.quantize = th.nn.Module()
+    first_stage.quantize.embedding = th.nn.Embedding(5, 2)
+    logits = th.randn(2, 5, 8, 8)
+    entries = first_stage.quantize.embedding(logits.argmax(1)).permute(0, 3, 1, 2)
+    assert th.equal(model.decode_first_stage(logits, predict_cids=True), model.decode_first_stage(entries))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch as th
 
 from ldm.models.diffusion.ddpm import DDPM
-from tests.ldm_models import CLASSES, CONTEXT, shaken, small, unet_config
+from tests.ldm_models import CLASSES, CONTEXT, maps, shaken, small, unet_config
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,18 @@ def test_a_model_of_images_samples_them():
     assert model.sample(3).shape == (3, 2, 8, 8)
     t = th.tensor([0, 11])
     assert model.p_sample(th.randn(2, 2, 8, 8), t).shape == (2, 2, 8, 8)
+
+
+def test_images_of_a_model_of_images_for_the_log():
+    model = shaken(DDPM(unet_config(), timesteps=12, image_size=8, channels=2, log_every_t=4).eval())
+    batch = {"image": maps(3)}
+    shown = model.log_images(batch, N=2, n_row=1)
+    assert th.equal(shown["inputs"], batch["image"][:2].permute(0, 3, 1, 2))
+    assert shown["diffusion_row"].shape == (1, 2, 8, 4 * 8)  # at timesteps 0, 4, 8 and 11
+    assert th.equal(shown["denoise_row"][..., -8:], shown["samples"]) and len(shown["samples"]) == 2
+    again = model.log_images(batch, N=2, return_keys=["samples"])
+    assert list(again) == ["samples"] and th.equal(again["samples"], shown["samples"])
+    assert not th.equal(model.log_images(batch, N=2, split="val")["samples"], shown["samples"])
 
 
 def test_decoding_passes_gradients_where_asked(model):

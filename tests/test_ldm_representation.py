@@ -12,7 +12,7 @@ from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion
-from ldm.models.diffusion.schedule import Denoiser
+from ldm.models.diffusion.parameterization import Denoiser
 from ldm.models.diffusion.vectors import Standard
 from tests.compare import agree
 from tests.ldm_models import CLASSES, CONTEXT, IDENTITY, maps, small, unet_config
@@ -239,18 +239,20 @@ def test_it_starts_as_stable_diffusion(tmp_path, parameterization):
     model = representation(shake=False, ckpt_path=path, parameterization=parameterization)
     z, t = th.randn(4, 2, 8, 8), th.tensor([3, 10, 30, 39])
     cond = alone.get_learned_conditioning({"class_label": LABELS})
-    out, heads = model.apply_model(z, t, cond)
+    out, heads = model.apply_model(z, t, cond, return_ids=True)
     assert th.equal(out, alone.apply_model(z, t, cond)) and not heads["representation"].any()
     free = alone.get_unconditional_conditioning(4)
     expected, _ = DDIMSampler(alone).sample(
         5, 4, (2, 8, 8), cond, unconditional_guidance_scale=3.0, unconditional_conditioning=free,
         random=noise_of(4), verbose=False,
     )  # fmt: skip
-    guided = model.guided_model(cond, free, 3.0)
-    drawn, _ = DDIMSampler(model).sample(5, 4, (2, 8, 8), guided=guided, random=noise_of(4), verbose=False)
+    drawn, way = DDIMSampler(model).sample(
+        5, 4, (2, 8, 8), cond, unconditional_guidance_scale=3.0, unconditional_conditioning=free,
+        random=noise_of(4), verbose=False,
+    )  # fmt: skip
     assert th.allclose(drawn, expected, atol=1e-5)
     # It knows nothing yet: the mean.
-    estimate = model.decoded(guided.estimates)["representation"]
+    estimate = model.decoded(way["values"])["representation"]
     assert th.equal(estimate, model.standards["representation"].mean.expand(4, -1))
 
 
@@ -262,13 +264,13 @@ def test_left_out_it_is_the_plain_sampler(model):
     cond = model.get_learned_conditioning({"class_label": LABELS})
     options = dict(verbose=False)
     expected, _ = DDIMSampler(alone).sample(5, 4, (2, 8, 8), cond, random=noise_of(4), **options)
-    without = model.guided_model(cond, absent=["representation"])
-    drawn, _ = DDIMSampler(model).sample(5, 4, (2, 8, 8), guided=without, random=noise_of(4), **options)
+    without = dict(absent=["representation"], random=noise_of(4), **options)
+    drawn, _ = DDIMSampler(model).sample(5, 4, (2, 8, 8), cond, **without)
     assert th.allclose(drawn, expected, atol=1e-5)
     joint, _ = DDIMSampler(model).sample(5, 4, (2, 8, 8), cond, random=noise_of(4), **options)
     assert (joint - drawn).abs().max() > 1e-3
-    with pytest.raises(UserValueError, match="are part of `guided`"):
-        DDIMSampler(model).sample(5, 4, (2, 8, 8), cond, guided=without, **options)
+    with pytest.raises(UserValueError, match="does not know absent"):
+        DDIMSampler(alone).sample(5, 4, (2, 8, 8), cond, **without)
 
 
 def noise_of(count):

@@ -11,22 +11,23 @@ from PIL import Image
 
 from guided_diffusion import cli, dist_util
 from guided_diffusion.mt import directions
+from guided_diffusion.seeding import PerSample
 from ldm import inference, sample_diffusion
 from ldm.data.paired import CamVid
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from tests.conftest import ROOT, sample_image
 from tests.ldm_models import CLASSES, KL, small, unet_config
 from tests.test_ldm_conditioning import WIDTH, clip  # noqa: F401 (a fixture)
 
-SCRIPTS = ROOT / "scripts"
 CROSS = dict(use_spatial_transformer=True)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run(script, *arguments): (exit code, stdout, stderr) of a script in this process."""
-    for folder in (SCRIPTS, ROOT / "experiments"):
-        monkeypatch.syspath_prepend(str(folder))
+    for folder in ("scripts", "experiments"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     monkeypatch.setattr(dist_util, "setup_dist", lambda: None)
 
     def call(script, *arguments):
@@ -96,14 +97,10 @@ def test_samples_of_a_run(run, tmp_path):
         )
     assert Image.open(out / "samples.png").width > 3 * 16
     # They are what the model draws by DDIM from the seeds' noise.
-    from guided_diffusion.seeding import PerSample
-    from ldm.models.diffusion.ddim import DDIMSampler
-
     random = PerSample.derived(0, range(3))
     latents, _ = DDIMSampler(model).sample(4, 3, model.latent_shape, random=random, verbose=False)
-    expected = ((model.decode_first_stage(latents).clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1)
     drawn = np.stack([pixels(out / "img" / f"{i:06}.png") for i in range(3)])
-    assert np.abs(drawn - expected.numpy()).max() <= 1
+    assert np.abs(drawn - as_pixels(model.decode_first_stage(latents))).max() <= 1
 
 
 @pytest.mark.parametrize("options", [("-v",), ("--sampler", "dpm++"), ("--sampler", "plms"), ("-e", "0.5")])
@@ -261,7 +258,7 @@ def test_the_number_of_ranks_changes_nothing(run, joint_run, tmp_path, monkeypat
         (["-r", "{run}", "--given", "label_map=missing.png"], "no such file or folder: missing.png"),
         (["-r", "{run}", "--want", "depth"], "the model has no 'depth', but image, label_map"),
         (["-r", "{run}", "-n", "0", "--batch_size", "0"], "--n_samples must be at least 1, not 0"),
-        (["-r", "{run}", "-n", "1", "-e", "1"], "deterministic"),
+        (["-r", "{run}", "-n", "1", "-e", "1", "--sampler", "plms"], "only DDIM has an eta"),
         (["-r", "{run}", "--colour"], "--colour: unknown flag"),
     ],
 )
@@ -295,6 +292,11 @@ def write_colour_run(folder, clip, **changes):  # noqa: F811
     return write_run(folder, "joint.JointLatentDiffusion", **colour, **with_text(clip), **changes)[0]
 
 
+def write_text_run(folder, clip):  # noqa: F811
+    """A run of a model of text to image."""
+    return write_run(folder, **with_text(clip))[0]
+
+
 def flags_of(folder, *others):
     """txt2img's flags for a run whose latents have 2 channels."""
     return ["--config", folder / "configs" / "2024-project.yaml", "--ckpt", folder / "checkpoints" / "last.ckpt",
@@ -303,7 +305,7 @@ def flags_of(folder, *others):
 
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory, clip):  # noqa: F811
-    folder, _ = write_run(tmp_path_factory.mktemp("text") / "run", **with_text(clip))
+    folder = write_text_run(tmp_path_factory.mktemp("text") / "run", clip)
     return flags_of(folder, "--W", 24, "--ddim_steps", 3)
 
 
@@ -389,6 +391,50 @@ def test_txt2img_in_every_direction(run, colour_model, tmp_path):
     # Read off images, in the order of their names.
     assert draw("read", "--prompt", "", "--given", f"image={photos}", "--want", "colour") == []
     assert np.load(tmp_path / "read" / "colour.npy").shape == (2, 3)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm++"])
+@th.no_grad()
+def test_one_seed_is_one_image_in_every_script(run, clip, tmp_path, joint, sampler):  # noqa: F811
+    """txt2img.py, sample_diffusion.py and the library's own calls draw the same, with guidance too."""
+    write = write_colour_run if joint else write_text_run
+    folder = write(tmp_path / "run", clip)
+    chosen = {"ddim": ("--ddim_eta", 0.5), "plms": ("--plms",), "dpm++": ("--dpm_solver",)}[sampler]
+    flags = flags_of(folder, "--W", 16, "--ddim_steps", 7, "--n_iter", 1, "--n_samples", 2, "--scale", 3)
+    flags += ["--outdir", tmp_path / "a", "--prompt", "dog", "--seed", 5, *chosen]
+    code, _, err = run("txt2img", *flags)
+    assert code == 0, err
+    eta = ("-e", 0.5) if sampler == "ddim" else ()
+    sampled = ("-r", folder, "--given", "caption=dog", "-n", 2, "-c", 7, "--scale", 3, "--seed", 5, *eta)
+    code, _, err = run("sample_diffusion", *sampled, "--sampler", sampler, "-l", tmp_path / "b")
+    assert code == 0, err
+    first = np.stack([pixels(tmp_path / "a" / "samples" / f"{i:05}.png") for i in range(2)])
+    second = np.stack([pixels(newest(tmp_path / "b") / "img" / f"{i:06}.png") for i in range(2)])
+    assert (first == second).all() and first.std() > 1
+
+    config, checkpoint = folder / "configs" / "2024-project.yaml", folder / "checkpoints" / "last.ckpt"
+    model = inference.load_model(inference.merged_config([config]), checkpoint)
+    cond, free = model.get_learned_conditioning(["dog", "dog"]), model.get_unconditional_conditioning(2)
+    with model.ema_scope():
+        latents, way = inference.SAMPLERS[sampler](model).sample(
+            7, 2, model.latent_shape, cond, eta=0.5 if eta else 0.0, random=PerSample.derived(5, range(2)),
+            unconditional_guidance_scale=3.0, unconditional_conditioning=free, verbose=False,
+        )  # fmt: skip
+    images = model.decode_first_stage(latents)
+    assert np.abs(as_pixels(images) - first).max() <= 1
+    if joint:
+        options = dict(seed=5, sampler=sampler, steps=7, eta=0.5 if eta else 0.0, conditioning=cond)
+        drawn = model.sample_joint(2, **options, unconditional=free, guidance=3.0)
+        assert th.equal(drawn["image"], images)
+        colours = model.decoded(way["values"])["colour"]
+        assert th.equal(drawn["colour"], colours)
+        for found in (tmp_path / "a" / "colour.npy", newest(tmp_path / "b") / "colour.npy"):
+            assert np.allclose(np.load(found), colours, atol=1e-5)
+
+
+def as_pixels(images):
+    return ((images.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
 
 
 def test_the_image_is_called_image_whatever_its_key(run, clip, tmp_path):  # noqa: F811

@@ -7,7 +7,6 @@ import pytest
 import torch as th
 from PIL import Image
 
-from tests.conftest import ROOT
 from tests.test_ldm_conditioning import clip  # noqa: F401 (a fixture)
 from tests.test_ldm_scripts_sample import run, write_colour_run, write_run  # noqa: F401 (a fixture)
 
@@ -30,9 +29,8 @@ def colour_run(tmp_path_factory, clip):  # noqa: F811
     return write_colour_run(tmp_path_factory.mktemp("colour") / "run", clip)
 
 
-def test_nearest(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    from representation_metrics import nearest
+def test_nearest(run):  # noqa: F811
+    from representation_metrics import nearest  # which `run` finds
 
     among = th.eye(8)
     assert nearest(3 * among, among) == {"top1": 1.0, "top5": 1.0}

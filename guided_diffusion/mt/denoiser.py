@@ -10,7 +10,7 @@ import torch as th
 from ..errors import UserValueError
 from ..gaussian_diffusion import GaussianDiffusion, ModelMeanType, _extract_into_tensor
 from ..seeding import PerSample
-from .aggregation import JointOutput
+from .aggregation import JointOutput, from_frame
 from .modality_set import Batch, ModalitySet, Values
 
 
@@ -72,6 +72,11 @@ class JointDenoiser:
     def parameters(self):
         """The network's, so that samplers find its device."""
         return self.network.parameters()
+
+    def start(self, diffusion: GaussianDiffusion, noise: th.Tensor) -> th.Tensor:
+        """z_T of `diffusion`: where atil_T is not negligible, the shift of what is given is part of it."""
+        last = th.full((len(noise),), diffusion.num_timesteps - 1, device=noise.device)
+        return from_frame(diffusion, noise, last, self._encode(self.given, noise))
 
     def __call__(self, z: th.Tensor, timesteps: th.Tensor, **conditioning) -> JointOutput | th.Tensor:
         modalities, guided = self.modalities, self._guided

@@ -18,7 +18,7 @@ from ..gaussian_diffusion import GaussianDiffusion
 from ..seeding import PerSample
 from .aggregation import encodings_of, from_frame, to_frame
 from .denoiser import JointDenoiser
-from .modality_set import Batch, ModalitySet, Values
+from .modality_set import ModalitySet, Values
 
 Edit = Callable[[th.Tensor, int, object], th.Tensor]
 
@@ -244,9 +244,7 @@ def joint_sample(
     denoiser = JointDenoiser(
         modalities, network, given, strength, order, initial, guidance, unconditional, absent
     )
-    last = th.full((shape[0],), diffusion.num_timesteps - 1, device=device)
-    # Where atil_T is not negligible the known shift is part of z_T.
-    z = from_frame(diffusion, noise, last, modalities.encode(network, Batch(dict(given or {})), noise))
+    z = denoiser.start(diffusion, noise)
     options = {"edit": _replace_known(diffusion, known, random)} if known and known.every_step else {}
     if known is not None and known.repeats > 1:
         if sampler != "ddpm":

@@ -6,6 +6,8 @@ import contextlib
 import torch
 from torch import nn
 
+from guided_diffusion.nn import update_ema
+
 
 class LitEma(nn.Module):
     """A copy of the trainable parameters of `model` that follows them slowly; call it after every update.
@@ -43,9 +45,7 @@ class LitEma(nn.Module):
         self.num_updates += counts
         n = self.num_updates
         decay = torch.where(counts, torch.minimum(self.decay, (1 + n) / (10 + n)), self.decay)
-        steps = torch._foreach_sub(parameters, shadows)
-        torch._foreach_mul_(steps, 1 - decay)
-        torch._foreach_add_(shadows, steps)
+        update_ema(shadows, parameters, rate=decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

@@ -5,17 +5,13 @@ import torch
 from guided_diffusion.mt import sampling
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.sampling import Sampler, gaussian_noise
-from ldm.modules.diffusionmodules.util import make_ddim_timesteps
 
 
 class DDIMSampler(Sampler):
-    """See `Sampler`; eta is its noise. Its timesteps are upstream's, one later than every (T // S)-th."""
+    """See `Sampler`; eta is its noise."""
 
     function = staticmethod(sampling.ddim)
     stochastic = True
-
-    def timesteps(self, steps, discretize):
-        return make_ddim_timesteps(discretize, steps, self.ddpm_num_timesteps, verbose=False)
 
     @torch.no_grad()
     def stochastic_encode(self, x0, t, use_original_steps=False, noise=None):
@@ -38,10 +34,10 @@ class DDIMSampler(Sampler):
     ):
         """Sample from latents at the first t_start steps of `make_schedule`, noised by
         `stochastic_encode(..., t_start - 1)`."""
-        cond, unconditional = self._conditioning(cond, unconditional_conditioning, len(x_latent))
-        guided = self.model.guided_model(cond, unconditional, unconditional_guidance_scale)
-        noise = gaussian_noise(random)
-        return self._run(guided, x_latent, t_start - 1 + self._offset, noise=noise, progress=verbose)[0]
+        cond, free = self._conditioning(cond, unconditional_conditioning, len(x_latent))
+        guided = self.model.guided_model(free, unconditional_guidance_scale)
+        start = t_start - 1 + self._offset
+        return self._run(guided, x_latent, start, gaussian_noise(random), cond, progress=verbose)[0]
 
     @property
     def _offset(self):

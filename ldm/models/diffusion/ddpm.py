@@ -1,210 +1,40 @@
-"""Training of one diffusion, on images (DDPM) or on latents (LatentDiffusion); interface and state-dict
-keys: latent-diffusion, ldm/models/diffusion/ddpm.py.
-
-The process is guided_diffusion's (schedule.py); conditioning.py, first_stage.py and log_images.py hold what
-else upstream has in this class.
+"""LatentDiffusion: one diffusion of a first stage's latents, with conditioning; interface and state-dict keys:
+latent-diffusion, ldm/models/diffusion/ddpm.py. DDPM, which it extends, is in image_diffusion.py.
 """
 
 import logging
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import nn
 
 from guided_diffusion.errors import UserValueError
-from guided_diffusion.nn import mean_flat
 from guided_diffusion.seeding import PerSample
-from ldm.models.diffusion.conditioning import Conditioning, resolve_key
-from ldm.models.diffusion.first_stage import FirstStageCoding, channels_first, from_batch
-from ldm.models.diffusion.log_images import ImageLogging
-from ldm.models.diffusion.process import LatentProcess, Process
-from ldm.models.diffusion.schedule import Velocity, elbo_weights, make_diffusion, min_snr_weights, tables
-from ldm.models.diffusion.training import DiffusionTraining
-from ldm.models.diffusion.weights import StartingWeights
-from ldm.models.diffusion.wrapper import DiffusionWrapper
-from ldm.modules.diffusionmodules.util import make_beta_schedule
-from ldm.modules.ema import LitEma
-from ldm.util import count_params
+from ldm.models.diffusion import conditioning, sampling
+from ldm.models.diffusion.conditioning import DiffusionWrapper, channels_first, from_batch, select
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.image_diffusion import DDPM
+from ldm.models.diffusion.image_log import log_images, log_samples
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules.distributions.distributions import AbstractDistribution, draw
+from ldm.modules.encoders.base import frozen
+from ldm.util import instantiate_from_config
 
 __all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion"]
 
 _logger = logging.getLogger(__name__)
 
-
-class DDPM(Process, Velocity, StartingWeights, DiffusionTraining):
-    """Gaussian diffusion of images.
-
-    unet_config: of the network; timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas:
-    the noise schedule; parameterization: what the network predicts, eps, x0 or v; loss_type: l2 or l1;
-    l_simple_weight, original_elbo_weight: of the plain and of the bound's weighting of the squared error;
-    min_snr_gamma: weight the plain error by min-SNR (schedule.min_snr_weights) with this gamma, usually 5;
-    learn_logvar, logvar_init: log variance of the error at each timestep, learned or fixed; use_ema: keep a
-    moving average; ucg_training: {batch key: {p, val}}, conditioning that is replaced by `val` with
-    probability p; scheduler_config: of the learning rate; monitor: the metric by which checkpoints are kept;
-    ckpt_path, ignore_keys, load_only_unet: weights to start from; log_every_t: of the images kept while
-    sampling. Training needs the attribute `learning_rate`. UserValueError for unknown or contradicting values.
-    """
-
-    def __init__(
-        self,
-        unet_config,
-        timesteps=1000,
-        beta_schedule="linear",
-        loss_type="l2",
-        ckpt_path=None,
-        ignore_keys=(),
-        load_only_unet=False,
-        monitor="val/loss",
-        use_ema=True,
-        first_stage_key="image",
-        image_size=256,
-        channels=3,
-        log_every_t=100,
-        clip_denoised=True,
-        linear_start=1e-4,
-        linear_end=2e-2,
-        cosine_s=8e-3,
-        given_betas=None,
-        original_elbo_weight=0.0,
-        v_posterior=0.0,
-        l_simple_weight=1.0,
-        conditioning_key=None,
-        parameterization="eps",
-        scheduler_config=None,
-        use_positional_encodings=False,
-        learn_logvar=False,
-        logvar_init=0.0,
-        ucg_training=None,
-        min_snr_gamma=None,
-    ):
-        super().__init__()
-        if loss_type not in ("l1", "l2"):
-            raise UserValueError(f"unknown loss_type {loss_type!r}: choose l1 or l2")
-        if v_posterior or use_positional_encodings:
-            raise UserValueError("v_posterior other than 0 and use_positional_encodings are not supported")
-        self.parameterization, self.loss_type = parameterization, loss_type
-        self.first_stage_key, self.channels = first_stage_key, channels
-        self.image_size = image_size if isinstance(image_size, int) else tuple(image_size)
-        self.log_every_t, self.clip_denoised = log_every_t, clip_denoised
-        self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
-        self.scheduler_config, self.ucg_training = scheduler_config, dict(ucg_training or {})
-        if monitor is not None:
-            self.monitor = monitor
-        if min_snr_gamma is not None and not min_snr_gamma > 0:
-            raise UserValueError(f"min_snr_gamma must be positive, or null for none, not {min_snr_gamma}")
-        self.min_snr_gamma = min_snr_gamma
-        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        logvar = torch.full((self.num_timesteps,), float(logvar_init))
-        self.learn_logvar = learn_logvar
-        if learn_logvar:
-            self.logvar = nn.Parameter(logvar)
-        else:
-            self.register_buffer("logvar", logvar, persistent=False)
-        self.model = DiffusionWrapper(unet_config, conditioning_key)
-        count_params(self.model, verbose=True)
-        self.use_ema = use_ema
-        if use_ema:
-            self.model_ema = LitEma(self.model)
-        if ckpt_path is not None:
-            self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
-
-    # The process
-
-    def register_schedule(
-        self,
-        given_betas=None,
-        beta_schedule="linear",
-        timesteps=1000,
-        linear_start=1e-4,
-        linear_end=2e-2,
-        cosine_s=8e-3,
-    ):
-        """Make `diffusion`, and its tables as buffers under upstream's names."""
-        if given_betas is None:
-            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        else:
-            betas = np.asarray(given_betas, dtype=np.float64)
-        self.diffusion = make_diffusion(betas, self.parameterization)
-        self.num_timesteps = self.diffusion.num_timesteps
-        for name, table in tables(self.diffusion).items():
-            self.register_buffer(name, table)
-        weights = elbo_weights(self.diffusion, self.parameterization)
-        self.register_buffer("lvlb_weights", weights, persistent=False)
-        simple = torch.ones_like(weights)
-        if self.min_snr_gamma is not None:
-            simple = min_snr_weights(self.diffusion, self.parameterization, self.min_snr_gamma)
-        self.register_buffer("simple_weights", simple, persistent=False)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of what is diffused."""
-        size = self.image_size
-        return (self.channels, *(size if isinstance(size, tuple) else (size, size)))
-
-    def q_sample(self, x_start, t, noise=None):
-        """x_t of x_0 [B, C, H, W] at t int64 [B]."""
-        return self.diffusion.q_sample(x_start, t, noise)
-
-    def apply_model(self, x_noisy, t, cond=None):
-        """The network's output at x_t, conditioned on `cond` (see Conditioning.as_conditioning)."""
-        return self.model(x_noisy, t, **dict(cond or {}))
-
-    # Loss
-
-    def get_loss(self, pred, target, mean=True):
-        """The squared or absolute error; its mean, or elementwise."""
-        error = (target - pred).abs() if self.loss_type == "l1" else (target - pred) ** 2
-        return error.mean() if mean else error
-
-    def get_target(self, x_start, t, noise):
-        """What the network is to predict: noise, x_0 or v."""
-        if self.parameterization == "v":
-            return self.get_v(x_start, noise, t)
-        return noise if self.parameterization == "eps" else x_start
-
-    def loss_terms(self, x_start, cond, t, noise, random, batch) -> dict[str, torch.Tensor]:
-        """`simple`, the error of the prediction [B], and terms to be added to the loss; here there are none.
-
-        batch: the data, for what further terms need.
-        """
-        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
-        target = self.get_target(x_start, t, noise)
-        return {"simple": mean_flat(self.get_loss(output.float(), target, mean=False))}
-
-    def p_losses(self, x_start, cond, t, noise, random=None, batch=None):
-        """(loss, terms to log) at timesteps t int64 [B] of x_0 [B, C, H, W]."""
-        prefix = "train" if self.training else "val"
-        terms = self.loss_terms(x_start, cond, t, noise, random, batch)
-        simple = terms.pop("simple")
-        log = {f"{prefix}/loss_simple": simple.mean()}
-        logvar = self.logvar[t]
-        loss = self.simple_weights[t] * simple / logvar.exp() + logvar
-        if self.learn_logvar:
-            log |= {f"{prefix}/loss_gamma": loss.mean(), "logvar": self.logvar.mean()}
-        loss = self.l_simple_weight * loss.mean()
-        vlb = (self.lvlb_weights[t] * simple).mean()
-        log[f"{prefix}/loss_vlb"] = vlb
-        loss = loss + self.original_elbo_weight * vlb
-        for name, (value, weight) in terms.items():
-            log[f"{prefix}/{name}"] = value.mean()
-            loss = loss + weight * value.mean()
-        log[f"{prefix}/loss"] = loss
-        return loss, {name: value.detach() for name, value in log.items()}
-
-    def get_input(self, batch: Mapping, k: str, random: PerSample | None = None):
-        """(what is diffused, [B, C, H, W]; conditioning) of a batch."""
-        return channels_first(from_batch(batch, k, "first_stage_key")), {}
-
-    def shared_step(self, batch: Mapping, random: PerSample):
-        """(loss, terms to log) of a batch; all that is random comes from `random`."""
-        x, cond = self.get_input(batch, self.first_stage_key, random)
-        t = random.randint(self.num_timesteps).to(x.device)
-        return self.p_losses(x, cond, t, random.randn_like(x), random, batch)
+SAMPLERS = {
+    "ddpm": sampling.DDPMSampler,
+    "ddim": DDIMSampler,
+    "plms": PLMSSampler,
+    "dpm++": DPMSolverSampler,
+}
 
 
-class LatentDiffusion(ImageLogging, LatentProcess, Conditioning, FirstStageCoding, DDPM):
-    """Diffusion of a first stage's latents, with conditioning (Rombach et al. 2022).
+class LatentDiffusion(DDPM):
+    """Diffusion of a first stage's latents [B, C, h, w], with conditioning (Rombach et al. 2022).
 
     first_stage_config: of the autoencoder, which is frozen; cond_stage_config: of the conditioner, or
     `__is_first_stage__`, `__is_unconditional__`; cond_stage_key: what the conditioner reads of a batch;
@@ -234,7 +64,7 @@ class LatentDiffusion(ImageLogging, LatentProcess, Conditioning, FirstStageCodin
         load_only_unet=False,
         **kwargs,
     ):
-        key = resolve_key(cond_stage_config, conditioning_key, concat_mode)
+        key = conditioning.resolve_key(cond_stage_config, conditioning_key, concat_mode)
         super().__init__(*args, conditioning_key=key, **kwargs)
         if num_timesteps_cond not in (None, 1):
             raise UserValueError("noise on the conditioning (num_timesteps_cond above 1) is not supported")
@@ -263,6 +93,25 @@ class LatentDiffusion(ImageLogging, LatentProcess, Conditioning, FirstStageCodin
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
+    def instantiate_first_stage(self, config: Mapping) -> None:
+        """Make `first_stage_model`, frozen."""
+        self.first_stage_model = frozen(instantiate_from_config(config, nn.Module, "first_stage_config"))
+
+    def instantiate_cond_stage(self, config) -> None:
+        """Make `cond_stage_model`: the first stage itself, None where unconditional, or what `config`
+        says."""
+        if config == conditioning.FIRST_STAGE:
+            if self.cond_stage_trainable:
+                raise UserValueError(
+                    "the first stage as conditioner is frozen: cond_stage_trainable must be off"
+                )
+            self.cond_stage_model = self.first_stage_model
+            return
+        model = instantiate_from_config(config, nn.Module, "cond_stage_config")
+        if model is None and self.cond_stage_trainable:
+            raise UserValueError("there is no conditioner to train: cond_stage_trainable must be off")
+        self.cond_stage_model = model if model is None or self.cond_stage_trainable else frozen(model)
+
     def train(self, mode=True):
         """Training mode for what is trained: the first stage and a frozen conditioner stay as they are."""
         super().train(mode)
@@ -271,26 +120,345 @@ class LatentDiffusion(ImageLogging, LatentProcess, Conditioning, FirstStageCodin
             self.cond_stage_model.eval()
         return self
 
-    def get_input(self, batch, k, random=None):
-        """(scaled latents [B, c, h, w], drawn by `random`; learned conditioning) of a batch."""
+    # Images and latents
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: torch.Tensor):
+        """What the first stage's encoder returns for images [B, C, H, W] in [-1, 1]: latents, or their
+        distribution."""
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(self, encoder_posterior, random: PerSample | None = None) -> torch.Tensor:
+        """Scaled latents: a draw from the distribution by the generators `random` (None: the global one)."""
+        return self.scale_factor * draw(encoder_posterior, random)
+
+    @torch.no_grad()
+    def decode_first_stage(self, z, predict_cids=False, force_not_quantize=False) -> torch.Tensor:
+        """Images [B, C, H, W] of scaled latents; predict_cids: z are logits [B, K, h, w] over the first
+        stage's codebook, or entries int64 [B, h, w] of it; force_not_quantize: see VQModelInterface."""
+        return self.differentiable_decode_first_stage(z, predict_cids, force_not_quantize)
+
+    def differentiable_decode_first_stage(self, z, predict_cids=False, force_not_quantize=False):
+        """`decode_first_stage`, with gradients."""
+        if predict_cids:
+            entries = z.argmax(dim=1) if z.ndim == 4 else z
+            z = self.first_stage_model.quantize.embedding(entries).movedim(-1, 1)
+        options = {"force_not_quantize": True} if force_not_quantize else {}
+        return self.first_stage_model.decode(z / self.scale_factor, **options)
+
+    def encode_images(self, images: torch.Tensor, random: PerSample | None = None) -> torch.Tensor:
+        """Scaled latents of images [B, C, H, W]: draws by `random`, or the most probable ones."""
+        posterior = self.encode_first_stage(images)
+        if random is None and isinstance(posterior, AbstractDistribution):
+            return self.scale_factor * posterior.mode()
+        return self.get_first_stage_encoding(posterior, random)
+
+    def latents(self, batch: Mapping, key: str, random: PerSample | None = None) -> torch.Tensor:
+        """Scaled latents of a batch's images `key` [B, H, W, C], or of `key`_latent, cached.
+
+        Cached means [B, c, h, w] are unscaled, and with `key`_latent_std beside them a distribution. random:
+        draws from it; None takes the most probable ones.
+        """
+        if f"{key}_latent" not in batch:
+            images = channels_first(from_batch(batch, key, "images"))
+            return self.encode_images(images.to(self.device), random)
+        mean = batch[f"{key}_latent"].float()
+        std = batch.get(f"{key}_latent_std")
+        drawn = mean if std is None or random is None else mean + std.float() * random.randn_like(mean)
+        return self.scale_factor * drawn
+
+    def on_train_batch_start(self, batch, batch_idx, dataloader_idx=0):
+        """Measures the scale before the first update, unless a checkpoint knew it."""
+        if not self._scale_known and self.global_step == 0:
+            self.scale_factor.fill_(1.0)
+            self.measure_scale(self.latents(batch, self.first_stage_key, self.batch_random(batch, batch_idx)))
+        self._scale_known = True
+
+    @torch.no_grad()
+    def measure_scale(self, latents: torch.Tensor) -> None:
+        """Set scale_factor to 1 / the standard deviation of latents, of all ranks together."""
+        flat = latents.flatten().double()
+        moments = torch.stack([flat.mean(), flat.square().mean()])
+        if self._trainer is not None:
+            moments = self.all_gather(moments).reshape(-1, 2).mean(dim=0)
+        std = float((moments[1] - moments[0] ** 2).sqrt())
+        if not 0 < std < float("inf"):
+            raise UserValueError(
+                f"the first stage's latents have a standard deviation of {std}: scale_by_std cannot use them"
+            )
+        self.scale_factor.fill_(1 / std)
+        _logger.info("scale_factor is %.6g, 1 / the standard deviation of the first batch", 1 / std)
+
+    # Conditioning
+
+    @property
+    def conditioned_on_images(self) -> bool:
+        """Is the first stage the conditioner?"""
+        return self.cond_stage_model is not None and self.cond_stage_model is self.first_stage_model
+
+    def raw_conditioning(self, batch: Mapping, random: PerSample | None = None, key: str | None = None):
+        """What a batch says under `key` (default: cond_stage_key); see conditioning.raw_conditioning."""
+        return conditioning.raw_conditioning(self, batch, key or self.cond_stage_key, random)
+
+    def get_learned_conditioning(self, c) -> dict[str, list[torch.Tensor]]:
+        """The U-Net's inputs for raw conditioning, see conditioning.learned_conditioning."""
+        return conditioning.learned_conditioning(self, c)
+
+    def as_conditioning(self, cond) -> dict[str, list[torch.Tensor]]:
+        """Conditioning of any accepted form, a dict, a list or one tensor, as a dict of the U-Net's inputs."""
+        if cond is None or isinstance(cond, Mapping):
+            return dict(cond or {})
+        cond = list(cond) if isinstance(cond, (list, tuple)) else [cond]
+        return {"c_concat" if self.model.conditioning_key == "concat" else "c_crossattn": cond}
+
+    def get_unconditional_conditioning(self, batch_size: int, null_label=None):
+        """The U-Net's inputs that say nothing, see conditioning.null_conditioning."""
+        return conditioning.null_conditioning(self, batch_size, null_label)
+
+    # Loss
+
+    def get_input(
+        self,
+        batch,
+        k,
+        return_first_stage_outputs=False,
+        force_c_encode=False,
+        cond_key=None,
+        return_original_cond=False,
+        bs=None,
+        random: PerSample | None = None,
+    ) -> list:
+        """[scaled latents, drawn by `random`, or the most probable ones; learned conditioning] of a batch.
+
+        return_first_stage_outputs: further the images and what the first stage makes of them;
+        force_c_encode: learned conditioning also where the conditioner is trained, which otherwise the loss
+        encodes; cond_key: in place of cond_stage_key; return_original_cond: further the raw conditioning; bs:
+        of the first bs samples only.
+        """
+        if bs is not None:
+            batch = {n: select(value, slice(bs)) for n, value in batch.items() if hasattr(value, "__len__")}
         z = self.latents(batch, k, random)
         if tuple(z.shape[1:]) != self.latent_shape:
             raise UserValueError(
                 f"the latents are {list(z.shape[1:])}, the configuration says {list(self.latent_shape)} "
                 "(channels, image_size): check it, and the size of the images"
             )
-        return z, self.get_learned_conditioning(self.raw_conditioning(batch, random))
+        raw = self.raw_conditioning(batch, random, cond_key)
+        encode = force_c_encode or not self.cond_stage_trainable
+        out = [z, self.get_learned_conditioning(raw) if encode else raw]
+        if return_first_stage_outputs:
+            decoded = self.decode_first_stage(z)
+            out += [channels_first(batch[k]).to(self.device) if k in batch else decoded, decoded]
+        return [*out, raw] if return_original_cond else out
 
-    def apply_model(self, x_noisy, t, cond=None):
-        return self.model(x_noisy, t, **self.as_conditioning(cond))
+    def p_losses(self, x_start, cond, t, noise=None, random=None, batch=None):
+        """(loss, terms to log) at timesteps t of latents x_0 under learned conditioning; see DDPM."""
+        return super().p_losses(x_start, t, noise, random, batch, cond)
 
-    def on_train_batch_start(self, batch, batch_idx):
-        """Measures the scale before the first update, unless a checkpoint knew it."""
-        if not self._scale_known and self.global_step == 0:
-            random = self.batch_random(batch, batch_idx)
-            self.scale_factor.fill_(1.0)
-            self.measure_scale(self.latents(batch, self.first_stage_key, random))
-        self._scale_known = True
+    def forward(self, x, c, *args, **kwargs):
+        """See DDPM; c: conditioning, raw where the conditioner is trained."""
+        cond = self.get_learned_conditioning(c) if self.cond_stage_trainable else c
+        return super().forward(x, cond, *args, **kwargs)
+
+    def shared_step(self, batch, random: PerSample | None = None, **kwargs):
+        """(loss, terms to log) of a batch; all that is random comes from `random`."""
+        x, c = self.get_input(batch, self.first_stage_key, random=random)
+        return self(x, c, random=random, batch=batch, **kwargs)
+
+    def trained_parameters(self):
+        trained = super().trained_parameters()
+        return [*trained, *self.cond_stage_model.parameters()] if self.cond_stage_trainable else trained
+
+    # Sampling
+
+    def p_mean_variance(
+        self,
+        x,
+        c,
+        t,
+        clip_denoised: bool,
+        return_codebook_ids=False,
+        quantize_denoised=False,
+        return_x0=False,
+        score_corrector=None,
+        corrector_kwargs=None,
+    ):
+        """(mean, variance, log variance) of p(x_{t-1} | x_t), and if asked for the predicted x_0;
+        quantize_denoised: round that to the first stage's codebook; score_corrector: see GuidedModel."""
+        _no_codebook_ids(return_codebook_ids)
+        correct = (score_corrector, corrector_kwargs)
+        out = self._step(self.diffusion.p_mean_variance, x, c, t, clip_denoised, quantize_denoised, *correct)
+        said = out["mean"], out["variance"], out["log_variance"], out["pred_xstart"]
+        return said if return_x0 else said[:3]
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x,
+        c,
+        t,
+        clip_denoised=False,
+        repeat_noise=False,
+        return_codebook_ids=False,
+        quantize_denoised=False,
+        return_x0=False,
+        temperature=1.0,
+        noise_dropout=0.0,
+        score_corrector=None,
+        corrector_kwargs=None,
+    ):
+        """x_{t-1} by one ancestral step, and if asked for the predicted x_0."""
+        _no_codebook_ids(return_codebook_ids)
+        noise = sampling.gaussian_noise(None, temperature, noise_dropout, repeat_noise)
+        correct = (score_corrector, corrector_kwargs)
+        out = self._step(
+            self.diffusion.p_sample, x, c, t, clip_denoised, quantize_denoised, *correct, randn_like=noise
+        )
+        return (out["sample"], out["pred_xstart"]) if return_x0 else out["sample"]
+
+    @torch.no_grad()
+    def p_sample_loop(
+        self,
+        cond,
+        shape,
+        return_intermediates=False,
+        x_T=None,
+        verbose=True,
+        callback=None,
+        timesteps=None,
+        quantize_denoised=False,
+        mask=None,
+        x0=None,
+        img_callback=None,
+        start_T=None,
+        log_every_t=None,
+        **options,
+    ):
+        """Latents of `shape` in all steps (the last `timesteps`, or from start_T on), from noise x_T if given;
+        with return_intermediates also the list of those on the way. mask, x0: see `Sampler.sample`; options:
+        of `sampling.ancestral`."""
+        begins = [count for count in (timesteps, start_T) if count is not None]
+        out, kept = sampling.ancestral(
+            self,
+            cond,
+            shape,
+            x_T=x_T,
+            start=min(begins, default=None),
+            quantize=quantize_denoised,
+            mask=mask,
+            x0=x0,
+            callback=callback,
+            img_callback=img_callback,
+            log_every_t=log_every_t,
+            progress=verbose,
+            **options,
+        )
+        return (out, kept) if return_intermediates else out
+
+    @torch.no_grad()
+    def progressive_denoising(
+        self,
+        cond,
+        shape,
+        verbose=True,
+        callback=None,
+        quantize_denoised=False,
+        img_callback=None,
+        mask=None,
+        x0=None,
+        temperature=1.0,
+        noise_dropout=0.0,
+        score_corrector=None,
+        corrector_kwargs=None,
+        batch_size=None,
+        x_T=None,
+        start_T=None,
+        log_every_t=None,
+        random: PerSample | None = None,
+    ):
+        """(latents, the predicted x_0 on the way to them); `shape` is without the batch where batch_size is
+        given."""
+        return sampling.ancestral(
+            self,
+            cond,
+            shape if batch_size is None else (batch_size, *shape),
+            x_T=x_T,
+            start=start_T,
+            random=random,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            callback=callback,
+            img_callback=img_callback,
+            log_every_t=log_every_t,
+            show="pred_xstart",
+            quantize=quantize_denoised,
+            mask=mask,
+            x0=x0,
+            progress=verbose,
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond,
+        batch_size=16,
+        return_intermediates=False,
+        x_T=None,
+        verbose=True,
+        timesteps=None,
+        quantize_denoised=False,
+        mask=None,
+        x0=None,
+        shape=None,
+        **options,
+    ):
+        """`p_sample_loop` of batch_size samples under the first of `cond`; its other arguments under
+        `options`."""
+        cond = select(self.as_conditioning(cond), slice(batch_size))
+        shape = (batch_size, *self.latent_shape) if shape is None else shape
+        own = (return_intermediates, x_T, verbose)
+        known = dict(quantize_denoised=quantize_denoised, mask=mask, x0=x0, timesteps=timesteps)
+        return self.p_sample_loop(cond, shape, *own, **known, **options)
+
+    @torch.no_grad()
+    def sample_log(self, cond, batch_size, ddim, ddim_steps, **options):
+        """(latents, intermediates) by DDIM in ddim_steps steps, options being DDIMSampler.sample's; without
+        `ddim` by `sample`, with the options of that."""
+        if not ddim:
+            return self.sample(cond, batch_size, return_intermediates=True, verbose=False, **options)
+        return DDIMSampler(self).sample(
+            ddim_steps, batch_size, self.latent_shape, cond, verbose=False, **options
+        )
+
+    @torch.no_grad()
+    def log_images(
+        self,
+        batch,
+        N=8,
+        n_row=4,
+        sample=True,
+        ddim_steps=200,
+        ddim_eta=1.0,
+        return_keys=None,
+        quantize_denoised=True,
+        inpaint=True,
+        plot_denoise_rows=False,
+        plot_progressive_rows=True,
+        plot_diffusion_rows=True,
+        **options,
+    ):
+        """Images that show how training goes; see image_log.log_images."""
+        rows = (plot_denoise_rows, plot_progressive_rows, plot_diffusion_rows)
+        how = (N, n_row, sample, ddim_steps, ddim_eta, return_keys, quantize_denoised, inpaint, *rows)
+        return log_images(self, batch, *how, **options)
+
+    def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> dict[str, torch.Tensor]:
+        """Samples for `log_images`; see image_log.log_samples."""
+        return log_samples(self, cond, n, steps, eta, scale, seed)
+
+    # Checkpoints
 
     def on_load_checkpoint(self, checkpoint):
         """Lightning calls this when it resumes."""
@@ -316,6 +484,7 @@ class LatentDiffusion(ImageLogging, LatentProcess, Conditioning, FirstStageCodin
         absent = (part for part in parts if not any(name.startswith(part) for name in weights))
         return (*super().optional_weights(weights, prefix), *absent)
 
-    def trained_parameters(self):
-        trained = super().trained_parameters()
-        return [*trained, *self.cond_stage_model.parameters()] if self.cond_stage_trainable else trained
+
+def _no_codebook_ids(asked):
+    if asked:
+        raise UserValueError("return_codebook_ids is not supported: upstream dropped it too")

@@ -2,7 +2,7 @@
 LatentDiffusion.
 
 Image modalities come as images under their own names and pass the same first stage as the image: one U-Net
-diffuses the image's latents, shifted by theirs, and predicts both.
+diffuses the image's latents, shifted by theirs, and predicts both. Vectors come in standard form (vectors.py).
 """
 
 import logging
@@ -15,34 +15,39 @@ from omegaconf import DictConfig, OmegaConf
 from guided_diffusion.checkpoint_util import fit_channels
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.mt.aggregation import Aggregation
+from guided_diffusion.mt.denoiser import JointDenoiser, predict_modalities
 from guided_diffusion.mt.losses import multitask_losses
-from guided_diffusion.mt.modalities import Modality, parse_modalities
+from guided_diffusion.mt.modalities import ImageModality, Modality, parse_modalities
 from guided_diffusion.mt.modality_set import Batch, ModalitySet, batch_of, derive_values, peaks, with_peaks
 from guided_diffusion.mt.training import measure_variance
 from guided_diffusion.seeding import PerSample
-from ldm.models.diffusion.conditioning import select
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.joint_sampling import JointSampling
-from ldm.models.diffusion.schedule import Denoiser, make_diffusion
-from ldm.models.diffusion.vectors import VectorModalities, read_again
-from ldm.modules.ema import LitEma
+from ldm.models.diffusion.conditioning import channels_first, from_batch, joined, select
+from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
+from ldm.models.diffusion.parameterization import Denoiser, make_diffusion, noise_betas
+from ldm.models.diffusion.vectors import make_extractors, make_standards, measure_standards, read_again
 
 _logger = logging.getLogger(__name__)
 
+_SCHEDULE = ("given_betas", "beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s")
 
-class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
-    """LatentDiffusion of an image and `modalities`.
+
+class JointLatentDiffusion(LatentDiffusion):
+    """LatentDiffusion of an image, named first_stage_key, and `modalities`.
 
     modalities: as for guided_diffusion.mt.modalities.parse_modalities, in latent space: `{label_map: {preset:
     image}}` is a second image; variant X widens the U-Net's input beyond unet_config's in_channels;
     aggregation: how they enter the latent (Aggregation.named); held_out: how many validation samples the
-    heads' variance is measured on; extractors: {name: configuration} of what reads vector modalities off the
-    images (VectorModalities); standardise: how many training samples the vectors' mean and scale are
-    measured on, 0 for none; single_task_probability: with it a sample's modalities all count as missing, so
-    that the model also learns to draw without them. A batch holds images [B, H, W, C] (or cached latents,
-    see FirstStageCoding.latents), labels [B] and vectors [B, D] under the modalities' names, and where some
-    are missing `<name>_present`, bool [B]. Other arguments as in LatentDiffusion.
+    heads' variance is measured on; extractors: {name: configuration} of what reads vectors off the images;
+    standardise: how many training samples the vectors' mean and scale are measured on, 0 for none;
+    single_task_probability: with it a sample's modalities all count as missing, so that the model also learns
+    to draw without them; unshifted_probability, detectability, presence: as flags of mt_image_train.py.
+
+    A batch holds images [B, H, W, C] (or cached latents, see `latents`), labels [B] and vectors [B, D] under
+    the modalities' names, and where some are missing `<name>_present`, bool [B]. Other arguments as in
+    LatentDiffusion.
     """
+
+    directions = ("given", "strength", "absent")
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
         presence: bool = False,
         image_size=256,
         channels=3,
+        parameterization="eps",
         ckpt_path=None,
         ignore_keys=(),
         load_only_unet=False,
@@ -68,54 +74,67 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
             raise UserValueError("the joint loss (equation 6) is a squared error: loss_type must be l2")
         unet_config = _plain(unet_config)
         params = unet_config.setdefault("params", {})
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        members = latent_modalities(modalities, (channels, *size), params.get("num_classes"))
-        labelled = any(m.data_key == "y" for m in members)
-        self._extra_channels = sum(m.input_channels for m in members)
-        params["in_channels"] += self._extra_channels
-        super().__init__(*args, unet_config=unet_config, image_size=image_size, channels=channels, **kwargs)
-        betas = self.diffusion.betas
-        members = with_peaks(members, aggregation, betas, (channels, *size), detectability)
-        self.aggregation = Aggregation.named(aggregation, betas, peaks(members)) if members else None
-        self.diffusion = make_diffusion(betas, self.parameterization, self.aggregation)
-        self.modalities = ModalitySet(
+        shape = (channels, *((image_size, image_size) if isinstance(image_size, int) else image_size))
+        betas = noise_betas(**{name: kwargs.pop(name) for name in _SCHEDULE if name in kwargs})
+        members = latent_modalities(modalities, shape, params.get("num_classes"))
+        members = with_peaks(members, aggregation, betas, shape, detectability)
+        shifts = Aggregation.named(aggregation, betas, peaks(members)) if members else None
+        made = ModalitySet(
             members,
             channels,
-            self.diffusion,
-            num_classes=params.get("num_classes") if labelled else None,
+            make_diffusion(betas, parameterization, shifts),
+            num_classes=params.get("num_classes") if any(m.data_key == "y" for m in members) else None,
             context_dim=params.get("context_dim"),
             presence=presence,
             single_task=single_task_probability > 0,
         )
-        unet = self.model.diffusion_model
-        width, mult = unet.model_channels, unet.channel_mult
-        unet.heads = self.modalities.make_heads(int(mult[-1] * width), int(mult[0] * width))
-        unet.presence = self.modalities.make_presence(unet.time_embed_dim)
-        if self.use_ema:
-            self.model_ema = LitEma(self.model)  # of the heads too
+        if members:
+            width, mult = params["model_channels"], params.get("channel_mult", (1, 2, 4, 8))
+            params["in_channels"] += made.input_channels - channels
+            params["heads"] = made.make_heads(int(mult[-1] * width), int(mult[0] * width))
+            params["presence"] = made.make_presence(4 * width)
+        shared = dict(image_size=image_size, channels=channels, parameterization=parameterization)
+        super().__init__(*args, unet_config=unet_config, given_betas=betas, **shared, **kwargs)
+        self.modalities, self.diffusion = made, made.process
         self.held_out, self.standardise = held_out, standardise
-        self.single_task_probability, self.unshifted_probability = (
-            single_task_probability,
-            unshifted_probability,
-        )
-        self.make_vectors(extractors or {})
-        if self.aggregation is not None and self.aggregation.names:
-            _logger.info("%s", self.aggregation.report(self.diffusion.alphas_cumprod))
-        self._held_out: list[dict] | None = None
+        self.single_task_probability = single_task_probability
+        self.unshifted_probability = unshifted_probability
+        self.standards = make_standards(members)
+        self.extractors = make_extractors(extractors or {}, self.standards)
+        if members and shifts.names:
+            _logger.info("%s", shifts.report(self.diffusion.alphas_cumprod))
+        self._held_out: list[dict] | None = None  # latents, modalities, conditioning
         self._measured_at = -1
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
-    # The loss
+    @property
+    def names(self) -> list[str]:
+        """The image's name and the modalities'."""
+        return [self.first_stage_key, *self.modalities.names]
+
+    @property
+    def image_names(self) -> list[str]:
+        """Of all that pass the first stage: the image's, and those of modalities that are images."""
+        return [self.first_stage_key, *(m.name for m in self.modalities if m.has_content_everywhere)]
+
+    def train(self, mode=True):
+        """See LatentDiffusion; extractors stay as they are."""
+        super().train(mode)
+        for extractor in getattr(self, "extractors", {}).values():
+            extractor.eval()
+        return self
+
+    # From data to the diffusion's terms (scaled latents, class probabilities, vectors in standard form) and back
 
     def modality_batch(self, batch: Mapping, random: PerSample | None = None) -> Batch:
         """The modalities of a batch of data: images as scaled latents, drawn by `random`; vectors in
         standard form."""
         values, present = {}, {}
         for m in self.modalities:
-            if m.kind == "image" and (m.name in batch or f"{m.name}_latent" in batch):
+            if m.name in self.image_names and (m.name in batch or f"{m.name}_latent" in batch):
                 values[m.name] = self.latents(batch, m.name, random)
-            elif m.kind == "vector":
+            elif m.name in self.standards:
                 values[m.name] = self.standards[m.name](self.vectors(batch, m.name))
             elif m.name in batch:
                 values[m.data_key] = batch[m.name].to(self.device)
@@ -127,6 +146,65 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
                 present[m.name] = batch[f"{m.name}_present"].to(self.device)
         read = batch_of(self.modalities, values)
         return Batch(read.values, {**read.present, **present})
+
+    @torch.no_grad()
+    def vectors(self, batch: Mapping, name: str) -> torch.Tensor:
+        """A batch's vectors [B, D] as they are: its own, or those of its images."""
+        if name in batch:
+            return batch[name].to(self.device).float()
+        if name not in self.extractors:
+            raise UserValueError(
+                f"the batch has no {name!r}, and the model no extractors.{name} to read it off"
+            )
+        images = channels_first(from_batch(batch, self.first_stage_key, f"for extractors.{name}"))
+        return self.extractors[name](images.to(self.device)).float()
+
+    def given_values(
+        self, given: Mapping[str, torch.Tensor], n: int, shape: tuple[int, int, int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What is given (see `sample_joint`), as the diffusion knows it; shape: of the latents (default:
+        latent_shape)."""
+        values, shape = {}, tuple(shape or self.latent_shape)
+        for key, value in given.items():
+            name = key.removesuffix("_latent") if key not in self.names else key
+            if name not in self.names:
+                raise UserValueError(f"given {key}: this model has {', '.join(self.names)}")
+            if len(value) != n:
+                raise UserValueError(f"given {key}: {len(value)} samples, expected {n}")
+            value = value.to(self.device)
+            if name in self.standards:
+                value = self.standards[name](self._as_vectors(name, value))
+            elif name not in self.image_names:
+                value, _ = self.modalities[name].from_data(value)
+            else:
+                value = self.encode_images(value) if key == name else self.scale_factor * value
+                if tuple(value.shape[1:]) != shape:
+                    raise UserValueError(
+                        f"given {key}: its latents are {list(value.shape[1:])}, the model's {list(shape)}: "
+                        "check the size of the images"
+                    )
+            values[name] = value
+        return values
+
+    def _as_vectors(self, name, value):
+        if value.ndim != 4:
+            return self.modalities[name].check(value)
+        if name not in self.extractors:
+            raise UserValueError(
+                f"given {name}: this model has no extractors.{name} to read it off images, give the vectors"
+            )
+        return self.vectors({self.first_stage_key: value.permute(0, 2, 3, 1)}, name)
+
+    def decoded(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values in the diffusion's terms, by name, as data: images, probabilities, vectors."""
+        return {name: self._decoded(name, value) for name, value in values.items()}
+
+    def _decoded(self, name, value):
+        if name in self.image_names:
+            return self.decode_first_stage(value)
+        return self.standards[name].restore(value) if name in self.standards else value
+
+    # The loss
 
     def loss_terms(self, x_start, cond, t, noise, random, batch):
         """Equation 6: the error of the prediction [B], and KL_name [B] with its lambda for every modality."""
@@ -150,11 +228,58 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
         weighted = {f"KL_{m.name}": m.loss_weight for m in self.modalities if f"KL_{m.name}" in terms}
         return {"simple": simple} | {name: (terms[name], weight) for name, weight in weighted.items()}
 
-    # The variance of the Gaussian heads, with which a given modality conditions
+    # What is measured beside training: the vectors' standard form, and the variance of the Gaussian heads, with
+    # which a given modality conditions
+
+    def measure_standards(self, batches: Iterable[Mapping], count: int) -> None:
+        """See vectors.measure_standards."""
+        measure_standards(self.standards, self.vectors, batches, count)
+
+    def on_train_start(self):
+        """Measures the vectors' standard form, unless a checkpoint knew it."""
+        if self.standardise:
+            self.measure_standards(read_again(self.trainer.train_dataloader), self.standardise)
+        super().on_train_start()
+
+    def on_fit_start(self):
+        if self._measured and not self.trainer.enable_validation:
+            _logger.warning(
+                "there are no validation data: the variance of the modalities' heads is not measured, and "
+                "generating from a given modality is not calibrated"
+            )
+        super().on_fit_start()
 
     def on_validation_epoch_end(self):
         if not self.trainer.sanity_checking:
             self.measure_heads()
+
+    @property
+    def _measured(self) -> bool:
+        """Is there a head to measure?"""
+        return any(m.likelihood == "gaussian" and m.head != "none" for m in self.modalities)
+
+    @torch.no_grad()
+    def hold_out(self, batches: Iterable[Mapping]) -> None:
+        """Keep the first held_out samples of `batches` that have every modality for `measure_heads`: latents,
+        modalities and conditioning."""
+        parts, kept = [], 0
+        for batch in batches:
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            z, cond = self.get_input(batch, self.first_stage_key, force_c_encode=True)
+            read = self.modality_batch(batch)
+            complete = torch.ones(len(z), dtype=torch.bool, device=z.device)
+            for mask in read.present.values():
+                complete &= mask
+            where = complete.nonzero().squeeze(1)[: self.held_out - kept]
+            values = {
+                self.modalities[name].data_key: self.modalities[name].to_data(value)
+                for name, value in read.values.items()
+            }
+            parts.append(tuple(select(part, where) for part in ({"z": z}, values, cond)))
+            kept += len(where)
+            if kept >= self.held_out:
+                break
+        self._held_out = [joined(batches) for batches in zip(*parts, strict=True)]
 
     def measure_heads(self) -> None:
         """Measure the Gaussian heads' squared error, by the moving average, on the first samples of the
@@ -166,28 +291,10 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
             self.hold_out(loaders[0] if isinstance(loaders, (list, tuple)) else loaders)
         if not self._held_out:
             return
-        images = torch.cat([part["images"] for part in self._held_out])
-        values = _concatenated([part["values"] for part in self._held_out])
-        cond = _concatenated([part["cond"] for part in self._held_out])
+        latents, values, cond = self._held_out
         with self.ema_scope():
-            measure_variance(self.modalities, Denoiser(self), images, values, self.seed, cond)
+            measure_variance(self.modalities, Denoiser(self), latents["z"], values, self.seed, cond)
         self._measured_at = self.global_step
-
-    @torch.no_grad()
-    def hold_out(self, batches: Iterable[Mapping]) -> None:
-        """Keep the first held_out samples of `batches` for `measure_heads`."""
-        self._held_out, kept = [], 0
-        for batch in batches:
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
-            self._held_out.append(self._to_measure(batch, self.held_out - kept))
-            kept += len(self._held_out[-1]["images"])
-            if kept >= self.held_out:
-                break
-
-    @property
-    def _measured(self) -> bool:
-        """Is there a head to measure?"""
-        return any(m.likelihood == "gaussian" and m.head != "none" for m in self.modalities)
 
     def on_save_checkpoint(self, checkpoint):
         """A checkpoint's variances belong to its weights."""
@@ -197,40 +304,151 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
                 if name.endswith(".variance") and name in checkpoint["state_dict"]:
                     checkpoint["state_dict"][name] = value
 
-    def on_fit_start(self):
-        if self._measured and not self.trainer.enable_validation:
-            _logger.warning(
-                "there are no validation data: the variance of the modalities' heads is not measured, and "
-                "generating from a given modality is not calibrated"
-            )
-        super().on_fit_start()
+    # Sampling
 
-    def on_train_start(self):
-        """Measures the vectors' standard form, unless a checkpoint knew it."""
-        if self.standardise:
-            self.measure_standards(read_again(self.trainer.train_dataloader), self.standardise)
-        super().on_train_start()
+    def guided_model(
+        self,
+        unconditional=None,
+        scale=1.0,
+        corrector=None,
+        options=None,
+        given: Mapping[str, torch.Tensor] | None = None,
+        strength: float | Mapping[str, float] = 1.0,
+        absent: Sequence[str] = (),
+    ) -> JointDenoiser:
+        """The network as a sampler's model: modalities that are neither `given` (in the terms of
+        `given_values`) nor `absent` are estimated; others as in LatentDiffusion."""
+        if corrector is not None:
+            raise UserValueError("a score_corrector does not work on a model of several modalities")
+        return JointDenoiser(
+            self.modalities,
+            Denoiser(self),
+            given,
+            strength,
+            guidance=1.0 if unconditional is None else scale,
+            unconditional=unconditional,
+            absent=absent,
+        )
 
-    def train(self, mode=True):
-        """See LatentDiffusion; extractors stay as they are."""
-        super().train(mode)
-        for extractor in getattr(self, "extractors", {}).values():
-            extractor.eval()
-        return self
+    @torch.no_grad()
+    def sample_joint(
+        self,
+        n: int,
+        given: Mapping[str, torch.Tensor] | None = None,
+        want: Sequence[str] | None = None,
+        *,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        eta: float = 0.0,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        conditioning=None,
+        unconditional=None,
+        guidance: float = 1.0,
+        strength: float | Mapping[str, float] = 1.0,
+        absent: Sequence[str] = (),
+        shape: tuple[int, int, int] | None = None,
+        use_ema: bool = True,
+        progress: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """n samples of what is wanted (default: everything that is not given), by name: images [n, C, H, W]
+        (not clipped), class probabilities, vectors.
 
-    def _to_measure(self, batch, most):
-        """Latents, modalities and conditioning of at most `most` samples that have every modality."""
-        z, cond = self.get_input(batch, self.first_stage_key)
-        read = self.modality_batch(batch)
-        complete = torch.ones(len(z), dtype=torch.bool, device=z.device)
-        for mask in read.present.values():
-            complete &= mask
-        where = complete.nonzero().squeeze(1)[:most]
-        values = {
-            self.modalities[name].data_key: self.modalities[name].to_data(value)
-            for name, value in read.values.items()
-        }
-        return {"images": z[where], "values": select(values, where), "cond": select(cond, where)}
+        given: by name images [n, C, H, W] in [-1, 1], or under `<name>_latent` unscaled latents
+        [n, c, h, w], labels int64 [n] or probabilities, vectors [n, D] or, where the model has an extractor,
+        images [n, 3, H, W] to read them off. If the image is given, see `predict`. sampler, steps, eta: of
+        SAMPLERS, see `Sampler.sample`; seed, indices: sample k is number indices[k] (default k) of the seed,
+        whatever n; conditioning, unconditional: learned conditioning and what guidance leads away from;
+        guidance, strength, absent: see JointDenoiser; shape: of the latents, if not the configuration's.
+        UserValueError for unknown names.
+        """
+        if sampler not in SAMPLERS:
+            raise UserValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        if steps is not None and not isinstance(steps, int):
+            raise UserValueError(f"steps {steps!r}: expected a whole number, or None for the whole process")
+        values = self.given_values(given or {}, n, shape)
+        wanted = self._wanted(want, {**values, **dict.fromkeys(absent)})
+        random = PerSample.derived(seed, range(n) if indices is None else indices, self.device)
+        with self.ema_scope() if use_ema else torch.no_grad():
+            if self.first_stage_key in values:
+                out = self._predict(values, conditioning, random)
+            else:
+                latents, way = SAMPLERS[sampler](self).sample(
+                    steps,
+                    n,
+                    shape or self.latent_shape,
+                    conditioning,
+                    eta=eta,
+                    verbose=progress,
+                    unconditional_guidance_scale=guidance,
+                    unconditional_conditioning=unconditional,
+                    random=random,
+                    given=values,
+                    strength=strength,
+                    absent=absent,
+                )
+                out = {self.first_stage_key: latents, **way.get("values", {})}
+        return self.decoded({name: out[name] for name in wanted})
+
+    def predict(
+        self,
+        images: torch.Tensor,
+        given: Mapping[str, torch.Tensor] | None = None,
+        *,
+        conditioning=None,
+        times: Sequence[int] = (0, 10, 20),
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        use_ema: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """The modalities' expectations for images [n, C, H, W] in [-1, 1], read at the diffusion indices
+        `times`, by name; arguments as in `sample_joint`."""
+        n = len(images)
+        values = self.given_values({self.first_stage_key: images, **(given or {})}, n)
+        wanted = self._wanted(None, values)
+        random = PerSample.derived(seed, range(n) if indices is None else indices, self.device)
+        with self.ema_scope() if use_ema else torch.no_grad():
+            out = self._predict(values, conditioning, random, times)
+        return self.decoded({name: out[name] for name in wanted})
+
+    def _predict(self, values, conditioning, random, times=(0, 10, 20)):
+        image, cond = values.pop(self.first_stage_key), self.as_conditioning(conditioning)
+        return predict_modalities(self.modalities, Denoiser(self), image, values, times, random, cond)
+
+    def _wanted(self, want, given):
+        wanted = [name for name in self.names if name not in given] if want is None else list(want)
+        for name in wanted:
+            if name not in self.names:
+                raise UserValueError(f"wanted {name}: this model has {', '.join(self.names)}")
+            if name in given:
+                raise UserValueError(f"wanted {name}: that is given already")
+        if not wanted:
+            raise UserValueError("everything is given: nothing is left to sample")
+        return wanted
+
+    def log_samples(self, batch, cond, n, steps, eta, scale, seed):
+        """Samples for `log_images`: image and modalities from nothing (`samples`, `samples_<name>`), the image
+        given each modality that is an image or a vector (`image_from_<name>`), and each image given the
+        image (`<name>_from_image`)."""
+        image, *images = self.image_names
+        options = {"steps": steps, "seed": seed, "conditioning": cond}
+        options |= {"sampler": "ddpm"} if steps is None else {"sampler": "ddim", "eta": eta}
+        if scale != 1:
+            options |= {"guidance": scale, "unconditional": self.get_unconditional_conditioning(n)}
+        drawn = self.sample_joint(n, None, [image, *images], **options)
+        shown = {"samples": drawn.pop(image), **{f"samples_{name}": value for name, value in drawn.items()}}
+        values = self.modality_batch(batch).values
+        for name in (name for name in (*images, *self.standards) if name in values):
+            source = self.decoded({name: values[name]})
+            if name in images:
+                shown |= source
+                source = {f"{name}_latent": values[name] / self.scale_factor}
+            shown[f"image_from_{name}"] = self.sample_joint(n, source, [image], **options)[image]
+        if images:
+            source = {f"{image}_latent": self.latents(batch, image) / self.scale_factor}
+            read = self.sample_joint(n, source, images, seed=seed, conditioning=cond)
+            shown |= {f"{name}_from_image": value for name, value in read.items()}
+        return shown
 
     # Checkpoints
 
@@ -239,9 +457,9 @@ class JointLatentDiffusion(VectorModalities, JointSampling, LatentDiffusion):
         modalities, so that its prediction stays what it was."""
         weights = dict(super().adapt_weights(weights))
         first = "diffusion_model.input_blocks.0.0.weight"
-        own = self.model.state_dict()[first]
+        own, extra = self.model.state_dict()[first], self.modalities.input_channels - self.channels
         for name in (f"model.{first}", first, "model_ema." + first.replace(".", "")):
-            if name in weights and weights[name].shape[1] == own.shape[1] - self._extra_channels:
+            if name in weights and weights[name].shape[1] == own.shape[1] - extra:
                 # The order is latent, modalities, conditioning (ModalitySet.apply, DiffusionWrapper).
                 weights = fit_channels(weights, {name: own}, name, at=self.channels)
         return weights
@@ -262,7 +480,7 @@ def latent_modalities(
     spec = _plain(spec) if spec else {}
     members = parse_modalities(spec, latent_shape, num_classes)
     return tuple(
-        replace(m, bounded=False) if m.kind == "image" and not _sets_bounds(spec, m.name) else m
+        replace(m, bounded=False) if isinstance(m, ImageModality) and not _sets_bounds(spec, m.name) else m
         for m in members
     )
 
@@ -278,13 +496,3 @@ def _plain(config):
     if isinstance(config, DictConfig):
         return OmegaConf.to_container(config, resolve=True)
     return {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
-
-
-def _concatenated(parts: Sequence[Mapping]) -> dict:
-    """Batches of tensors, or lists of tensors, by name, one after the other."""
-    return {
-        name: torch.cat([part[name] for part in parts])
-        if isinstance(first, torch.Tensor)
-        else [torch.cat(pieces) for pieces in zip(*(part[name] for part in parts), strict=True)]
-        for name, first in parts[0].items()
-    }

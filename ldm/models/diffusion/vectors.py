@@ -1,10 +1,10 @@
-"""Vector modalities of a latent diffusion, such as CLIP representations: where they come from, and the
+"""Vector modalities of a latent diffusion, such as CLIP representations: what reads them off images, and the
 standard form in which they are modelled (MT-Diffusion, appendix E.4).
 """
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError, UserValueError
-from ldm.models.diffusion.first_stage import channels_first, from_batch, frozen
+from guided_diffusion.mt.modalities import Modality, VectorModality
+from ldm.modules.encoders.base import frozen
 from ldm.util import instantiate_from_config
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +61,53 @@ class Standard(nn.Module):
         self.known.fill_(True)
 
 
+def make_standards(modalities: Iterable[Modality]) -> nn.ModuleDict:
+    """A Standard for every vector, by name."""
+    return nn.ModuleDict({m.name: Standard(*m.shape) for m in modalities if isinstance(m, VectorModality)})
+
+
+def make_extractors(configs: Mapping[str, Mapping], standards: Mapping[str, Standard]) -> nn.ModuleDict:
+    """Frozen modules images [B, 3, H, W] in [-1, 1] -> vectors [B, D], by the modality's name.
+
+    UserValueError for an extractor of no vector modality, or of another width.
+    """
+    made = nn.ModuleDict()
+    for name, config in configs.items():
+        if name not in standards:
+            raise UserValueError(
+                f"extractors.{name}: the vector modalities are {', '.join(standards) or 'none'}"
+            )
+        made[name] = frozen(instantiate_from_config(config, nn.Module, f"extractors.{name}"))
+        width = len(standards[name].mean)
+        if made[name].width != width:
+            raise UserValueError(
+                f"extractors.{name} gives {made[name].width} numbers, modality {name} has {width}: set its shape"
+            )
+    return made
+
+
+def measure_standards(
+    standards: Mapping[str, Standard], vectors: Callable, batches: Iterable[Mapping], count: int
+) -> None:
+    """Measure the standards that are not known on the first `count` samples of all ranks together; those that
+    have no vector (`<name>_present`) do not count. vectors: (batch, name) -> [B, D]."""
+    unknown = [name for name, standard in standards.items() if not standard.known]
+    if not unknown:
+        return
+    seen, found = 0, {name: [] for name in unknown}
+    for batch in batches:
+        for name in unknown:
+            rows, present = vectors(batch, name), batch.get(f"{name}_present")
+            found[name].append(rows if present is None else rows[present.to(rows.device)])
+        seen += len(found[unknown[0]][-1]) * dist_util.get_world_size()
+        if seen >= count:
+            break
+    for name in unknown:
+        standards[name].measure(torch.cat(found[name]))
+        scale = float(standards[name].scale)
+        _logger.info("%s: standard form by %d samples, scale %.4g", name, seen, scale)
+
+
 def read_again(loader: Iterable) -> Iterable:
     """The batches of a loader from where it begins, read beside it: a DataLoader that is being iterated, whose
     workers are its iterators' own, stays where it is."""
@@ -73,63 +121,3 @@ def read_again(loader: Iterable) -> Iterable:
         collate_fn=loader.collate_fn,
         drop_last=loader.drop_last,
     )
-
-
-class VectorModalities:
-    """`extractors` and `standards`, for a LatentDiffusion with `modalities`.
-
-    An extractor is a frozen module images [B, 3, H, W] in [-1, 1] -> vectors [B, D]; it reads a vector off
-    the image where the data do not bring it under the modality's name.
-    """
-
-    def make_vectors(self, extractors: Mapping[str, Mapping]) -> None:
-        """Make both. UserValueError for an extractor of no vector modality, or of another width."""
-        widths = {m.name: m.shape[0] for m in self.modalities if m.kind == "vector"}
-        if unknown := sorted(set(extractors) - set(widths)):
-            raise UserValueError(
-                f"extractors.{unknown[0]}: the vector modalities are {', '.join(widths) or 'none'}"
-            )
-        made = {
-            name: frozen(instantiate_from_config(config, nn.Module, f"extractors.{name}"))
-            for name, config in extractors.items()
-        }
-        for name, extractor in made.items():
-            if extractor.width != widths[name]:
-                raise UserValueError(
-                    f"extractors.{name} gives {extractor.width} numbers, modality {name} has {widths[name]}: set its shape"
-                )
-        self.extractors = nn.ModuleDict(made)
-        self.standards = nn.ModuleDict({name: Standard(width) for name, width in widths.items()})
-
-    @torch.no_grad()
-    def vectors(self, batch: Mapping, name: str) -> torch.Tensor:
-        """A batch's vectors [B, D] as they are: its own, or those of its images."""
-        if name in batch:
-            return batch[name].to(self.device).float()
-        if name not in self.extractors:
-            raise UserValueError(
-                f"the batch has no {name!r}, and the model no extractors.{name} to read it off"
-            )
-        images = channels_first(from_batch(batch, self.first_stage_key, f"for extractors.{name}"))
-        return self.extractors[name](images.to(self.device)).float()
-
-    def measure_standards(self, batches: Iterable[Mapping], count: int) -> None:
-        """Measure the standards that are not known on the first `count` samples of all ranks together; those
-        that have no vector (`<name>_present`) do not count."""
-        unknown = [name for name, standard in self.standards.items() if not standard.known]
-        if not unknown:
-            return
-        seen, found = 0, {name: [] for name in unknown}
-        for batch in batches:
-            for name in unknown:
-                vectors = self.vectors(batch, name)
-                present = batch.get(f"{name}_present")
-                found[name].append(vectors if present is None else vectors[present.to(vectors.device)])
-            seen += len(found[unknown[0]][-1]) * dist_util.get_world_size()
-            if seen >= count:
-                break
-        for name in unknown:
-            self.standards[name].measure(torch.cat(found[name]))
-            _logger.info(
-                "%s: standard form by %d samples, scale %.4g", name, seen, float(self.standards[name].scale)
-            )

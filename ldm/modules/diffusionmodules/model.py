@@ -123,7 +123,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))
+        # Contiguous [B, 1, H * W, C]: no fused kernel takes views whose last stride is H * W.
+        q, k, v = (
+            layer(h).flatten(2).transpose(1, 2).contiguous()[:, None] for layer in (self.q, self.k, self.v)
+        )
         h = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H * W, C]
         return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
 

@@ -5,9 +5,11 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from guided_diffusion.errors import UserValueError
 from guided_diffusion.losses import normal_kl
+from guided_diffusion.seeding import PerSample
 
-__all__ = ["AbstractDistribution", "DiracDistribution", "DiagonalGaussianDistribution", "normal_kl"]
+__all__ = ["AbstractDistribution", "DiracDistribution", "DiagonalGaussianDistribution", "draw", "normal_kl"]
 
 
 class AbstractDistribution(ABC):
@@ -72,3 +74,18 @@ class DiagonalGaussianDistribution(AbstractDistribution):
         # -log N(x; mean, var) = (log 2 pi + log var + (x - mean)^2 / var) / 2
         squares = (sample - self.mean) ** 2 / self.var
         return 0.5 * (math.log(2 * math.pi) + self.logvar + squares).sum(dim=tuple(dims))
+
+
+def draw(encoded, random: PerSample | None) -> torch.Tensor:
+    """Latents of what a first stage's encoder returns: latents, or a draw from their distribution by the generators
+    `random` (None: the global one)."""
+    if isinstance(encoded, torch.Tensor):
+        return encoded
+    if random is not None and isinstance(encoded, DiagonalGaussianDistribution):
+        return encoded.mean + encoded.std * random.randn_like(encoded.mean)
+    if isinstance(encoded, AbstractDistribution):
+        return encoded.sample()
+    raise UserValueError(
+        f"the first stage encodes to a {type(encoded).__name__}: expected latents or their distribution "
+        "(for a VQModel take VQModelInterface)"
+    )

@@ -21,6 +21,11 @@ class AbstractEncoder(nn.Module):
         return self(*args, **kwargs)
 
 
+def frozen(module: nn.Module) -> nn.Module:
+    """`module` in evaluation mode, its parameters without gradients."""
+    return module.eval().requires_grad_(False)
+
+
 def import_transformers(what: str):
     """The package transformers, for a `text encoder`, for example. UserValueError where it is not installed."""
     try:

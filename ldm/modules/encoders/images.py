@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from guided_diffusion.errors import UserFileError
-from ldm.models.diffusion.first_stage import frozen
 from ldm.modules.encoders.base import (
     RELEASED,
     AbstractEncoder,
+    frozen,
     import_transformers,
     load_pretrained,
     reading,

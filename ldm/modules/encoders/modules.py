@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from guided_diffusion.errors import UserFileError, UserValueError
-from ldm.models.diffusion.first_stage import frozen
 from ldm.modules.encoders.base import (
     RELEASED,
     AbstractEncoder,
+    frozen,
     import_transformers,
     load_pretrained,
     subfolder,

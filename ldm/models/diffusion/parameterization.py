@@ -1,7 +1,5 @@
-"""The diffusion process under latent-diffusion's names: its tables as buffers, its parameterizations.
-
-The process itself is guided_diffusion's; a network may predict the noise (eps), the latent (x0) or the
-velocity v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022; Stable Diffusion 2.1-v).
+"""What the network predicts: the noise (eps), the latent (x0) or the velocity v = sqrt(abar_t) eps - sqrt(1 -
+abar_t) x_0 (Salimans & Ho 2022; Stable Diffusion 2.1-v); the process, its tables and its loss weights for each.
 """
 
 from collections.abc import Iterable
@@ -11,9 +9,8 @@ import torch
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
-from guided_diffusion.mt.aggregation import Aggregation
 from guided_diffusion.respace import SpacedDiffusion
-from ldm.modules.diffusionmodules.util import extract_into_tensor
+from ldm.modules.diffusionmodules.util import make_beta_schedule
 
 PARAMETERIZATIONS = ("eps", "x0", "v")
 
@@ -34,13 +31,28 @@ TABLES = (
 )
 
 
+def noise_betas(
+    given_betas=None,
+    beta_schedule="linear",
+    timesteps=1000,
+    linear_start=1e-4,
+    linear_end=2e-2,
+    cosine_s=8e-3,
+) -> np.ndarray:
+    """The betas that a configuration's parameters mean, float64 [T]."""
+    if given_betas is not None:
+        return np.asarray(given_betas, dtype=np.float64)
+    return make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+
+
 def make_diffusion(
     betas: np.ndarray,
     parameterization: str,
-    aggregation: Aggregation | None = None,
+    aggregation=None,
     kept: Iterable[int] | None = None,
 ) -> GaussianDiffusion:
-    """The process of `betas` [T], or with the same marginals over the timesteps `kept`.
+    """The process of `betas` [T], or with the same marginals over the timesteps `kept`; aggregation: of the
+    modalities in it, if any.
 
     A network that predicts v is seen as one of eps (`Denoiser`). UserValueError for an unknown
     parameterization.
@@ -143,25 +155,3 @@ class Denoiser:
         """Put the network into training mode, or out of it."""
         self.wrapper.train(mode)
         return self
-
-
-class Velocity:
-    """The formulas between noise, latent and velocity, for a class that has the tables as buffers."""
-
-    def get_v(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 of latents and noise [B, ...] at t int64 [B]."""
-        return self._signal(t, x) * noise - self._noise_level(t, x) * x
-
-    def predict_start_from_z_and_v(self, x_t, t, v) -> torch.Tensor:
-        """x_0 = sqrt(abar_t) z_t - sqrt(1 - abar_t) v."""
-        return self._signal(t, x_t) * x_t - self._noise_level(t, x_t) * v
-
-    def predict_eps_from_z_and_v(self, x_t, t, v) -> torch.Tensor:
-        """eps = sqrt(abar_t) v + sqrt(1 - abar_t) z_t."""
-        return self._signal(t, x_t) * v + self._noise_level(t, x_t) * x_t
-
-    def _signal(self, t, like):
-        return extract_into_tensor(self.sqrt_alphas_cumprod, t, like.shape)
-
-    def _noise_level(self, t, like):
-        return extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, like.shape)
