@@ -432,7 +432,7 @@ ALTERED = {
         '"output": nats / math.log(2.1)',
     ),
     "guided_diffusion/unet.py": ("self.out = nn.Sequential(", "self.final = self.out = nn.Sequential("),
-    "guided_diffusion/cli.py": ("num_samples=10000", "num_samples=50000"),
+    "guided_diffusion/flags.py": ("num_samples=10000", "num_samples=50000"),
 }
 
 
