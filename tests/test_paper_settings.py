@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from guided_diffusion.flags import parse_flags, read_config
 from guided_diffusion.mt.modalities import parse_modalities
-from guided_diffusion.mt.model import parse_flags, read_config
 from tests.conftest import ROOT, script_path
 
 CONFIGS = ROOT / "configs"
@@ -19,14 +19,14 @@ CASES = [
     for name in part["configs"]
 ]
 MISSING = object()
-FLAGS = runpy.run_path(str(script_path("mt_image_train")))["defaults"]()
+PARSER = runpy.run_path(str(script_path("mt_image_train")))["parser"]
 
 
 def resolved(name):
     """A configuration with its defaults; its modalities as they are made."""
     path = CONFIGS / f"{name}.yaml"
     if name.startswith("table"):
-        config = parse_flags(FLAGS, ["--config", str(path)])
+        config = parse_flags(PARSER(), ["--config", str(path)])
         side, spec = config["image_size"], config["modalities"]
         made = parse_modalities(spec, (3, side, side), 1000) if spec else ()
     else:
