@@ -153,8 +153,3 @@ def class_folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sample_image(10 * i).save(path)
     return folder
-
-
-def pytest_make_parametrize_id(val):
-    """Functions by their names: their addresses differ between the processes that share the tests."""
-    return val.__name__ if callable(val) and hasattr(val, "__name__") else None
