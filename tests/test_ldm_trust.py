@@ -92,7 +92,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("target", ["os.system", "tests.ldm_training_driver.Marker"])
-@pytest.mark.parametrize("make, place, belongs", PLACES, ids=lambda value: str(value))
+@pytest.mark.parametrize("make, place, belongs", PLACES, ids=lambda value: getattr(value, "__name__", value))
 def test_nothing_is_called_that_does_not_belong_there(tmp_path, make, place, belongs, target):
     config = make()
     if place.endswith("perceptual_config"):
