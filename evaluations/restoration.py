@@ -8,8 +8,8 @@
     python evaluations/restoration.py table table1 --json table1/table.json
 
 `mask` writes holes_M.npz for every number M of masks: arr_0 the masked images, mask the pixels that are left, clean the
-images themselves. Masks are squares anywhere inside the image, and may overlap; masked pixels are grey (0 in
-[-1, 1]). Image k has the same masks whatever else is in the set. `table` also takes other methods' results:
+images themselves. Masks are squares whose corner lies anywhere in the image, clipped at its right and lower edge, as in
+training. They may overlap; masked pixels are grey (0 in [-1, 1]). Image k has the same masks whatever else is in the set. `table` also takes other methods' results:
 --row "Name=folder/name_{m}.npz" (arr_0, in the same order).
 """
 
@@ -34,6 +34,8 @@ from evaluations.sdedit import STRENGTH, load_single_task, restore
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
 from guided_diffusion.flags import Parser, args_to_dict, model_and_diffusion_defaults
+from guided_diffusion.mt.masks import RandomPatches
+from guided_diffusion.seeding import PerSample, derive_seed
 
 MASKS = (5, 10, 15, 20)
 MASK_SIZE = 16  # pixels
@@ -70,17 +72,12 @@ class Table:
 def draw_masks(
     count: int, height: int, width: int, masks: int, size: int = MASK_SIZE, seed: int = 0
 ) -> np.ndarray:
-    """Which pixels are left, bool [count, height, width], under `masks` squares of `size` pixels per image."""
+    """Which pixels are left, bool [count, height, width], under `masks` squares of `size` pixels per image, as in
+    training (RandomPatches)."""
     if size < 1 or size > min(height, width) or masks < 0:
         raise UserValueError(f"{masks} masks of {size} pixels do not fit images of {width}x{height}")
-    left = np.ones((count, height, width), bool)
-    for index in range(count):
-        random = np.random.default_rng([seed, masks, index])
-        tops = random.integers(0, height - size + 1, masks)
-        lefts = random.integers(0, width - size + 1, masks)
-        for y, x in zip(tops, lefts, strict=True):
-            left[index, y : y + size, x : x + size] = False
-    return left
+    random = PerSample.derived(derive_seed(seed, masks), range(count))
+    return RandomPatches(size=size).keep(height, width, random, masks)[:, 0].numpy()
 
 
 def apply_masks(images: np.ndarray, left: np.ndarray) -> np.ndarray:
