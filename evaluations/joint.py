@@ -68,7 +68,7 @@ class Pairs:
 
     pool: Tensor  # [N, 2048] of the images
     partner: Tensor  # [N, D] of the other half
-    kind: Kind
+    holds: Kind
     data: np.ndarray  # the other half itself
     images: np.ndarray | None  # where the metric looks at pixels
 
@@ -112,7 +112,7 @@ class JointEvaluation:
 class Partner:
     """The other halves of N pairs."""
 
-    kind: Kind
+    holds: Kind
     data: np.ndarray  # labels as integers [N], -1 for unknown
     name: str
     class_names: list[str] | None = None  # of labels
@@ -159,22 +159,22 @@ def load_pairs(
     beside = _partner_features(partner, network, classes, palette, batch_size)
     if features is None:
         return None
-    arrays = load_array(path, "arr_0") if partner.kind == "images" and not palette else None
-    return Pairs(features.pool, beside, partner.kind, partner.data, arrays)
+    arrays = load_array(path, "arr_0") if partner.holds == "images" and not palette else None
+    return Pairs(features.pool, beside, partner.holds, partner.data, arrays)
 
 
 def _partner_features(
     partner: Partner, network: Inception, classes: int | None, palette: Palette | None, batch_size: int
 ) -> Tensor | None:
     data = partner.data
-    if partner.kind == "vectors":
+    if partner.holds == "vectors":
         return torch.from_numpy(data).float()
-    if partner.kind == "labels":
+    if partner.holds == "labels":
         vectors = torch.zeros(len(data), classes)
         known = np.flatnonzero(data >= 0)
         vectors[known, data[known]] = 1
         return vectors
-    if partner.kind == "maps":
+    if partner.holds == "maps":
         if palette is None:
             raise UserValueError(f"{partner.name} holds class indices: --palette says which")
         colors = np.concatenate([palette.colors, palette.void_colors[:1], np.zeros((1, 3), np.uint8)])
@@ -194,7 +194,7 @@ def evaluate_joint(
     seed: int = 0,
 ) -> JointEvaluation:
     """All joint metrics that apply to this kind of pairs; `modality` is its name in the report."""
-    kind = samples.kind
+    kind = samples.holds
     scale = partner_scale(reference.pool, reference.partner)
     pairs, real = (samples.pool, samples.partner), (reference.pool, reference.partner)
     classifier = (
@@ -285,8 +285,8 @@ def run(args: argparse.Namespace) -> None:
     keys = {args.ref_batch: args.ref_modality or args.modality}
     files = [path for path in (args.ref_batch, args.sample_batch, args.conditional) if path]
     partners = [read_partner(path, keys.get(path, args.modality)) for path in files]
-    if len({partner.kind for partner in partners}) > 1:
-        kinds = ", ".join(f"{partner.name}: {partner.kind}" for partner in partners)
+    if len({partner.holds for partner in partners}) > 1:
+        kinds = ", ".join(f"{partner.name}: {partner.holds}" for partner in partners)
         raise UserValueError(f"the pairs are not of one kind ({kinds})")
     if partners[0].class_names:  # the reference's numbers hold for all
         partners[1:] = [
@@ -296,7 +296,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = {NpzImages(path).shape[1:3] for path in files}
     if len(sizes) > 1:
         raise UserValueError(f"the images are of different sizes {sorted(sizes)} (height, width)")
-    classes = max(int(p.data.max()) for p in partners) + 1 if partners[0].kind == "labels" else None
+    classes = max(int(p.data.max()) for p in partners) + 1 if partners[0].holds == "labels" else None
     network = load_inception(args.inception, args.device)
     pairs = [
         load_pairs(path, partner, network, classes, palette, args.batch_size)

@@ -58,7 +58,8 @@ def main():
     dist_util.setup_dist()
     model = JointModel.load(args.model_path, args.weights)
     model.network.to(dist_util.dev())
-    label = next((m for m in model.modalities if m.kind == "label" and m.head != "none"), None)
+    label = model.modalities.first("label")
+    label = label if label is not None and label.head != "none" else None
     if label is None:
         raise UserValueError(f"{args.model_path} predicts no label")
     size, channels, classes = model.flags["image_size"], model.flags["image_channels"], label.shape[0]

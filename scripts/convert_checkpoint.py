@@ -46,11 +46,11 @@ def main():
 
     source, target, kind, weights = (args.pop(name) for name in ("source", "target", "to", "weights"))
     package = conversion.read(source, weights)
-    if package.kind is None and kind == "joint" and "modalities" not in args:
+    if package.task is None and kind == "joint" and "modalities" not in args:
         raise UserValueError(
             f"{source} does not say which modalities to add: give --modalities, as masked:X,label:U"
         )
-    if package.kind == kind:
+    if package.task == kind:
         if args:
             raise UserValueError(f"{source} describes itself: leave out --{', --'.join(args)}")
     elif kind == "joint":
@@ -58,7 +58,7 @@ def main():
         print(f"fresh, to be trained: {', '.join(fresh) or 'nothing'}")
     else:
         given = set(args) - {"class_cond"}
-        if package.kind is None or given:
+        if package.task is None or given:
             problem = f"--{', --'.join(given)} cannot change it" if given else "it describes no joint model"
             raise UserValueError(f"{source} cannot be written as ADM's: {problem}")
         package = conversion.to_adm(package, args.get("class_cond"))

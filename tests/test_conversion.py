@@ -79,7 +79,7 @@ def adm_in(tmp_path, class_cond, modalities):
     single = adm_model(class_cond)
     th.save(single.state_dict(), tmp_path / "adm.pt")
     source = conversion.read(str(tmp_path / "adm.pt"))
-    assert source.kind is None
+    assert source.task is None
     made, fresh = conversion.from_adm(source, {**ADM, "modalities": modalities})
     return single, conversion.joint_model(made), fresh
 
@@ -127,7 +127,7 @@ def test_a_file_describes_its_model(tmp_path, suffix, modalities):
     path = str(tmp_path / f"model{suffix}")
     conversion.write(package(model), path)
     again = conversion.read(path)
-    assert again.kind == "joint" and again.flags == model.flags
+    assert again.task == "joint" and again.flags == model.flags
     loaded = conversion.joint_model(again)
     assert isinstance(loaded.modalities, ModalitySet) and peaks(loaded.modalities) == peaks(model.modalities)
     own = model.network.state_dict()
@@ -138,7 +138,7 @@ def test_single_task_safetensors_describe_themselves(tmp_path):
     made = conversion.to_adm(package(joint("masked:X,label:X")))
     conversion.write(made, str(tmp_path / "adm.safetensors"))
     again = conversion.read(str(tmp_path / "adm.safetensors"))
-    assert (again.kind, again.flags) == ("adm", made.flags)
+    assert (again.task, again.flags) == ("adm", made.flags)
     back, _ = conversion.from_adm(again, {"modalities": "label:X"})
     assert back.flags["num_classes"] == 5 and back.flags["image_size"] == 8
 

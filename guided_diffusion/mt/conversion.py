@@ -34,12 +34,12 @@ _LABELS = "label_emb.weight"
 class Package:
     """Weights, and what is known about them.
 
-    kind: `joint` (a model of mt_image_train.py), `adm` (a single-task one), None if the file does not
+    task: `joint` (a model of mt_image_train.py), `adm` (a single-task one), None if the file does not
     say; flags: those of `mt_defaults` or `model_and_diffusion_defaults` that are known.
     """
 
     weights: dict[str, th.Tensor]
-    kind: str | None
+    task: str | None
     flags: dict
     source: str
 
@@ -73,11 +73,11 @@ def write(package: Package, path: str) -> list[str]:
         raise UserError(f"{path}: the name must end in .pt or .safetensors")
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
-        about = {checkpoint_util.METADATA: {"kind": package.kind, "flags": package.flags}}
+        about = {checkpoint_util.METADATA: {"kind": package.task, "flags": package.flags}}
         checkpoint_util.save_safetensors(package.weights, target, about)
         return [str(target)]
-    beside = target.parent / CONFIG_NAME if package.kind == "joint" else target.with_suffix(".flags")
-    if package.kind == "joint":
+    beside = target.parent / CONFIG_NAME if package.task == "joint" else target.with_suffix(".flags")
+    if package.task == "joint":
         if beside.exists() and read_config(beside) != package.flags:
             raise UserError(f"{beside} describes another model: choose another folder for {target.name}")
         write_config(package.flags, beside)

@@ -184,7 +184,22 @@ class Modality(ABC):
 
     def draw(self, random: PerSample) -> th.Tensor:
         """A value drawn as the data have it, where that needs no model."""
-        self._refuse("only a label can be drawn at random")
+        self._refuse("only a label of the model can be drawn at random")
+
+    # In files and on sheets
+
+    @abstractmethod
+    def read(self, source: str, image_shape: tuple[int, int, int], class_names: Sequence[str]):
+        """Values [N, ...] from a file (files.py), or GivenImages, for images of `image_shape`."""
+
+    def pixels(self, value: th.Tensor, known: th.Tensor | None = None):
+        """The values [N, ...] as images uint8 [N, H, W, C]; None where they are none. known: bool [N, 1, H, W],
+        pixels that were given and come back exactly."""
+        return None
+
+    def classes(self, value: th.Tensor) -> th.Tensor | None:
+        """The likeliest classes int64 [N] of values; None where they are none."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -222,6 +237,18 @@ class ImageModality(Modality):
     def expectation(self, prediction):
         """The image, clipped where it is bounded."""
         return prediction.clamp(-1, 1) if self.bounded else prediction
+
+    def read(self, source, image_shape, class_names):
+        """See Modality."""
+        from .files import read_images  # here: models need no files
+
+        return read_images(source, *image_shape[:2])
+
+    def pixels(self, value, known=None):
+        """See Modality."""
+        from ..figures import to_uint8
+
+        return to_uint8(value, known)
 
     def code_length(self, prediction, value, variance=None):
         """In 8-bit values. The 0 of a masked pixel is a 257th value that shares its bin with its two
@@ -341,6 +368,16 @@ class LabelModality(Modality):
         """See Modality."""
         return value.argmax(dim=1)
 
+    def read(self, source, image_shape, class_names):
+        """See Modality."""
+        from .files import read_labels
+
+        return read_labels(source, self, class_names)
+
+    def classes(self, value):
+        """See Modality."""
+        return value.argmax(dim=1)
+
     def start(self, random, device):
         """See Modality."""
         return super().start(random, device).softmax(dim=1)
@@ -398,6 +435,12 @@ class VectorModality(Modality):
         null = self.constant_code(unet) if code is None else code
         raw = unet(context=unet.tokens(rows))
         return (of_unit_rms(raw - null) * rms.reshape(-1, *[1] * (raw.dim() - 1))).to(unet.dtype)
+
+    def read(self, source, image_shape, class_names):
+        """See Modality."""
+        from .files import read_vectors
+
+        return read_vectors(source, self)
 
     def code_length(self, prediction, value, variance=None):
         """By the density: a vector is not 8 bits deep."""

@@ -34,7 +34,7 @@ REPORTED = (50, 200, 500, 800)  # of 1000: timesteps at which the start-up repor
 
 
 # What runs had that were made before these flags.
-_FORMER = dict(detectability=0.0, presence=False, unshifted_probability=0.0, code_interval=1)
+FORMER = dict(detectability=0.0, presence=False, unshifted_probability=0.0, code_interval=1)
 
 
 class JointModel:
@@ -54,7 +54,7 @@ class JointModel:
     def from_flags(cls, flags: Mapping) -> "JointModel":
         """Build from flags of `mt_defaults` (others are left out). UserValueError for impossible values."""
         flags = {name: flags[name] for name in mt_defaults()}
-        own = ("modalities", "aggregation", *_FORMER, "single_task_probability")
+        own = ("modalities", "aggregation", *FORMER, "single_task_probability")
         names = {name: flags[name] for name in ("class_names", "label_from")}
         model_flags, diffusion_flags = split_flags({k: v for k, v in flags.items() if k not in names})
         spec, schedule, detectability, presence, unshifted, interval, single_task = map(model_flags.pop, own)
@@ -184,7 +184,7 @@ def joint_process(config: DiffusionConfig, modalities: Sequence[Modality], sched
 
 def with_former_defaults(flags: Mapping) -> dict:
     """A checkpoint's flags with those that did not exist when it was made."""
-    return {**mt_defaults(), **_FORMER, **flags}
+    return {**mt_defaults(), **FORMER, **flags}
 
 
 # Parts that a model may have beside ADM's U-Net, and another may lack.

@@ -14,11 +14,11 @@ from ..image_datasets import classes_of, hold_out, load_stream, open_dataset
 from ..image_files import are_numbers
 from ..seeding import PerSample
 from . import directions
-from .files import GivenImages, read_images, read_labels, read_vectors
+from .files import GivenImages, read_images
 from .guidance import ClassGuidance, classifier_guide
 from .modalities import Modality, wants_labels
 from .modality_set import batch_of
-from .model import CONFIG_NAME, JointModel, config_of, initialise, write_config
+from .model import CONFIG_NAME, FORMER, JointModel, config_of, initialise, write_config
 from .sampling import Known, random_labels
 from .training import JointTrainLoop
 
@@ -43,6 +43,8 @@ def train(flags: dict) -> None:
         flags = checkpoint_util.with_flags_of(checkpoint_of(resume) or flags["init_from"], flags, network)
     flags = complete(flags)
     before = config_before(resume)
+    if before is not None:  # flags that did not exist when it began
+        flags |= {name: value for name, value in FORMER.items() if name not in before}
     labelled = wants_labels(flags["modalities"])
     try:
         dataset = open_dataset(
@@ -222,11 +224,8 @@ def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
         drawn = model.sample(random, steps, given=given, sampler="dpm++")
     loop.model.train()
     rows = [Row("image", to_uint8(drawn.images), _captions(model, drawn.values))]
-    rows += [
-        Row(m.name, to_uint8(drawn.values[m.name]))
-        for m in model.modalities
-        if m.kind == "image" and m.name in drawn.values
-    ]
+    shown = {m.name: m.pixels(drawn.values[m.name]) for m in model.modalities if m.name in drawn.values}
+    rows += [Row(name, pixels) for name, pixels in shown.items() if pixels is not None]
     sheet = contact_sheet(rows)
     number = loop.step + loop.resume_step
     sheet.save(os.path.join(logger.get_dir(), f"samples{number:06d}.png"))
@@ -236,8 +235,9 @@ def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
 
 
 def _captions(model, values):
-    labels = [values[m.name].argmax(dim=1).tolist() for m in model.modalities if m.kind == "label"]
-    return label_captions(labels, model.class_names)
+    """The most probable labels among `values` [N, ...], by name."""
+    classes = [m.classes(values[m.name]) for m in model.modalities if m.name in values]
+    return label_captions([row.tolist() for row in classes if row is not None], model.class_names)
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -286,11 +286,17 @@ def read_given(
     for name, source in directions.sources_given(specs, ["image", *modalities]).items():
         modality = modalities.get(name)
         if source == directions.RANDOM:
-            if name not in model.modalities.names or modality.kind != "label":
-                raise UserValueError(f"--given {name}=random: only a label of the model is drawn")
+            if name not in model.modalities:
+                raise UserValueError(
+                    f"--given {name}=random: only a label of the model can be drawn at random"
+                )
+            modality.draw(PerSample([0]))  # refuses where that cannot be
             drawn.add(name)
         else:
-            read = read_value(source, modality, model)
+            if modality is None:
+                read = read_images(source, *model.shape[:2])
+            else:
+                read = modality.read(source, model.shape, model.class_names)
             values[name], where = (read.values, read.known) if isinstance(read, GivenImages) else (read, None)
             if where is not None:
                 known[name] = where
@@ -299,15 +305,6 @@ def read_given(
                         f"--given {name}={source}: pixels are missing, which only image and masked images may have"
                     )
     return values, known, drawn
-
-
-def read_value(source: str, modality: Modality | None, model: JointModel) -> GivenImages | th.Tensor:
-    """A modality's values in a file, or images (`modality` None: the model's own)."""
-    if modality is None or modality.kind == "image":
-        return read_images(source, model.flags["image_channels"], model.flags["image_size"])
-    if modality.kind == "label":
-        return read_labels(source, modality, model.class_names)
-    return read_vectors(source, modality)
 
 
 def sample_batch(
@@ -346,7 +343,7 @@ def sample_batch(
             cond_fn = classifier_guide(guidance.classifier, extra["classes"], guidance.scale)
             if target in model.modalities.names and guidance.target.as_input:
                 given[target] = label  # as in ADM, network and classifier are told the same
-    names = drawn | {m.name for m in model.modalities if m.kind == "label" and m.required}
+    names = drawn | {m.name for m in model.modalities if m.required and m.drawable}
     for name, label in random_labels(model.modalities, random, names - {*given, *absent}).items():
         given[name], extra["classes"] = label, label.argmax(dim=1)
     result = model.sample(
@@ -372,17 +369,17 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
     if bad:
         raise UserError(f"the samples of {', '.join(bad)} are not finite: the model or the sampler diverged")
     stored, rows = {}, []
+    captions = _captions(model, {name: th.from_numpy(value[:SHEET]) for name, value in arrays.items()})
     for name in ["image", *model.modalities.names]:
         if name not in arrays:
             continue
-        is_image = name == "image" or model.modalities[name].kind == "image"
-        value = arrays[name]
-        if is_image:
-            known = holes.get(name, th.ones(1, 1, 1, 1, dtype=th.bool)) if name in given else None
-            value = to_uint8(th.from_numpy(value), known)
+        known = holes.get(name, th.ones(1, 1, 1, 1, dtype=th.bool)) if name in given else None
+        value = th.from_numpy(arrays[name])
+        pixels = to_uint8(value, known) if name == "image" else model.modalities[name].pixels(value, known)
+        if pixels is not None:
             told = f"{name} ({'given' if name in given else 'generated'})"
-            rows.append(Row(told, value[:SHEET], captions(arrays, model)))
-        stored["arr_0" if name == "image" else name] = value
+            rows.append(Row(told, pixels[:SHEET], captions))
+        stored["arr_0" if name == "image" else name] = arrays[name] if pixels is None else pixels
     if "classes" in arrays:
         stored["arr_1"] = arrays["classes"].astype(np.int64)  # ADM's name for the labels
     if not are_numbers(model.class_names):
@@ -393,16 +390,6 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
     sheet = os.path.join(logger.get_dir(), "samples.png")
     contact_sheet(rows).save(sheet)
     logger.log(f"saved {path} and {sheet}")
-
-
-def captions(arrays: dict, model: JointModel) -> list[str]:
-    """The most probable labels of the samples in the image."""
-    labels = [
-        arrays[m.name][:SHEET].argmax(axis=1)
-        for m in model.modalities
-        if m.kind == "label" and m.name in arrays
-    ]
-    return label_captions(labels, model.class_names)
 
 
 # ---------------------------------------------------------------------------------------------------------- the bound
@@ -417,7 +404,7 @@ def measure_bound(args) -> None:
     dataset = open_dataset(
         args.data_dir,
         model.flags["image_size"],
-        class_cond=any(m.kind == "label" for m in model.modalities),
+        class_cond=model.modalities.first("label") is not None,
         random_flip=False,
         image_channels=model.flags["image_channels"],
         **classes_of(model.flags, args.label_from),

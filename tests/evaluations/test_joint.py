@@ -126,7 +126,7 @@ def test_generated_maps_against_found_ones():
 )
 def test_the_other_half_is_told_by_its_type_and_shape(tmp_path, array, kind):
     np.savez(tmp_path / "a.npz", x=array)
-    assert read_partner(tmp_path / "a.npz", "x").kind == kind
+    assert read_partner(tmp_path / "a.npz", "x").holds == kind
 
 
 def test_probabilities_become_labels(tmp_path):
