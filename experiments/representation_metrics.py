@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from guided_diffusion import dist_util, flags, logger
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Curve, Row, contact_sheet, line_plot, to_uint8
+from guided_diffusion.mt import directions
 from guided_diffusion.mt.modality_set import UNetEncoder
 from ldm import inference
 from ldm.data.captions import CaptionFolder
@@ -263,7 +264,7 @@ class Bench:
     def predicted(self, images, captions, times=(0, 10, 20)) -> torch.Tensor:
         """The head's reading of images at `times`, averaged: [N, D]."""
         rows = []
-        for numbers in inference.batches(range(len(images)), self.args.batch_size):
+        for numbers in directions.batches(range(len(images)), self.args.batch_size):
             cond = self.conditioning([captions[n] if captions else "" for n in numbers])
             read = self.model.predict(
                 images[numbers], conditioning=cond, times=times, seed=self.args.seed, indices=numbers
@@ -275,7 +276,7 @@ class Bench:
         """`image` [N, 3, H, W] for captions [N] and given representations [N, D], and the representation where it
         is not given; sample k has seed k."""
         image, parts = self.model.first_stage_key, []
-        for numbers in inference.batches(range(len(captions)), self.args.batch_size):
+        for numbers in directions.batches(range(len(captions)), self.args.batch_size):
             drawn = self.model.sample_joint(
                 len(numbers),
                 None if given is None else {self.name: given[numbers]},

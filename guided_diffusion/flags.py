@@ -119,7 +119,7 @@ class Flag:
         return high is None or (number < high if self.below else number <= high)
 
     def check_path(self, label: str, value) -> None:
-        """`UserFileError` where a source is missing or a result cannot be written; folders of results are made."""
+        """`UserFileError` where a source is missing or a result cannot be written. A file's folder is made."""
         for one in map(str, value if isinstance(value, list | tuple) else [value]):
             if not self.path or "://" in one or one in self.also:  # remote: whoever opens it tells
                 continue
@@ -130,15 +130,16 @@ class Flag:
                 continue
             if self.path == "file" and os.path.isdir(one):
                 raise UserFileError(f"{label} {one} is a folder: name a file")
-            folder = one if self.path == "folder" else os.path.dirname(os.path.abspath(one))
-            if os.path.isfile(folder):
-                raise UserFileError(f"{label}: {folder} is a file, not a folder")
-            try:
+            folder = os.path.abspath(one) if self.path == "folder" else os.path.dirname(os.path.abspath(one))
+            there = folder
+            while not os.path.exists(there):
+                there = os.path.dirname(there)
+            if not os.path.isdir(there):
+                raise UserFileError(f"{label}: {there} is a file, not a folder")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise UserFileError(f"{label}: {there} is not writable")
+            if self.path == "file":
                 os.makedirs(folder, exist_ok=True)
-            except OSError as error:
-                raise UserFileError(f"{label}: {folder} cannot be made: {error.strerror}") from None
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise UserFileError(f"{label}: {folder} is not writable")
 
     def told(self, default, required: bool = False) -> str:
         """The line of --help."""

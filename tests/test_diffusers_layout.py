@@ -284,7 +284,7 @@ def swap_text(folder):
         (truncate, "not a whole safetensors file"),
         (break_json, "scheduler_config.json is not JSON"),
         (add_tensor, "vae: encoder.extra.weight is no tensor"),
-        (lose_shard, "no checkpoint .*00003-of-00004"),
+        (lose_shard, "checkpoint not found.*00003-of-00004"),
         (lose_tensor, "index.json: .* tensors are in none of the files"),
         (escape, "does not say which files beside it"),
         (swap_text, "text_encoder holds no CLIP text model"),

@@ -219,8 +219,8 @@ def test_what_cannot_guide_is_refused(trained, tmp_path, capsys):
         (("--classifier_path", classifier, *CLASSIFIER, "--num_classes", 3), "does not fit"),
         (("--guidance_scale", 2), "classifier-free guidance needs something that the network sees"),
         (("--given", "label=1", "--guidance_scale", 2), "trained with --single_task_probability"),
-        (("--without", "depth"), "depth cannot be left out"),
-        (("--given", "image=random"), "only a label of the model is drawn"),
+        (("--without", "depth"), "--without depth: the model has no 'depth', but label"),
+        (("--given", "image=random"), "only a label of the model can be drawn"),
     ):
         assert message in refusal(capsys, "mt_image_sample", *flags, *more)
     with pytest.raises(UserError, match="no head for a label"):

@@ -335,4 +335,4 @@ def test_the_program_reports_one_line():
     command = [sys.executable, ROOT / "main.py", "--base", "nowhere.yaml", "-t"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "error: there is no configuration file nowhere.yaml\n"
+    assert done.stderr == "error: --base not found: 'nowhere.yaml' does not exist\n"

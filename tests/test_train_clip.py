@@ -135,7 +135,7 @@ def test_the_seed_decides(root, tmp_path, run_script):
     "change, message",
     [
         (["--batch_size", "19"], "has 18 images to train on, fewer than --batch_size"),
-        (["--held_out_every", "1"], "from 2 on"),
+        (["--held_out_every", "1"], "--held_out_every must be at least 2, not 1"),
         (["--max_length", "2"], "--max_length must be at least 3"),
         (["--width", "33"], "width 33 one of 32"),
         (["--dropout", "1"], "must be from 0 to 0.9, not 1"),

@@ -460,12 +460,12 @@ def test_single_task_steps_are_drawn_for_each_sample(data, tmp_path):
     for probability in (0.0, 0.5):
         folder = tmp_path / str(probability)
         train(
-            data, folder, "--iterations", 1, "--batch_size", 256, "--log_interval", 1, "--modalities", "masked:U",
+            data, folder, "--iterations", 1, "--batch_size", 80, "--log_interval", 1, "--modalities", "masked:U",
             "--single_task_probability", probability,
         )  # fmt: skip
         with open(folder / "progress.csv") as file:
             shares[probability] = float(next(csv.DictReader(file))["KL_masked"])
-    assert 0.35 < shares[0.5] / shares[0.0] < 0.65
+    assert 0.3 < shares[0.5] / shares[0.0] < 0.7
 
 
 def test_a_condition_trains_adms_class_conditional_network(data, tmp_path):

@@ -217,7 +217,7 @@ def test_mistakes_are_one_clear_line(capsys, single_task, tmp_path):
     other = [*single_task, "--num_channels=64"]
     assert "does not fit the model" in fails("sdedit", tmp_path / "t", *other)
     missing = ["--model_path", tmp_path / "no.pt"]
-    assert "checkpoint not found" in fails("sdedit", tmp_path / "t", *missing)
+    assert "--model_path not found" in fails("sdedit", tmp_path / "t", *missing)
     torch.save(filled("squeeze").state_dict(), tmp_path / "lpips.pt")
     table = ["table", tmp_path / "t", "--net", "squeeze", "--lpips_weights", tmp_path / "lpips.pt"]
     assert "expected NAME=PATTERN" in fails(*table, "--row", "x")

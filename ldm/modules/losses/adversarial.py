@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from guided_diffusion.errors import UserValueError
+from guided_diffusion.errors import UserError, UserValueError
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 # Imported where a loss needs it, as the quantiser of VQModel is.
@@ -157,7 +157,7 @@ def _perceptual_network(config: Mapping) -> nn.Module:
     """The frozen network of `config`, in evaluation mode."""
     try:
         network = instantiate_from_config(config, nn.Module, "perceptual_config")
-    except ValueError as error:  # the evaluations' errors are ValueErrors too
+    except UserError as error:
         raise UserValueError(f"the perceptual loss (perceptual_config): {error}") from error
     if hasattr(network, "shift") and hasattr(network, "scale"):
         network.scaling_layer = _ScalingLayer(network.shift, network.scale)
