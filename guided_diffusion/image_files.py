@@ -1,21 +1,8 @@
 """Images as files, for the whole project: which there are, of what class they are, their pixels, their crop.
 
-An image is a file whose name ends in one of SUFFIXES. Names that begin with a dot, and `__MACOSX`, are neither
-images nor classes. Linked folders are entered.
-
-Pixels: 16 bits of grey become 8 (v >> 8), palettes become colours, alpha is left out unless asked for. An image
-whose EXIF data say that it lies on its side or is mirrored is set upright, as viewers show it (ADM leaves such
-images as they are stored): everywhere, so that the images of a pair agree.
-
-An image's class, by the first rule whose names have a meaning (at least two classes, and at least half of the
-images share theirs with another):
-1. `prefix`: the file name up to the first "_" (ADM's rule: cat_001.png is a cat);
-2. `folder`: the folder that the image is in, or above `images` (cat/001.png, cat/images/001.png);
-3. `folder` too: the topmost folder (cat/2024/001.png).
-Where class names are given, as a trained model has them, that rule is taken whose names are all among them.
-
-Classes are numbered in the alphabetical order of their names; where all names are numbers, in the order of the
-numbers (2 before 10), and a number stays what it says where all lie below `num_classes`.
+Names that begin with a dot, and `__MACOSX`, are neither images nor classes; linked folders are entered. 16 bits of
+grey become 8 (v >> 8), palettes become colours, and EXIF data that say how an image lies are followed, as viewers do
+and ADM does not. docs/recipes.md tells how classes are found and numbered.
 """
 
 import contextlib

@@ -54,32 +54,11 @@ _STEP, _TIMESTEPS, _SAMPLE = range(3)
 
 
 class TrainLoop:
-    """Trains `model` on the loss of `diffusion`.
+    """Trains `model` on the loss of `diffusion`; upstream's arguments first, then further ones.
 
-    Upstream's arguments: data: iterator of (images [b, C, H, W], dict of tensors [b, ...]) for this rank; batch_size: b;
-    microbatch: samples per backward pass (-1: all of them; the gradient is the mean over the batch either way); ema_rate:
-    one rate or several separated by commas; log_interval, save_interval: in steps; resume_checkpoint: a complete
-    checkpoint (checkpoint*.pt), a run folder (its newest one), or ADM's model*.pt, beside which a complete checkpoint of the
-    same step is preferred; lr_anneal_steps: the learning rate falls linearly to zero over so many steps, then training ends.
-
-    More:
-    iterations: end after so many steps counted from the very first (0: never).
-    seed: draw everything from (seed, step, place in the global batch): n ranks with batch b then do what one rank with
-        batch n*b does, up to rounding; dropout and the model's own draws are seeded per (seed, rank, step). "auto" takes
-        the seed of the run that is resumed, or a fresh one: `loop.seed` tells. None leaves the generators alone.
-    precision: fp32, bf16 (autocast) or fp16 (upstream's use_fp16: loss scaling, float32 master weights).
-    compile: torch.compile the model.
-    config: plain dict that is stored in every checkpoint.
-    max_nonfinite: this many steps whose loss or gradient is not finite are skipped; the next one ends training.
-    progress: show a progress bar on rank 0.
-    on_save: called as on_save(loop) on every rank after each save; it cannot disturb the random numbers of training.
-    keep_checkpoints: complete checkpoints to keep; ADM's own files all stay.
-    ema_warmup: at step t an average's rate is at most (1 + t) / (10 + t), so that it soon forgets the start.
-    find_unused_parameters: as in DistributedDataParallel, for models that do not use every weight in every step.
-
-    `data` may also be a function (step) -> iterator, or have `seek(step)` or `iter_from(step)`: then a resumed run sees the
-    batches that it would have seen. Raises `UserError` for what a user can mend: a checkpoint that does not fit, a
-    precision that the device lacks, data that end, losses that stay non-finite.
+    With a seed n ranks with batch b do what one rank with batch n*b does, up to rounding. Raises `UserError` for what
+    a user can mend: a checkpoint that does not fit, a precision that the device lacks, data that end, losses that
+    stay non-finite.
     """
 
     initial_lg_loss_scale = INITIAL_LOG_LOSS_SCALE
@@ -89,30 +68,33 @@ class TrainLoop:
         *,
         model,
         diffusion,
-        data,
-        batch_size,
-        microbatch,
+        data,  # iterator of (images [b, C, H, W], dict of tensors [b, ...]) for this rank; or a function (step) ->
+        # iterator, or with `seek(step)` or `iter_from(step)`: then a resumed run sees what it would have seen
+        batch_size,  # b
+        microbatch,  # samples per backward pass, -1: all; the gradient is the mean over the batch either way
         lr,
-        ema_rate,
-        log_interval,
-        save_interval,
-        resume_checkpoint,
+        ema_rate,  # one rate or several separated by commas
+        log_interval,  # in steps
+        save_interval,  # in steps
+        resume_checkpoint,  # checkpoint*.pt, a run folder (its newest one), or ADM's model*.pt, beside which a
+        # complete checkpoint of the same step is preferred
         use_fp16=False,
         fp16_scale_growth=1e-3,
         schedule_sampler=None,
         weight_decay=0.0,
-        lr_anneal_steps=0,
-        iterations=0,
-        seed=None,
-        precision="fp32",
-        compile=False,
-        config=None,
-        max_nonfinite=20,
-        progress=False,
-        on_save=None,
-        keep_checkpoints=2,
-        ema_warmup=False,
-        find_unused_parameters=False,
+        lr_anneal_steps=0,  # the learning rate falls linearly to zero over so many steps, then training ends
+        iterations=0,  # end after so many steps counted from the very first; 0: never
+        seed=None,  # draw everything from (seed, step, place in the global batch); dropout per (seed, rank, step).
+        # "auto": that of the run that is resumed, or a fresh one. None leaves the generators alone
+        precision="fp32",  # or bf16 (autocast), fp16 (upstream's use_fp16: loss scaling, float32 master weights)
+        compile=False,  # torch.compile the model
+        config=None,  # plain dict that is stored in every checkpoint
+        max_nonfinite=20,  # steps skipped for a loss or gradient that is not finite; the next one ends training
+        progress=False,  # show a progress bar on rank 0
+        on_save=None,  # called as on_save(loop) on every rank after each save; cannot disturb the random numbers
+        keep_checkpoints=2,  # complete ones; ADM's own files all stay
+        ema_warmup=False,  # an average's rate is at most (1 + t) / (10 + t): it soon forgets the start
+        find_unused_parameters=False,  # as in DistributedDataParallel
     ):
         self.model = model
         self.diffusion = diffusion
