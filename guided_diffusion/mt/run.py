@@ -370,10 +370,14 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
         raise UserError(f"the samples of {', '.join(bad)} are not finite: the model or the sampler diverged")
     stored, rows = {}, []
     captions = _captions(model, {name: th.from_numpy(value[:SHEET]) for name, value in arrays.items()})
+    count = len(arrays["image"])
+    holes = {name: where[th.arange(count) % len(where)] for name, where in holes.items()}
+    exact = {name: holes.get(name, th.ones(1, 1, 1, 1, dtype=th.bool)) for name in given}
+    exact |= {"image": where for where in holes.values()}  # known pixels of a masked image are the image's
     for name in ["image", *model.modalities.names]:
         if name not in arrays:
             continue
-        known = holes.get(name, th.ones(1, 1, 1, 1, dtype=th.bool)) if name in given else None
+        known = exact.get(name)
         value = th.from_numpy(arrays[name])
         pixels = to_uint8(value, known) if name == "image" else model.modalities[name].pixels(value, known)
         if pixels is not None:
