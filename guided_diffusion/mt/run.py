@@ -373,7 +373,8 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
     count = len(arrays["image"])
     holes = {name: where[th.arange(count) % len(where)] for name, where in holes.items()}
     exact = {name: holes.get(name, th.ones(1, 1, 1, 1, dtype=th.bool)) for name in given}
-    exact |= {"image": where for where in holes.values()}  # known pixels of a masked image are the image's
+    if holes:  # known pixels of a masked image are the image's
+        exact["image"] = list(holes.values())[-1]
     for name in ["image", *model.modalities.names]:
         if name not in arrays:
             continue
