@@ -12,16 +12,8 @@ Images stand under arr_0, uint8 [N, H, W, 3], the other half of each pair under 
     uint8 [N, H, W, 3]                                        images: masked copies or, with --palette, colour maps
     other floats [N, D]                                       representations
 
-- Joint Frechet distance (FJD, DeVries et al. 2019): of the images' features with the other half's features beside
-  them. It sees what FID cannot: good images with the wrong partners.
-- Label agreement: how often a classifier finds the label that was generated with the image. The classifier is a
-  linear one on the reference's Inception features (its accuracy on held-out references is printed beside), or
-  --predicted brings the labels (arr_0) of a better one.
-- Pair mIoU: of segmentation maps against those that --predicted (arr_0) finds in the generated images; of masked
-  copies, between the pixels that are masked and the pixels where the copy differs from the image.
-- Consistency: pairs (x, y) generated jointly against images generated for given y (--conditional). A model that
-  learned one joint distribution draws both from the same one. Their joint Frechet distance is printed with what it
-  would be if they were: the mean over random regroupings of the same pairs.
+Prints the joint Frechet distance, how often labels agree, the mIoU of maps or masks, and with --conditional how far pairs
+drawn jointly are from images drawn for given partners: docs/evaluation.md says how each is made.
 """
 
 import argparse

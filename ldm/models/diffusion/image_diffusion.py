@@ -41,16 +41,6 @@ _TRAINING, _VALIDATION = 0, 1
 class DDPM(pl.LightningModule):
     """Gaussian diffusion of images [B, C, H, W]; timesteps are int64 [B].
 
-    unet_config: of the network; timesteps, beta_schedule, linear_start, linear_end, cosine_s, given_betas:
-    the noise schedule; parameterization: what the network predicts, eps, x0 or v; loss_type: l2 or l1;
-    l_simple_weight, original_elbo_weight: of the plain and of the bound's weighting of the squared error;
-    min_snr_gamma: weight the plain error by min-SNR (parameterization.min_snr_weights), usually with 5;
-    learn_logvar, logvar_init: log variance of the error at each timestep, learned or fixed; use_ema: keep a
-    moving average; ucg_training: {batch key: {p, val}}, conditioning that is replaced by `val` with
-    probability p; scheduler_config: of the learning rate; monitor: the metric by which checkpoints are kept;
-    ckpt_path, ignore_keys, load_only_unet: weights to start from; log_every_t: of the images kept while
-    sampling.
-
     What is random in training belongs to (seed, number of the batch, place in it), so that resuming changes
     nothing; `seed` is that of Lightning's seed_everything, else 0. Training needs the attribute
     `learning_rate`. UserValueError for unknown or contradicting values.
@@ -60,35 +50,35 @@ class DDPM(pl.LightningModule):
 
     def __init__(
         self,
-        unet_config,
+        unet_config,  # of the network
         timesteps=1000,
         beta_schedule="linear",
-        loss_type="l2",
-        ckpt_path=None,
-        ignore_keys=(),
+        loss_type="l2",  # or l1
+        ckpt_path=None,  # weights to start from, without
+        ignore_keys=(),  # these prefixes
         load_only_unet=False,
-        monitor="val/loss",
-        use_ema=True,
+        monitor="val/loss",  # the metric by which checkpoints are kept
+        use_ema=True,  # keep a moving average
         first_stage_key="image",
         image_size=256,
         channels=3,
-        log_every_t=100,
+        log_every_t=100,  # of the images kept while sampling
         clip_denoised=True,
         linear_start=1e-4,
         linear_end=2e-2,
         cosine_s=8e-3,
         given_betas=None,
-        original_elbo_weight=0.0,
+        original_elbo_weight=0.0,  # of the bound's weighting of the squared error
         v_posterior=0.0,
-        l_simple_weight=1.0,
+        l_simple_weight=1.0,  # of the plain squared error
         conditioning_key=None,
-        parameterization="eps",
-        scheduler_config=None,
+        parameterization="eps",  # what the network predicts: eps, x0 or v
+        scheduler_config=None,  # of the learning rate
         use_positional_encodings=False,
-        learn_logvar=False,
+        learn_logvar=False,  # log variance of the error at each timestep, learned or fixed at
         logvar_init=0.0,
-        ucg_training=None,
-        min_snr_gamma=None,
+        ucg_training=None,  # {batch key: {p, val}}: conditioning replaced by `val` with probability p
+        min_snr_gamma=None,  # weight the plain error by min-SNR (parameterization.min_snr_weights), usually 5
     ):
         super().__init__()
         if loss_type not in ("l1", "l2"):
