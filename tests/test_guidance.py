@@ -184,7 +184,7 @@ def test_guidance_moves_samples_to_the_class(tmp_path):
     agreement = {}
     for name, flags in {
         "none": ("--classifier_path", classifier, *CLASSIFIER, "--classifier_scale", 0),
-        "classifier": ("--classifier_path", classifier, *CLASSIFIER, "--classifier_scale", 30),
+        "classifier": ("--classifier_path", classifier, *CLASSIFIER, "--classifier_scale", 80),
         "own": ("--classifier_path", "own", "--classifier_scale", 5),
     }.items():
         result = sample(model, tmp_path / name, *flags, "--steps", 40)
