@@ -171,6 +171,7 @@ class TrainLoop:
             self.model,
             device_ids=[device] if on_gpu else None,
             output_device=device if on_gpu else None,
+            broadcast_buffers=False,  # every rank has the same: codes of 1,000 labels are 49 MB at 64 pixels
             bucket_cap_mb=128,
             find_unused_parameters=find_unused_parameters,
         )

@@ -35,6 +35,7 @@ def train(flags: dict) -> None:
     dist_util.setup_dist()
     cli.open_log(flags["log_dir"], "mt_image_train", log_formats())
     resume = flags["resume_checkpoint"] or (logger.get_dir() if flags["log_dir"] else "")
+    resume = checkpoint_of(resume) or resume  # looked for once: that reads the whole file to check it
     if flags["init_from"]:
         network = {
             name: value for name, value in mt_defaults().items() if name in model_and_diffusion_defaults()
