@@ -42,6 +42,7 @@ from evaluations.inception import RESIZE_MODE, Inception, load_inception
 from guided_diffusion import dist_util, image_files
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.flags import Parser
+from guided_diffusion.text_files import read_lines
 
 NUM_IMAGES = 10_000  # that ADM's reference batches keep
 CROP_MODE = "box-halving-bicubic-center"  # of center_crop_arr
@@ -122,8 +123,7 @@ def read_classes(path: str | Path) -> list[str]:
     """Class names of a text file: the first word of every line; lines that start with # are comments."""
     if not Path(path).is_file():
         raise UserValueError(f"class list {path} does not exist")
-    lines = [line.split() for line in Path(path).read_text().splitlines()]
-    names = [words[0] for words in lines if words and not words[0].startswith("#")]
+    names = [line.split()[0] for _, line in read_lines(path) if not line.startswith("#")]
     if not names:
         raise UserValueError(f"class list {path} is empty: write one class name per line")
     return names

@@ -79,7 +79,8 @@ def load_folder(folder: str | Path, read: Callable[[Path], Weights]) -> Weights:
     """The tensors of a pipeline's folder, by their names in a checkpoint of latent diffusion.
 
     read: gives the tensors of one file. Parts that the folder lacks are left out, all but the U-Net; `betas`
-    comes with them where scheduler_config.json describes a schedule that latent diffusion knows. The folder
+    comes with them where scheduler_config.json describes a schedule that latent diffusion knows, `scale_factor`
+    where the autoencoder's config.json says scaling_factor. The folder
     may also be one part: `unet`, or `vae`, whose names are then those of the autoencoder alone. UserFileError
     for a folder of another kind or without weights; UserError for damaged files, and tensors that Stable
     Diffusion 1 and 2 do not have.
@@ -94,7 +95,11 @@ def load_folder(folder: str | Path, read: Callable[[Path], Weights]) -> Weights:
         if (folder / part).is_dir():
             source = folder / part
             weights |= _prefixed(prefix, translate(_read_part(source, read), source))
-    return weights | _betas(folder / "scheduler" / "scheduler_config.json")
+    return (
+        weights
+        | _betas(folder / "scheduler" / "scheduler_config.json")
+        | _scale(folder / "vae" / "config.json")
+    )
 
 
 def _single_part(folder, read):
@@ -155,9 +160,19 @@ def _read_json(path):
 
 
 def parameterization(folder: str | Path) -> str | None:
-    """What the network of a pipeline's folder predicts, `eps`, `v` or `x0`; None where nothing says it."""
+    """What the network of a pipeline's folder predicts, `eps`, `v` or `x0`; None where nothing says it. UserError
+    where it is something else."""
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    return _PREDICTIONS.get(_read_json(path).get("prediction_type")) if path.is_file() else None
+    told = _read_json(path).get("prediction_type") if path.is_file() else None
+    if told is not None and told not in _PREDICTIONS:
+        raise UserError(f"{path}: the network predicts {told!r}; known are {', '.join(_PREDICTIONS)}")
+    return _PREDICTIONS.get(told)
+
+
+def _scale(path):
+    """{`scale_factor`: float32 []} of an autoencoder's config.json; else nothing."""
+    told = _read_json(path).get("scaling_factor") if path.is_file() else None
+    return {"scale_factor": torch.tensor(float(told))} if isinstance(told, int | float) else {}
 
 
 def _betas(path):

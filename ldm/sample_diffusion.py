@@ -14,6 +14,7 @@ from guided_diffusion.image_files import MOST_CLASSES, class_number
 from guided_diffusion.mt import directions
 from ldm import inference
 from ldm.checkpoint import trained_steps
+from ldm.data.captions import read_prompts
 from ldm.data.images import reading_of
 from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
@@ -71,7 +72,7 @@ def read_condition(source: str, model, config: dict):
     """Captions (text, or a file with one on each line), class numbers, or images, as the model's
     conditioner takes them."""
     if isinstance(model.cond_stage_model, TextEncoder):
-        return Path(source).read_text().splitlines() if Path(source).is_file() else [source]
+        return read_prompts(source)
     if isinstance(model.cond_stage_model, ClassEmbedder) or model.cond_stage_model is None:
         names, most = (
             config.get("class_names") or (),

@@ -1,5 +1,6 @@
 """Images for a prompt, and joint models in any direction: what scripts/txt2img.py does with its flags."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from guided_diffusion.errors import UserValueError
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
 from guided_diffusion.mt import directions
 from ldm import inference
+from ldm.data.captions import read_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion
 
@@ -32,7 +34,9 @@ class Drawing:
 
 def run(args) -> None:
     """Draw with the flags of scripts/txt2img.py."""
-    prompts = read_prompts(args)
+    prompts = [args.prompt]
+    if args.from_file:
+        prompts = read_prompts(os.path.join(os.curdir, args.from_file))  # a path: never a prompt
     dist_util.setup_dist()
     cli.open_log(args.outdir, format_strs=["stdout"])
     drawing, baseline = plan(args)
@@ -92,16 +96,6 @@ def check_size(args, config: Mapping) -> None:
             raise UserValueError(
                 f"--{flag} must be a multiple of {stride} for this model, not {getattr(args, flag)}"
             )
-
-
-def read_prompts(args) -> list[str]:
-    """--prompt, or the lines of --from-file."""
-    if not args.from_file:
-        return [args.prompt]
-    prompts = [line.strip() for line in Path(args.from_file).read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise UserValueError(f"--from-file: {args.from_file} holds no prompt")
-    return prompts
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from ldm.data.base import FirstStageImages
-from ldm.data.captions import CaptionFolder, read_captions
+from ldm.data.captions import CaptionFolder, read_captions, read_prompts
 from ldm.data.folders import ImageFolder
 from tests.conftest import sample_image
 
@@ -112,6 +112,10 @@ def test_names_below_the_root(root):
         ("image,caption\np0.png, \n", "line 2 does not name an image and its caption"),
         ('image,caption\np0.png,"open', r"captions\.csv cannot be read after line 1"),
         (b"image,caption\np0.png,\xff\xfe\n", "is not text in UTF-8"),
+        (
+            "image,caption\n\np0.png,a cat, a dog\n",
+            r"line 3 has 3 columns, its header 2: .*'p0\.png,a cat, a dog'",
+        ),
     ],
 )
 def test_wrong_tables_are_named(root, content, message):
@@ -119,6 +123,44 @@ def test_wrong_tables_are_named(root, content, message):
     with pytest.raises(UserError, match=message) as raised:
         CaptionFolder(root, 8)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["captions.csv", "metadata.jsonl", "beside"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_every_table_may_have_a_byte_order_mark_and_blank_lines(tmp_path, kind, end):
+    caption = "a caf\u00e9\u2028of two lines, \u732b"
+    for i in range(2):
+        sample_image(i).save(tmp_path / f"p{i}.png")
+    rows = {
+        "captions.csv": ["", "image,caption", "", *(f'p{i}.png,"{caption}"' for i in range(2)), "  ,"],
+        "metadata.jsonl": [
+            "",
+            *(json.dumps({"file_name": f"p{i}.png", "text": caption}) for i in range(2)),
+            " ",
+        ],
+        "beside": ["", caption, " "],
+    }[kind]
+    files = [tmp_path / f"p{i}.txt" for i in range(2)] if kind == "beside" else [tmp_path / kind]
+    for file in files:
+        file.write_bytes(b"\xef\xbb\xbf" + end.join(rows).encode())
+    assert set(read_captions(tmp_path).values()) == {(caption,)}
+
+
+def test_prompts_are_text_or_the_lines_of_a_file(tmp_path):
+    file = tmp_path / "prompts"
+    file.write_bytes(b"\xef\xbb\xbfa fox\r\n\r\n  a caf\xc3\xa9 \r\n")
+    assert read_prompts(str(file)) == ["a fox", "a caf\u00e9"]
+    for prompt in ("a fox, in the style of a.txt", "fox", "black/white", "x" * 300, " ", "", "a\0b"):
+        assert read_prompts(prompt) == [prompt]
+    for missing in ("nothing.txt", str(tmp_path / "nothing"), "./nothing"):
+        with pytest.raises(UserFileError, match="nothing.* cannot be read: No such file"):
+            read_prompts(missing)
+    with pytest.raises(UserFileError, match="Is a directory"):
+        read_prompts(str(tmp_path))
+    for content, message in ((b"caf\xe9\n", "is not text in UTF-8.*iconv"), (b"\n \n", "holds no prompt")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_prompts(str(file))
 
 
 def test_wrong_lines_of_json_are_named(root):

@@ -2,6 +2,7 @@
 same files (tests/parity/diffusers)."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from guided_diffusion.errors import UserError, UserFileError
 from ldm.checkpoint import load_state_dict, trained_steps
+from ldm.diffusers_layout import parameterization as told_parameterization
 from ldm.inference import load_model
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
@@ -154,6 +156,22 @@ def test_weights_that_predict_something_else_are_refused(made, case):
     told, wrong = PREDICTS[case], {"eps": "v", "v": "eps"}[PREDICTS[case]]
     with pytest.raises(UserError, match=f"predicts {told}, the configuration says {wrong}: set param"):
         LatentDiffusion(**(options | {"parameterization": wrong}), ckpt_path=str(folder))
+
+
+def test_the_scale_of_the_latents_is_the_autoencoders(tmp_path, made):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(made[0], folder)
+    write_json(folder / "vae/config.json", {"scaling_factor": 0.18215})
+    assert load_state_dict(folder)["scale_factor"] == pytest.approx(0.18215)
+    LatentDiffusion(**made[1], scale_factor=0.18215, ckpt_path=str(folder))
+    with pytest.raises(UserError, match=r"trained with scale_factor 0\.18215, the configuration says 1"):
+        LatentDiffusion(**made[1], ckpt_path=str(folder))
+
+
+def test_predictions_that_are_not_known_are_named(tmp_path):
+    write_json(tmp_path / "scheduler/scheduler_config.json", {"prediction_type": "flow"})
+    with pytest.raises(UserError, match="the network predicts 'flow'; known are epsilon"):
+        told_parameterization(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- forms of folders

@@ -445,3 +445,22 @@ def test_wrong_batches_are_named():
         small().training_step({"image": maps(2, 2, 16)}, 0)
     with pytest.raises(UserValueError, match="learning_rate"):
         small().configure_optimizers()
+
+
+def test_the_scale_of_the_latents_is_the_files(tmp_path):
+    """What the file says and what the configuration says are one number, or named."""
+    path, bare = tmp_path / "scaled.ckpt", tmp_path / "bare.ckpt"
+    weights = small(scale_factor=0.5).state_dict()
+    th.save({"state_dict": weights}, bare)
+    th.save({"state_dict": weights | {"scale_factor": th.tensor(0.5)}}, path)
+    assert float(small(scale_by_std=True, ckpt_path=path).scale_factor) == 0.5
+    assert small(scale_factor=0.5, ckpt_path=path).scale_factor == 0.5
+    assert small(scale_factor=0.7, ckpt_path=bare).scale_factor == 0.7
+    with pytest.raises(
+        UserError, match=r"scaled.ckpt was trained with scale_factor 0\.5, .* says 0\.18215: set"
+    ):
+        small(scale_factor=0.18215, ckpt_path=path)
+    with pytest.raises(UserError, match=r"bare\.ckpt holds no scale_factor.*scale_by_std"):
+        small(scale_by_std=True, ckpt_path=bare)
+    # What is ignored is as if it were not there: the first batch decides.
+    assert float(small(scale_by_std=True, ckpt_path=path, ignore_keys=["scale_factor"]).scale_factor) == 1

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserFileError, UserValueError
+from ..text_files import read_lines
 
 FOLDER = Path(__file__).resolve().parent
 NUMBERS = ("P", "L", "I", "I;16", "I;16B", "I;16L")  # modes of Pillow in which a map holds class numbers
@@ -117,8 +118,7 @@ def load_palette(name: str | Path) -> Palette:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.txt")))
         raise UserFileError(f"palette {name} does not exist: name a file, or one of {known}")
-    lines = enumerate(path.read_text().splitlines(), 1)
-    rows = [row for number, line in lines if (row := _row(line, number, path))]
+    rows = [row for number, line in read_lines(path) if (row := _row(line, number, path))]
     exactly = [row for row in rows if row[1].startswith("void exactly")]
     counted = [row for row in rows if row[1] != "void" and row not in exactly]
     classes = tuple(label for _, label, _ in counted)

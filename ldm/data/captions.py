@@ -1,5 +1,6 @@
 """Captioned images: a folder of photos, each with one caption or several."""
 
+import contextlib
 import csv
 import io
 import json
@@ -10,11 +11,13 @@ from pathlib import Path
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
 from guided_diffusion.image_files import list_images
+from guided_diffusion.text_files import read_lines, read_text
 from ldm.data.base import Images, Item
 from ldm.data.images import Reading, Source
 
 TABLES = ("captions.csv", "metadata.jsonl")
 COLUMNS = (("image", "caption"), ("file_name", "text"))  # of captions.csv
+TEXT_SUFFIXES = (".txt", ".text", ".csv", ".tsv", ".json", ".jsonl", ".md")
 PARTS = ("all", "train", "held_out")
 DRAWS = ("random", "first")
 
@@ -114,23 +117,31 @@ def _from_table(table: Path, paths: Iterable[Path]) -> dict[Path, tuple[str, ...
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, str, str]]:
     """(line, image's name, caption) of a captions.csv."""
-    reader = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(table), newline=""), strict=True)
+    rows = ((reader.line_num, row) for row in reader if any(cell.strip() for cell in row))
+    line = 0
     try:
-        columns = next((pair for pair in COLUMNS if set(pair) <= set(reader.fieldnames or ())), None)
+        line, header = next(rows, (0, []))
+        header = [name.strip() for name in header]
+        columns = next((pair for pair in COLUMNS if set(pair) <= set(header)), None)
         if columns is None:
             told = " or ".join(",".join(pair) for pair in COLUMNS)
-            raise UserError(f"{table} has no columns {told}, only {','.join(reader.fieldnames or ())!r}")
-        for row in reader:
-            yield reader.line_num, *_checked(table, reader.line_num, [row[name] for name in columns])
+            raise UserError(f"{table} has no columns {told}, only {','.join(header)!r}")
+        for line, row in rows:
+            if len(row) > len(header):
+                raise UserError(
+                    f"{table} line {line} has {len(row)} columns, its header {len(header)}: put a caption with a "
+                    f"comma in double quotes ({_short(','.join(row))!r})"
+                )
+            values = dict(zip(header, row, strict=False))
+            yield line, *_checked(table, line, [values.get(name) for name in columns])
     except csv.Error as error:
-        raise UserError(f"{table} cannot be read after line {reader.line_num}: {error}") from None
+        raise UserError(f"{table} cannot be read after line {line}: {error}") from None
 
 
 def _json_rows(table: Path) -> Iterator[tuple[int, str, str]]:
     """(line, image's name, caption) of a metadata.jsonl."""
-    for line, content in enumerate(_text(table).split("\n"), 1):
-        if not content.strip():
-            continue
+    for line, content in read_lines(table):
         try:
             row = json.loads(content)
         except ValueError as error:
@@ -149,11 +160,32 @@ def _checked(table: Path, line: int, values: Sequence) -> list[str]:
 def _beside(image: Path) -> tuple[str, ...]:
     """The captions in the .txt file beside an image, one on a line; none where there is no file."""
     path = image.with_suffix(".txt")
-    return tuple(line.strip() for line in _text(path).splitlines() if line.strip()) if path.is_file() else ()
+    return tuple(line for _, line in read_lines(path)) if path.is_file() else ()
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+def read_prompts(source: str) -> list[str]:
+    """The prompts of a text file, one on a line; `source` itself where it is a prompt and not the name of a file.
+
+    UserFileError where it can only be the name of a file (a word that ends in .txt, or begins as a path) and there is
+    none; UserError for a file without prompts.
+    """
+    if not _names_file(source):
+        return [source]
+    prompts = [line for _, line in read_lines(source)]
+    if not prompts:
+        raise UserError(f"{source} holds no prompt")
+    return prompts
+
+
+def _names_file(source: str) -> bool:
+    """Is `source` a file, or can it be nothing else? A prompt may be longer than the name of a file can be."""
+    alone = len(source.split()) == 1 and source == source.strip()
+    if alone and (source.startswith(("/", "./", "../")) or Path(source).suffix.lower() in TEXT_SUFFIXES):
+        return True
+    with contextlib.suppress(OSError, ValueError):  # too long, a null character
+        return Path(source).is_file()
+    return False
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,12 +3,13 @@ latent-diffusion, ldm/models/diffusion/ddpm.py. DDPM, which it extends, is in im
 """
 
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from guided_diffusion.errors import UserValueError
+from guided_diffusion.errors import UserError, UserValueError
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion import conditioning, sampling
 from ldm.models.diffusion.conditioning import DiffusionWrapper, channels_first, from_batch, select
@@ -467,6 +468,28 @@ class LatentDiffusion(DDPM):
     def init_from_ckpt(self, path, ignore_keys=(), only_model=False):
         super().init_from_ckpt(path, ignore_keys, only_model)
         self._scale_known = not self.scale_by_std or bool(self.scale_factor != 1)
+
+    def check_constants(self, weights, path, ignored=()):
+        """See DDPM; also the number that latents are multiplied by."""
+        super().check_constants(weights, path, ignored)
+        if "scale_factor".startswith(ignored):
+            return
+        told = weights.get("scale_factor")
+        if told is None and self.scale_by_std:
+            raise UserError(
+                f"{path} holds no scale_factor, and the configuration has scale_by_std, which measures one only in "
+                "training: set scale_by_std to false and scale_factor to what the weights were trained with (1.0 where "
+                "they knew none, 0.18215 for Stable Diffusion)"
+            )
+        if (
+            told is not None
+            and not self.scale_by_std
+            and not math.isclose(told, self.scale_factor, rel_tol=1e-4)
+        ):
+            raise UserError(
+                f"{path} was trained with scale_factor {float(told):.6g}, the configuration says "
+                f"{self.scale_factor:.6g}: set scale_factor to {float(told):.6g}"
+            )
 
     def adapt_weights(self, weights):
         """See DDPM; a conditioner may know other forms of its weights (`adapt_weights` of its own)."""

@@ -367,9 +367,10 @@ class DDPM(pl.LightningModule):
                 "parameterization"
             )
         weights = self.adapt_weights(load_state_dict(path))
-        betas = weights.get("betas")
-        if not only_model and betas is not None and not _same_table(betas, self.betas):
-            raise UserError(f"{path} was trained with another noise schedule than the configuration says")
+        if not only_model:
+            self.check_constants(weights, path, tuple(ignore_keys))
+        if "scale_factor" not in dict(self.named_buffers(recurse=False)):
+            weights.pop("scale_factor", None)
         module, prefix = (self.model, "") if only_model else (self, "model.")
         if only_model:
             # In the file the network is `model.diffusion_model`, or alone.
@@ -379,13 +380,20 @@ class DDPM(pl.LightningModule):
         if self.use_ema and (only_model or not any(name.startswith("model_ema.") for name in weights)):
             self.model_ema = LitEma(self.model)
 
+    def check_constants(self, weights: Mapping, path, ignored: tuple[str, ...] = ()) -> None:
+        """UserError where the constants in a checkpoint's weights are not the configuration's; ignored: prefixes of
+        names that are not to be read."""
+        betas = None if "betas".startswith(ignored) else weights.get("betas")
+        if betas is not None and not _same_table(betas, self.betas):
+            raise UserError(f"{path} was trained with another noise schedule than the configuration says")
+
     def adapt_weights(self, weights: dict) -> dict:
         """A checkpoint's tensors by name, as this model has them."""
         return weights
 
     def optional_weights(self, weights: Mapping, prefix: str) -> tuple[str, ...]:
         """Prefixes of names that a checkpoint may lack; prefix: of the wrapped network's names."""
-        return ("model_ema.", "logvar", "scale_factor", *TABLES)
+        return ("model_ema.", "logvar", *TABLES)
 
 
 def _same_table(table, own):
