@@ -67,6 +67,7 @@ def instantiate_from_config(config: Mapping | str, expected: type | None = None,
     if not isinstance(params, Mapping):
         raise UserValueError(f"{where} must be a mapping of names to values, not {params!r}")
     if str(getattr(make, "__module__", "")).split(".")[0] in _OWN:
+        _refuse_unexpected(make, params, where)  # before what is missing, of which the name may be misspelt
         check_ranges(params, where)
     try:
         inspect.signature(make).bind(**params)
@@ -115,6 +116,24 @@ def refuse_unknown(where: str, names: Iterable, known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise UserValueError(f"{where}: unknown {name!r}{nearest(name, known)}")
+
+
+def _refuse_unexpected(make, params: Mapping, where: str) -> None:
+    """UserValueError for the first name that neither `make` takes nor the bases to which it hands on `**`."""
+    known = parameters(make)
+    for function in inspect.getmro(make) if inspect.isclass(make) else (make,):
+        own = vars(function).get("__init__") if inspect.isclass(function) else function
+        if inspect.isfunction(own) and all(
+            p.kind != p.VAR_KEYWORD for p in inspect.signature(own).parameters.values()
+        ):
+            break  # `known` is all
+    else:
+        return
+    for name in params:
+        if name not in known:
+            raise UserValueError(
+                f"{where}: got an unexpected keyword argument {name!r}{nearest(name, known)}"
+            )
 
 
 def parameters(*functions) -> list[str]:

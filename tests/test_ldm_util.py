@@ -1,6 +1,8 @@
 """Objects from configurations, noise schedules, moving averages and distributions of latent diffusion."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from ldm.util import (
     log_txt_as_img,
 )
 from tests.compare import agree
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_configuration_makes_an_object():
@@ -56,6 +60,21 @@ def test_a_wrong_configuration_is_named(config, said):
     with pytest.raises(UserValueError, match=said) as caught:
         instantiate_from_config(config)
     assert "\n" not in str(caught.value)
+
+
+def targets():
+    """The project's own targets in its configurations."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "configs").rglob("*.yaml")))
+    return sorted(set(re.findall(r"target: ((?:ldm|guided_diffusion)[\w.]+)", text)))
+
+
+@pytest.mark.parametrize(
+    "target", [*targets(), *(f"ldm.modules.diffusionmodules.model.{n}coder" for n in ("En", "De"))]
+)
+def test_a_misspelt_parameter_is_named_by_every_target(target):
+    """Also where ** hands it on, and before what is missing."""
+    with pytest.raises(UserValueError, match="params of .*unexpected keyword argument 'chanels'"):
+        instantiate_from_config({"target": target, "params": {"chanels": 4}})
 
 
 def test_a_package_that_a_target_needs_is_named(tmp_path, monkeypatch):

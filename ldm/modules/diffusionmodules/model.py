@@ -7,6 +7,7 @@ from torch import nn
 
 from guided_diffusion.errors import UserValueError
 from ldm.modules.attention import LinearAttention, Normalize
+from ldm.util import parameters, refuse_unknown
 
 __all__ = [
     "AttnBlock",
@@ -215,6 +216,7 @@ class Encoder(_Half):
         attn_type: str = "vanilla",
         **ignore_kwargs,
     ):
+        refuse_unknown("Encoder", ignore_kwargs, parameters(Decoder))
         attn_type = "linear" if use_linear_attn else attn_type
         super().__init__(ch, ch_mult, num_res_blocks, attn_resolutions, dropout, attn_type)
         self.in_channels = in_channels
@@ -278,6 +280,7 @@ class Decoder(_Half):
         attn_type: str = "vanilla",
         **ignorekwargs,
     ):
+        refuse_unknown("Decoder", ignorekwargs, parameters(Encoder))
         attn_type = "linear" if use_linear_attn else attn_type
         super().__init__(ch, ch_mult, num_res_blocks, attn_resolutions, dropout, attn_type)
         self.z_channels = z_channels
