@@ -414,7 +414,7 @@ class UNetModel(_Encoder):
         del options["heads"], options["presence"]  # registered last, so that the others keep their order
         self._configure(**options)
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, self.time_embed_dim)
+            self.label_emb = self._class_embedding(num_classes)
         self._build_encoder()
         ch = self._build_decoder()
         self.out = nn.Sequential(
@@ -422,6 +422,9 @@ class UNetModel(_Encoder):
         )
         self.heads = heads
         self.presence = presence
+
+    def _class_embedding(self, num_classes):
+        return nn.Embedding(num_classes, self.time_embed_dim)
 
     def _build_decoder(self):
         """Make output_blocks, the encoder's mirror image; returns the width of the features they give."""

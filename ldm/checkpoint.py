@@ -13,6 +13,12 @@ from ldm.diffusers_layout import load_folder
 _logger = logging.getLogger(__name__)
 
 
+def is_weightless() -> bool:
+    """Are modules being made on the meta device (`with torch.device("meta")`)? Then no weights are read, so that a
+    configuration's network can be looked at without them."""
+    return torch.empty(0).device.type == "meta"
+
+
 def load_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, on the CPU.
 

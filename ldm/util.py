@@ -31,6 +31,14 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _OWN = ("ldm", "guided_diffusion")  # packages whose parameters ldm/ranges.py knows
+# What of taming-transformers configurations name, and is here.
+_OF_TAMING = {
+    "taming.modules.losses.vqperceptual": "ldm.modules.losses.vqperceptual",
+    "taming.modules.losses": "ldm.modules.losses.vqperceptual",
+    "taming.modules.vqvae.quantize": "ldm.modules.quantize",
+    "taming.modules.discriminator.model": "ldm.modules.losses.discriminator",
+    "taming.lr_scheduler": "ldm.lr_scheduler",
+}
 _UNKNOWN = re.compile(r"got an unexpected keyword argument '(\w+)'")
 
 # What configurations write in place of a conditioner's `target`: the first stage serves, or nothing does.
@@ -169,6 +177,7 @@ def get_obj_from_str(string: str, reload: bool = False):
     module_name, _, name = string.rpartition(".") if isinstance(string, str) else ("", "", "")
     if not module_name or not all(part.isidentifier() for part in string.split(".")):
         raise UserValueError(f"target {string!r} is not of the form package.module.name")
+    module_name = _OF_TAMING.get(module_name, module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

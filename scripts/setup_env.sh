@@ -31,6 +31,4 @@ fi
 echo "installing into .venv (this is done once)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
     -e ".[$extras]"
-# Its metadata asks for torchvision, which the part that is used here does not import.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps taming-transformers-rom1504==0.0.6
 echo "$wanted" >.venv/installed

@@ -34,8 +34,7 @@ def kl(**options):
 
 @pytest.fixture
 def vq():
-    """vq(cls, **options): a small VQ model; skips where taming-transformers is not installed."""
-    pytest.importorskip("taming.modules.vqvae.quantize", reason="needs taming-transformers-rom1504")
+    """vq(cls, **options): a small VQ model."""
 
     def make(cls=VQModel, **options):
         th.manual_seed(0)

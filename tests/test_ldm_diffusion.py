@@ -71,8 +71,6 @@ def test_a_released_model_as_its_configuration_makes_it(name):
     """The parts have the released state dicts under upstream's prefixes."""
     index = json.loads((PARITY / "ldm" / "index.json").read_text())["keys"]
     first, text = ("kl_f8", True) if name == "sd1_unet" else ("vq_f4", False)
-    if first == "vq_f4":
-        pytest.importorskip("taming.modules.vqvae.quantize", reason="needs taming-transformers-rom1504")
     stage = {"kl_f8": "AutoencoderKL", "vq_f4": "VQModelInterface"}[first]
     params = {**index[first]["params"], "lossconfig": {"target": "torch.nn.Identity"}}
     classes = {"target": CLASSES["target"], "params": {"embed_dim": 512, "n_classes": 1001}}

@@ -14,8 +14,6 @@ from ldm.modules.losses.vqperceptual import VQLPIPSWithDiscriminator, measure_pe
 from tests.compare import agree
 from tests.conftest import dev_data
 
-pytest.importorskip("taming.modules.discriminator.model", reason="needs taming-transformers-rom1504")
-
 
 class Distance(nn.Module):
     """A perceptual network of the test: mean squared difference per image, [B]."""

@@ -11,8 +11,6 @@ from ldm.training.data import DataModuleFromConfig, EpochSampler
 from ldm.training.image_logger import ImageLogger, image_grid
 from tests.ldm_training_driver import Ramps
 
-pytest.importorskip("taming.modules.vqvae.quantize", reason="needs taming-transformers-rom1504")
-
 DDCONFIG = dict(
     z_channels=2,
     resolution=8,

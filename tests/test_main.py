@@ -186,7 +186,6 @@ def test_a_longer_run_continues_a_finished_one(config, train):
 
 
 def test_accumulation_clipping_and_average_continue_exactly(config, train, tmp_path):
-    pytest.importorskip("taming.modules.vqvae.quantize", reason="needs taming-transformers-rom1504")
     vq_loss = {"target": "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"}
     vq_loss["params"] = {"disc_start": 2, "perceptual_weight": 0, "disc_num_layers": 1, "disc_ndf": 8}
     vq = {"base_learning_rate": 1e-3, "target": "ldm.models.autoencoder.VQModel"}

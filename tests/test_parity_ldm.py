@@ -38,8 +38,6 @@ def build(kind, params):
     """The model of a case, by its upstream path, as configurations make it."""
     if kind == "unet":
         return UNetModel(**params)
-    if kind == "vq":
-        pytest.importorskip("taming.modules.vqvae.quantize", reason="needs taming-transformers-rom1504")
     target = {"kl": "ldm.models.autoencoder.AutoencoderKL", "vq": "ldm.models.autoencoder.VQModel"}[kind]
     loss = {"target": "torch.nn.Identity"}
     return instantiate_from_config({"target": target, "params": {**params, "lossconfig": loss}})

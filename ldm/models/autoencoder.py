@@ -12,16 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from guided_diffusion.errors import UserValueError
-from ldm.checkpoint import load_state_dict, load_weights
+from ldm.checkpoint import is_weightless, load_state_dict, load_weights
 from ldm.models.first_stage_training import FirstStageTraining
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import get_obj_from_str, instantiate_from_config, parameters, refuse_unknown
-
-# taming-transformers' quantiser, imported where a model needs it: the KL autoencoder does without that
-# package.
-_QUANTISER = "taming.modules.vqvae.quantize.VectorQuantizer2"
+from ldm.modules.quantize import VectorQuantizer2
+from ldm.util import instantiate_from_config, parameters, refuse_unknown
 
 
 class _FirstStage(FirstStageTraining):
@@ -107,7 +104,7 @@ class AutoencoderKL(_FirstStage):
         self.scheduler_config = scheduler_config
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
-        if ckpt_path is not None:
+        if ckpt_path is not None and not is_weightless():
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def loss_arguments(self, x):
@@ -172,8 +169,7 @@ class VQModel(_FirstStage):
         self.batch_resize_range = batch_resize_range
         self.scheduler_config = scheduler_config
         self.lr_g_factor = lr_g_factor
-        quantiser = get_obj_from_str(_QUANTISER)
-        self.quantize = quantiser(
+        self.quantize = VectorQuantizer2(
             n_embed, embed_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape
         )
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
@@ -181,7 +177,7 @@ class VQModel(_FirstStage):
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self)
-        if ckpt_path is not None:
+        if ckpt_path is not None and not is_weightless():
             self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def loss_arguments(self, x):

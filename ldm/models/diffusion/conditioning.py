@@ -143,8 +143,8 @@ def raw_conditioning(model, batch: Mapping, key: str, random: PerSample | None =
     """batch[key] as the model's conditioner takes it; None where the model has no conditioning.
 
     Images [B, H, W, C] become [B, C, H, W], labels [B] a dict with cond_stage_key, captions and vectors stay; with
-    concat_keys it is {"raw": that, "c_concat": their maps}. random: decides which samples get the null values of
-    ucg_training.
+    concat_keys it is {"raw": that, "c_concat": their maps}, and so with all else that the model's `beside` brings.
+    random: decides which samples get the null values of ucg_training.
     """
     if model.model.conditioning_key is None:
         return None
@@ -158,11 +158,11 @@ def raw_conditioning(model, batch: Mapping, key: str, random: PerSample | None =
             raw = sometimes_null(raw, model.ucg_training[key], random)
         if isinstance(raw, torch.Tensor) and raw.ndim != 2:
             raw = channels_first(raw) if raw.ndim >= 3 else {own: raw}
-    maps = [_concat_map(model, batch, name, random) for name in model.concat_keys]
-    return {"raw": raw, "c_concat": maps} if maps else raw
+    beside = model.beside(batch, random)
+    return {"raw": raw, **beside} if beside else raw
 
 
-def _concat_map(model, batch, name, random):
+def concat_map(model, batch: Mapping, name: str, random: PerSample | None = None) -> torch.Tensor:
     """A map beside the latent: an image encoded, or a mask of one channel resized to the latent."""
     if f"{name}_latent" in batch:
         return model.latents(batch, name, random)
@@ -177,11 +177,13 @@ def learned_conditioning(model, c) -> dict:
     labels, images [B, C, H, W]."""
     if c is None:
         return {}
-    maps = []
+    beside = {}
     if isinstance(c, Mapping) and "raw" in c:
-        c, maps = c["raw"], c["c_concat"]
+        c, beside = c["raw"], {name: value for name, value in c.items() if name != "raw"}
     learned = model.as_conditioning(_learned(model, c))
-    return {**learned, "c_concat": [*learned.get("c_concat", ()), *maps]} if maps else learned
+    if maps := [*learned.get("c_concat", ()), *beside.get("c_concat", ())]:
+        beside["c_concat"] = maps
+    return {**learned, **beside}
 
 
 def _learned(model, c):

@@ -11,6 +11,7 @@ from torch import nn
 
 from guided_diffusion.errors import UserError, UserValueError
 from guided_diffusion.seeding import PerSample
+from ldm.checkpoint import is_weightless
 from ldm.models.diffusion import conditioning, sampling
 from ldm.models.diffusion.conditioning import DiffusionWrapper, channels_first, from_batch, select
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -45,6 +46,10 @@ class LatentDiffusion(DDPM):
     by it; scale_by_std: measure it on the first batch. image_size and channels are the latent's; other
     arguments as in DDPM.
     """
+
+    configs: Mapping[
+        str, Mapping | None
+    ] = {}  # of further frozen parts, which subclasses set before they are made
 
     def __init__(
         self,
@@ -91,7 +96,14 @@ class LatentDiffusion(DDPM):
         ]
         self.instantiate_first_stage(first_stage_config)
         self.instantiate_cond_stage(cond_stage_config)
-        if ckpt_path is not None:
+        for name, config in self.configs.items():
+            made = (
+                None
+                if config is None
+                else frozen(instantiate_from_config(config, nn.Module, f"{name}'s config"))
+            )
+            setattr(self, name, made)
+        if ckpt_path is not None and not is_weightless():
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
     def instantiate_first_stage(self, config: Mapping) -> None:
@@ -116,7 +128,9 @@ class LatentDiffusion(DDPM):
     def train(self, mode=True):
         """Training mode for what is trained: the first stage and a frozen conditioner stay as they are."""
         super().train(mode)
-        self.first_stage_model.eval()
+        for part in (self.first_stage_model, *(getattr(self, name) for name in self.configs)):
+            if part is not None:
+                part.eval()
         if self.cond_stage_model is not None and not self.cond_stage_trainable:
             self.cond_stage_model.eval()
         return self
@@ -200,6 +214,15 @@ class LatentDiffusion(DDPM):
     def raw_conditioning(self, batch: Mapping, random: PerSample | None = None, key: str | None = None):
         """What a batch says under `key` (default: cond_stage_key); see conditioning.raw_conditioning."""
         return conditioning.raw_conditioning(self, batch, key or self.cond_stage_key, random)
+
+    def beside(self, batch: Mapping, random: PerSample | None = None) -> dict:
+        """The U-Net's inputs beside the conditioner's, by name: here the maps of concat_keys."""
+        maps = [self.concat_map(batch, name, random) for name in self.concat_keys]
+        return {"c_concat": maps} if maps else {}
+
+    def concat_map(self, batch: Mapping, name: str, random: PerSample | None = None) -> torch.Tensor:
+        """What of batch[name] is put beside the latent; see conditioning.concat_map."""
+        return conditioning.concat_map(self, batch, name, random)
 
     def get_learned_conditioning(self, c) -> dict[str, list[torch.Tensor]]:
         """The U-Net's inputs for raw conditioning, see conditioning.learned_conditioning."""
@@ -493,17 +516,21 @@ class LatentDiffusion(DDPM):
 
     def adapt_weights(self, weights):
         """See DDPM; a conditioner may know other forms of its weights (`adapt_weights` of its own)."""
-        adapt = getattr(self.cond_stage_model, "adapt_weights", None)
-        if adapt is None:
-            return weights
-        prefix = "cond_stage_model."
-        own = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
-        others = {name: value for name, value in weights.items() if not name.startswith(prefix)}
-        return others | {prefix + name: value for name, value in adapt(own).items()}
+        for name, part in self.named_children():
+            if hasattr(part, "adapt_weights"):
+                prefix = f"{name}."
+                own = {key.removeprefix(prefix): v for key, v in weights.items() if key.startswith(prefix)}
+                others = {key: value for key, value in weights.items() if not key.startswith(prefix)}
+                weights = others | {prefix + key: value for key, value in part.adapt_weights(own).items()}
+        return weights
 
     def optional_weights(self, weights, prefix):
         """Beside DDPM's: parts that come with weights of their own, if the file has nothing of them."""
-        parts = [*self._pretrained, *([] if self.cond_stage_trainable else ["cond_stage_model."])]
+        parts = [
+            *self._pretrained,
+            *(f"{name}." for name in self.configs),
+            *([] if self.cond_stage_trainable else ["cond_stage_model."]),
+        ]
         absent = (part for part in parts if not any(name.startswith(part) for name in weights))
         return (*super().optional_weights(weights, prefix), *absent)
 
@@ -511,3 +538,21 @@ class LatentDiffusion(DDPM):
 def _no_codebook_ids(asked):
     if asked:
         raise UserValueError("return_codebook_ids is not supported: upstream dropped it too")
+
+
+# Stable Diffusion 2's classes, which its configurations name here.
+_OF_STABLE_DIFFUSION_2 = (
+    "ImageEmbeddingConditionedLatentDiffusion",
+    "LatentDepth2ImageDiffusion",
+    "LatentFinetuneDiffusion",
+    "LatentInpaintDiffusion",
+    "LatentUpscaleDiffusion",
+)
+
+
+def __getattr__(name):
+    if name not in _OF_STABLE_DIFFUSION_2:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ldm.models.diffusion import stable_diffusion_2
+
+    return getattr(stable_diffusion_2, name)

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from guided_diffusion.errors import UserError, UserValueError
 from guided_diffusion.nn import mean_flat
 from guided_diffusion.seeding import PerSample, derive_seed
-from ldm.checkpoint import load_state_dict, load_weights
+from ldm.checkpoint import is_weightless, load_state_dict, load_weights
 from ldm.diffusers_layout import parameterization as told_parameterization
 from ldm.models.diffusion import sampling
 from ldm.models.diffusion.conditioning import DiffusionWrapper, channels_first, from_batch
@@ -107,7 +107,7 @@ class DDPM(pl.LightningModule):
         count_params(self.model, verbose=True)
         if use_ema:
             self.model_ema = LitEma(self.model)
-        if ckpt_path is not None:
+        if ckpt_path is not None and not is_weightless():
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
     # The process

@@ -21,6 +21,7 @@ from guided_diffusion.mt.modalities import ImageModality, Modality, parse_modali
 from guided_diffusion.mt.modality_set import Batch, ModalitySet, batch_of, derive_values, peaks, with_peaks
 from guided_diffusion.mt.training import measure_variance
 from guided_diffusion.seeding import PerSample
+from ldm.checkpoint import is_weightless
 from ldm.models.diffusion.conditioning import channels_first, from_batch, joined, select
 from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
 from ldm.models.diffusion.parameterization import Denoiser, make_diffusion, noise_betas
@@ -105,7 +106,7 @@ class JointLatentDiffusion(LatentDiffusion):
             _logger.info("%s", shifts.report(self.diffusion.alphas_cumprod))
         self._held_out: list[dict] | None = None  # latents, modalities, conditioning
         self._measured_at = -1
-        if ckpt_path is not None:
+        if ckpt_path is not None and not is_weightless():
             self.init_from_ckpt(ckpt_path, ignore_keys, only_model=load_only_unet)
 
     @property

@@ -132,11 +132,17 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-_ATTENTION = {"vanilla": AttnBlock, "linear": LinAttnBlock, "none": nn.Identity}
+# torch chooses the fast kernel itself: xformers is not needed.
+_ATTENTION = {
+    "vanilla": AttnBlock,
+    "vanilla-xformers": AttnBlock,
+    "linear": LinAttnBlock,
+    "none": nn.Identity,
+}
 
 
 def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
-    """The attention layer `vanilla`, `linear` or `none`; `UserValueError` for another name."""
+    """The attention layer `vanilla` (`vanilla-xformers`), `linear` or `none`; `UserValueError` for another name."""
     if attn_type not in _ATTENTION:
         raise UserValueError(f"unknown attn_type {attn_type!r}: choose {', '.join(_ATTENTION)}")
     return _ATTENTION[attn_type](in_channels)

@@ -5,6 +5,7 @@ The network is guided_diffusion's; what is added here is which layer attends, an
 it.
 """
 
+import torch
 import torch.nn as nn
 
 from guided_diffusion import unet
@@ -52,6 +53,10 @@ _OWN_OPTIONS = (
     "n_embed",
     "legacy",
     "use_linear_in_transformer",
+    "use_bf16",
+    "adm_in_channels",
+    "disable_self_attentions",
+    "disable_middle_self_attn",
 )
 
 
@@ -61,8 +66,10 @@ class UNetModel(unet.UNetModel):
     One of num_heads and num_head_channels is required. use_spatial_transformer: transformers of
     `transformer_depth` blocks that read a context [B, S, context_dim], in place of attention blocks;
     use_linear_in_transformer: Stable Diffusion 2's; n_embed: the output is logits over that many codebook
-    entries; legacy: num_heads_upsample counts, in attention blocks without num_head_channels. use_fp16 is
-    accepted and has no effect: the trainer's precision (autocast) decides. Other arguments as in
+    entries; legacy: num_heads_upsample counts, in attention blocks without num_head_channels; num_classes:
+    `sequential` for vectors y [B, adm_in_channels], `continuous` for numbers [B, 1]; disable_self_attentions (one per
+    level), disable_middle_self_attn: where transformers read the context alone; use_bf16: run in bfloat16 by autocast.
+    use_fp16 is accepted and has no effect: the trainer's precision (autocast) decides. Others as in
     guided_diffusion.unet.UNetModel.
 
     `UserValueError` for options that contradict each other.
@@ -95,6 +102,10 @@ class UNetModel(unet.UNetModel):
         n_embed=None,
         legacy=True,
         use_linear_in_transformer=False,
+        use_bf16=False,
+        adm_in_channels=None,
+        disable_self_attentions=None,
+        disable_middle_self_attn=False,
         heads=None,
         presence=None,
     ):
@@ -104,6 +115,20 @@ class UNetModel(unet.UNetModel):
             raise UserValueError("the U-Net needs num_heads or num_head_channels")
         if use_spatial_transformer != (context_dim is not None):
             raise UserValueError("use_spatial_transformer and context_dim must be given together")
+        if (num_classes == "sequential") != (adm_in_channels is not None):
+            raise UserValueError("num_classes: sequential and adm_in_channels must be given together")
+        if isinstance(num_classes, str) and num_classes not in ("sequential", "continuous"):
+            raise UserValueError(f"num_classes is a number, sequential or continuous, not {num_classes!r}")
+        attending = [k for k in range(len(channel_mult)) if 2**k in attention_resolutions]
+        alone = list(disable_self_attentions or [False] * len(channel_mult))
+        if len(alone) != len(channel_mult):
+            raise UserValueError("disable_self_attentions needs one value for each level of channel_mult")
+        # Of the transformers in the order in which they are made: down, middle, up.
+        self._without_self = iter(
+            [alone[k] for k in attending for _ in range(num_res_blocks)]
+            + [disable_middle_self_attn]
+            + [alone[k] for k in reversed(attending) for _ in range(num_res_blocks + 1)]
+        )
         # Plain values, before the constructor below, which makes the attention layers.
         for name, value in own.items():
             setattr(self, name, value)
@@ -138,7 +163,28 @@ class UNetModel(unet.UNetModel):
             context_dim=self.context_dim,
             use_linear=self.use_linear_in_transformer,
             use_checkpoint=self.use_checkpoint,
+            disable_self_attn=next(self._without_self),
         )
+
+    def _class_embedding(self, num_classes):
+        if num_classes == "continuous":
+            return nn.Linear(1, self.time_embed_dim)
+        if num_classes == "sequential":
+            width = self.time_embed_dim
+            layers = nn.Linear(self.adm_in_channels, width), nn.SiLU(), nn.Linear(width, width)
+            return nn.Sequential(nn.Sequential(*layers))
+        return super()._class_embedding(num_classes)
+
+    def _embed(self, timesteps, y):
+        if y is None or not isinstance(self.num_classes, str):
+            return super()._embed(timesteps, y)
+        return self._embed_time(timesteps) + self.label_emb(y)
+
+    def _predict(self, x, *conditioning):
+        if not self.use_bf16:
+            return super()._predict(x, *conditioning)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return _as(x.dtype, super()._predict(x, *conditioning))
 
     def convert_to_fp16(self):
         """As in guided_diffusion; transformers have no float16 weights (`UserValueError`)."""
@@ -174,3 +220,10 @@ class UNetModel(unet.UNetModel):
 
     def _read_out(self, last):
         return self.id_predictor(last) if self.predict_codebook_ids else super()._read_out(last)
+
+
+def _as(dtype, output):
+    """An output, or an output with predictions by name, in another type."""
+    if isinstance(output, tuple):
+        return output[0].to(dtype), {name: value.to(dtype) for name, value in output[1].items()}
+    return output.to(dtype)

@@ -55,7 +55,7 @@ def make_beta_schedule(
     """The betas, float64 [n_timestep].
 
     schedule: `linear` (in sqrt(beta), unlike ADM's), `sqrt_linear` (in beta), `sqrt` (its square root), each
-    from linear_start to linear_end, or `cosine` with the offset cosine_s. `UserValueError` for another name.
+    from linear_start to linear_end, or `cosine` (`squaredcos_cap_v2`) with the offset cosine_s. `UserValueError` for another name.
     """
     if schedule == "linear":
         return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
@@ -63,7 +63,7 @@ def make_beta_schedule(
         return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64)
     if schedule == "sqrt":
         return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64) ** 0.5
-    if schedule == "cosine":
+    if schedule in ("cosine", "squaredcos_cap_v2"):
         # Nichol & Dhariwal 2021, equation 17.
         return np.asarray(
             betas_for_alpha_bar(

@@ -13,6 +13,47 @@ from guided_diffusion.errors import UserFileError, UserValueError
 RELEASED = {("ViT-H-14", "laion2b_s32b_b79k"): "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 
 
+# Sizes of the released text and image encoders, of which a network is made where no weights are to be read.
+ARCHITECTURES = {
+    "openai/clip-vit-large-patch14": (
+        dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
+        dict(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            patch_size=14,
+        ),
+        768,
+    ),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": (
+        dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
+        dict(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=16,
+            patch_size=14,
+        ),
+        1024,
+    ),
+}
+
+
+def released_config(source: str, part: str):
+    """The configuration of a released CLIP's `text` or `vision` model. UserValueError for another than those of
+    ARCHITECTURES."""
+    transformers = import_transformers("a text or image encoder")
+    if source not in ARCHITECTURES:
+        raise UserValueError(
+            f"without weights the sizes of the encoder {source} are not known: choose one of {', '.join(ARCHITECTURES)}"
+        )
+    text, vision, width = ARCHITECTURES[source]
+    if part == "text":
+        return transformers.CLIPTextConfig(**text, projection_dim=width)
+    return transformers.CLIPVisionConfig(**vision, projection_dim=width)
+
+
 class AbstractEncoder(nn.Module):
     """What a conditioner is: `encode` makes the U-Net's input of what the data bring."""
 

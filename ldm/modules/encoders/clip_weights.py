@@ -1,4 +1,4 @@
-"""OpenCLIP's names of a text encoder's weights, in transformers' terms."""
+"""OpenCLIP's and OpenAI's names of a CLIP's weights, in transformers' terms."""
 
 from collections.abc import Mapping
 
@@ -9,6 +9,15 @@ _TOP = {
     "positional_embedding": "embeddings.position_embedding.weight",
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
+}
+_VISION = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
 }
 _BLOCK = {
     "ln_1": "layer_norm1",
@@ -22,11 +31,22 @@ _BLOCK = {
 def from_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The text encoder's tensors in transformers' names; `model.` in front is dropped, what belongs to the
     comparison with images (text_projection, logit_scale) left out."""
+    return _translated({name.removeprefix("model."): value for name, value in weights.items()}, _TOP)
+
+
+def vision_from_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The image encoder's, with its projection; `model.` and `visual.` in front are dropped, and the text encoder."""
+    own = {name.removeprefix("model."): value for name, value in weights.items()}
+    own = {name.removeprefix("visual."): v for name, v in own.items() if name.startswith("visual.")}
+    translated = {f"vision_model.{name}": value for name, value in _translated(own, _VISION).items()}
+    return translated | ({"visual_projection.weight": own["proj"].T} if "proj" in own else {})
+
+
+def _translated(weights, top):
     translated = {}
     for name, value in weights.items():
-        name = name.removeprefix("model.")
-        if name in _TOP:
-            translated[_TOP[name]] = value
+        if name in top:
+            translated[top[name]] = value
         elif name.startswith("transformer.resblocks."):
             number, _, rest = name.removeprefix("transformer.resblocks.").partition(".")
             for part, tensor in _in_block(rest, value).items():

@@ -1,12 +1,14 @@
 """Image encoders: from images to representations (interface: Stable Diffusion 2, ldm/modules/encoders/modules.py)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from guided_diffusion.errors import UserFileError
+from guided_diffusion.errors import UserFileError, UserValueError
+from ldm.checkpoint import is_weightless
 from ldm.modules.encoders.base import (
     RELEASED,
     AbstractEncoder,
@@ -14,8 +16,10 @@ from ldm.modules.encoders.base import (
     import_transformers,
     load_pretrained,
     reading,
+    released_config,
     subfolder,
 )
+from ldm.modules.encoders.clip_weights import vision_from_open_clip
 
 
 class FrozenOpenCLIPImageEmbedder(AbstractEncoder):
@@ -26,8 +30,9 @@ class FrozenOpenCLIPImageEmbedder(AbstractEncoder):
     and has no effect: the encoder runs where its weights are. UserFileError if there is none.
     """
 
-    def __init__(self, arch="ViT-H-14", version="laion2b_s32b_b79k", device=None, freeze=True):
+    def __init__(self, arch="ViT-H-14", version="laion2b_s32b_b79k", device=None, freeze=True, ucg_rate=0.0):
         super().__init__()
+        self.ucg_rate = ucg_rate
         source = RELEASED.get((arch, version), version)
         self.model = load_vision_model(source)
         mean, std = read_normalisation(source)
@@ -59,14 +64,66 @@ class FrozenOpenCLIPImageEmbedder(AbstractEncoder):
         colours = (images[..., top : top + size, left : left + size].clamp(-1, 1) + 1) / 2
         return (colours - self.mean) / self.std
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> [B, D]."""
-        return self.model(pixel_values=self.preprocess(images)).image_embeds
+    def forward(self, images: torch.Tensor, no_dropout: bool = False) -> torch.Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> [B, D]; in training with ucg_rate some 0, unless no_dropout."""
+        out = self.model(pixel_values=self.preprocess(images)).image_embeds
+        if not (self.ucg_rate and self.training) or no_dropout:
+            return out
+        return out * (torch.rand(len(out), 1, device=out.device) >= self.ucg_rate)
+
+    def adapt_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A checkpoint's tensors by name; OpenCLIP's and OpenAI's are translated."""
+        if not any(name.startswith("model.visual.") for name in weights):
+            return dict(weights)
+        return {f"model.{name}": value for name, value in vision_from_open_clip(weights).items()}
+
+
+# What OpenAI's package calls its models.
+OPENAI = {
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+}
+
+
+class FrozenClipImageEmbedder(FrozenOpenCLIPImageEmbedder):
+    """OpenAI's CLIP image encoder, images prepared by kornia: stretched to a square, which is not cut.
+
+    model: ViT-L/14, ViT-B/16, ViT-B/32, a folder or a hub name; antialias: smooth before resizing; jit and device are
+    accepted and have no effect. Others as in FrozenOpenCLIPImageEmbedder.
+    """
+
+    def __init__(self, model, jit=False, device=None, antialias=False, ucg_rate=0.0):
+        super().__init__(version=OPENAI.get(model, model), ucg_rate=ucg_rate)
+        self.antialias = antialias
+
+    def preprocess(self, images):
+        """Images [B, 3, H, W] in [-1, 1] as the model wants them, [B, 3, S, S]."""
+        try:
+            import kornia
+        except ImportError:
+            raise UserValueError(
+                f"{type(self).__name__} needs the package kornia, which is not installed"
+            ) from None
+        side = self.model.config.image_size
+        options = dict(interpolation="bicubic", align_corners=True, antialias=self.antialias)
+        images = kornia.geometry.resize(images, (side, side), **options)
+        return kornia.enhance.normalize((images + 1) / 2, self.mean.flatten(), self.std.flatten())
+
+
+class ClipImageEmbedder(FrozenClipImageEmbedder):
+    """As Stable Diffusion 2 has it: smoothed before resizing."""
+
+    def __init__(self, model, jit=False, device=None, antialias=True, ucg_rate=0.0):
+        super().__init__(model, jit, device, antialias, ucg_rate)
 
 
 def load_vision_model(source: str):
-    """The vision model, with its projection, of a folder or of a name on the hub. UserFileError if it is not there."""
+    """The vision model, with its projection, of a folder or of a name on the hub; where no weights are read
+    (is_weightless), of the released sizes. UserFileError if it is not there."""
     transformers = import_transformers("an image encoder")
+    if is_weightless():
+        return transformers.CLIPVisionModelWithProjection(released_config(source, "vision"))
     part = subfolder(source, ["image_encoder"])
     with reading(source, "image encoder"):
         config = transformers.AutoConfig.from_pretrained(source, subfolder=part)
@@ -82,6 +139,8 @@ def read_normalisation(source: str) -> tuple[list[float], list[float]]:
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.utils import cached_file
 
+    if is_weightless():
+        return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     try:
         path = cached_file(
             source,

@@ -13,25 +13,39 @@ import torch.nn.functional as F
 from torch import nn
 
 from guided_diffusion.errors import UserFileError, UserValueError
+from ldm.checkpoint import is_weightless
+from ldm.modules.diffusionmodules.upscaling import CLIPEmbeddingNoiseAugmentation
 from ldm.modules.encoders.base import (
     RELEASED,
     AbstractEncoder,
     frozen,
     import_transformers,
     load_pretrained,
+    released_config,
     subfolder,
 )
 from ldm.modules.encoders.clip_weights import from_open_clip
-from ldm.modules.encoders.images import FrozenOpenCLIPImageEmbedder
+from ldm.modules.encoders.images import (
+    ClipImageEmbedder,
+    FrozenClipImageEmbedder,
+    FrozenOpenCLIPImageEmbedder,
+)
+from ldm.modules.encoders.transformer import BERTEmbedder, BERTTokenizer, TransformerEmbedder
 
 __all__ = [
     "AbstractEncoder",
+    "BERTEmbedder",
+    "BERTTokenizer",
+    "CLIPEmbeddingNoiseAugmentation",
     "ClassEmbedder",
+    "ClipImageEmbedder",
     "FrozenCLIPEmbedder",
+    "FrozenClipImageEmbedder",
     "FrozenOpenCLIPEmbedder",
     "FrozenOpenCLIPImageEmbedder",
     "SpatialRescaler",
     "TextEncoder",
+    "TransformerEmbedder",
     "load_text_model",
 ]
 
@@ -224,8 +238,11 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
 
 
 def load_text_model(source: str):
-    """(tokenizer, text model) of a folder or of a name on the hub. UserFileError if they are not there."""
+    """(tokenizer, text model) of a folder or of a name on the hub; where no weights are read (is_weightless), (None,
+    model of the released sizes). UserFileError if they are not there."""
     transformers = import_transformers("a text encoder")
+    if is_weightless():
+        return None, transformers.CLIPTextModel(released_config(source, "text"))
     part = subfolder(source, ["text_encoder"])
     model = load_pretrained(transformers.CLIPTextModel, source, part, "text encoder")
     part = subfolder(source, ["tokenizer"])

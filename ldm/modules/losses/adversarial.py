@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from guided_diffusion.errors import UserError, UserValueError
-from ldm.util import get_obj_from_str, instantiate_from_config
+from ldm.checkpoint import is_weightless
+from ldm.util import instantiate_from_config
 
-# Imported where a loss needs it, as the quantiser of VQModel is.
-_DISCRIMINATOR = "taming.modules.discriminator.model"
 # The perceptual network comes in by configuration, so that nothing here depends on the evaluations.
 _LPIPS = {"target": "evaluations.lpips.load_lpips", "params": {"net": "vgg", "device": "cpu"}}
 
@@ -30,15 +29,6 @@ def vanilla_d_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torc
 
 
 DISCRIMINATOR_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
-
-
-def patch_discriminator(in_channels: int, ndf: int, n_layers: int, use_actnorm: bool) -> nn.Module:
-    """PatchGAN's discriminator (Isola et al. 2017), images [B, in_channels, H, W] -> logits [B, 1, h,
-    w]."""
-    make = get_obj_from_str(f"{_DISCRIMINATOR}.NLayerDiscriminator")
-    return make(in_channels, ndf, n_layers, use_actnorm).apply(
-        get_obj_from_str(f"{_DISCRIMINATOR}.weights_init")
-    )
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
@@ -155,6 +145,8 @@ class _ScalingLayer(nn.Module):
 
 def _perceptual_network(config: Mapping) -> nn.Module:
     """The frozen network of `config`, in evaluation mode."""
+    if is_weightless() and config is _LPIPS:
+        config = {"target": "evaluations.lpips.LPIPS", "params": {"net": "vgg"}}
     try:
         network = instantiate_from_config(config, nn.Module, "perceptual_config")
     except UserError as error:

@@ -5,7 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ldm.modules.losses.adversarial import AdversarialLoss, patch_discriminator
+from ldm.modules.losses.adversarial import AdversarialLoss
+from ldm.modules.losses.discriminator import NLayerDiscriminator
+
+
+class DummyLoss(nn.Module):
+    """No loss: of a first stage that is not trained."""
 
 
 class LPIPSWithDiscriminator(AdversarialLoss):
@@ -32,7 +37,7 @@ class LPIPSWithDiscriminator(AdversarialLoss):
         disc_loss: str = "hinge",
         perceptual_config: Mapping | None = None,
     ):
-        discriminator = patch_discriminator(disc_in_channels, 64, disc_num_layers, use_actnorm)
+        discriminator = NLayerDiscriminator(disc_in_channels, 64, disc_num_layers, use_actnorm)
         adversary = (disc_start, disc_factor, disc_weight, disc_conditional, disc_loss, discriminator)
         super().__init__(*adversary, pixelloss_weight, perceptual_weight, perceptual_config)
         self.kl_weight = kl_weight

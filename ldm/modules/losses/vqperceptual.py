@@ -9,11 +9,13 @@ from ldm.modules.losses.adversarial import (
     AdversarialLoss,
     adopt_weight,
     hinge_d_loss,
-    patch_discriminator,
     vanilla_d_loss,
 )
+from ldm.modules.losses.contperceptual import DummyLoss
+from ldm.modules.losses.discriminator import NLayerDiscriminator
 
 __all__ = [
+    "DummyLoss",
     "VQLPIPSWithDiscriminator",
     "adopt_weight",
     "hinge_d_loss",
@@ -78,7 +80,7 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
             )
         if pixel_loss not in _PIXEL_LOSSES:
             raise UserValueError(f"pixel_loss is l1 or l2, got {pixel_loss!r}")
-        discriminator = patch_discriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)
+        discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)
         adversary = (disc_start, disc_factor, disc_weight, disc_conditional, disc_loss, discriminator)
         super().__init__(*adversary, pixelloss_weight, perceptual_weight, perceptual_config)
         self.codebook_weight = codebook_weight
