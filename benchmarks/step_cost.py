@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 FULL, HALF = torch.float32, torch.bfloat16
 BYTES = {FULL: 4, HALF: 2}
 # What autocast computes in its own type, and in float32, of the functions that these networks call.
-_LOWERED, _KEPT = ("linear", "conv2d"), ("layer_norm", "group_norm")
+_LOWERED, _KEPT = ("linear", "conv1d", "conv2d"), ("layer_norm", "group_norm")
 
 
 @contextlib.contextmanager

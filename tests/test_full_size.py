@@ -20,7 +20,7 @@ from tests.ldm_models import IDENTITY
 
 pytest.importorskip("transformers")
 
-from benchmarks.memory_sd2 import BATCH, PEAKS, STRATEGIES, Strategy, report, seconds
+from benchmarks.scale import Cost, page, seconds
 from benchmarks.step_cost import FULL, HALF, Kept, Step, Work, count_step, inference
 
 PARITY = Path(__file__).parent / "parity"
@@ -180,28 +180,23 @@ def test_convolutions_are_told_apart():
 
 
 def test_memory_by_strategy_by_hand():
-    """1000 trained and 100 frozen parameters on two GPUs."""
+    """1000 trained and 100 frozen parameters on two GPUs, 3 samples at once, and two blocks."""
     step = Step(Kept(10, 7), [], Work(), Work())
-
-    def parts(name, dtype):
-        return list(Strategy(name, 2, dtype).memory(1000, 100, step, 5, 3).values())
-
-    assert parts("one GPU", FULL) == [4400, 4000, 8000, 0, 3 * 10 + 7 + 5]
-    assert parts("DDP", HALF) == [4400, 4000, 8000, 4000, 3 * 10 + 7 + 5]
-    assert parts("FSDP", FULL) == [2200, 2000, 4000, 8800, 3 * 10 + 5]
-    assert parts("FSDP", HALF) == [2200, 2000, 4000, 4400, 3 * 10 + 5]
-    assert Strategy("DDP", 2, FULL).average(1000) == 4000 and Strategy("FSDP", 2, FULL).average(1000) is None
+    whole = Step(Kept(99, 0), [Kept(2, 0), Kept(1, 2)], Work(), Work())
+    cost = Cost(1000, step, whole, Work(), frozen=100)
+    activations = 3 * 10 + 7 + 3 * 2
+    assert cost.memory(1, 3, shared=False) == 20_000 + 400 + activations
+    assert cost.memory(2, 3, shared=False) == 20_000 + 4_000 + 400 + activations
+    assert cost.memory(2, 3, shared=True) == 10_000 + 2_000 + 400 + activations
 
 
 def test_seconds_by_hand():
-    work = Work(156e12, 39e12)
-    assert seconds(work, "A100", FULL, 0.5) == pytest.approx(2 * (1 + 2))
-    assert seconds(work, "A100", HALF, 1) == pytest.approx(195 / 312)
-    assert set(PEAKS) == {"A100", "H100"} and BATCH == 2048
-    assert {(s.name, s.gpus) for s in STRATEGIES if s.sharded} == {("FSDP", 8), ("FSDP", 64)}
+    work = Work(494.5e12, 134e12)
+    assert seconds(work, FULL, 0.5) == pytest.approx(2 * (1 + 2))
+    assert seconds(work, HALF, 1) == pytest.approx(628.5 / 989)
 
 
 @pytest.mark.slow
-def test_the_document_shows_these_tables():
-    """If this fails: put what benchmarks/memory_sd2.py prints into docs/memory.md."""
-    assert report(8, 0.4) in (ROOT / "docs/memory.md").read_text()
+def test_the_document_is_this_page():
+    """If this fails: python benchmarks/scale.py > docs/scale.md."""
+    assert (ROOT / "docs/scale.md").read_text() == page()
