@@ -287,7 +287,7 @@ def open_clip_weights(vocabulary):
     shapes |= {
         "ln_final.weight": (WIDTH,),
         "ln_final.bias": (WIDTH,),
-        "text_projection": (WIDTH, 5),
+        "text_projection": (WIDTH, WIDTH),
         "logit_scale": (),
     }
     th.manual_seed(1)
@@ -309,6 +309,10 @@ def test_open_clip_weights_of_a_stable_diffusion_2_checkpoint(tmp_path, clip, la
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("cond_stage_model")}
     th.save(state | {f"cond_stage_model.model.{k}": v for k, v in weights.items()}, tmp_path / "model.ckpt")
     model.init_from_ckpt(tmp_path / "model.ckpt")
+    # What is saved has the names and the values of what was read.
+    saved = {k: v for k, v in model.state_dict().items() if k.startswith("cond_stage_model.")}
+    assert saved.keys() == {f"cond_stage_model.model.{k}" for k in weights}
+    assert all(th.equal(saved[f"cond_stage_model.model.{k}"], v) for k, v in weights.items())
     tokens = model.cond_stage_model.tokens(["a cat", "dog"])
     begin, end = model.cond_stage_model.tokenizer.bos_token_id, model.cond_stage_model.tokenizer.eos_token_id
     assert tokens.tolist() == [[begin, 1, 2, end, 0, 0, 0, 0], [begin, 3, end, 0, 0, 0, 0, 0]]
@@ -406,3 +410,22 @@ def test_stable_diffusion_2_without_the_block_that_it_does_not_read(clip, tmp_pa
     # What reads the last state has to have it.
     last = FrozenOpenCLIPEmbedder(version=str(clip), max_length=8, layer="last")
     assert last.adapt_weights(by_cut.state_dict()).keys() == by_cut.state_dict().keys()
+
+
+@th.no_grad()
+def test_checkpoints_with_the_names_of_transformers_still_load(clip):
+    """Those that were written before the encoder had OpenCLIP's names."""
+    transformers = pytest.importorskip("transformers")
+    embedder = FrozenOpenCLIPEmbedder(version=str(clip), max_length=8)
+    expected = embedder(["a cat"])
+    whole = transformers.CLIPTextModel.from_pretrained(clip).state_dict()
+    former = {f"transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in whole.items()}
+    for parameter in embedder.parameters():
+        parameter.zero_()
+    embedder.load_state_dict(embedder.adapt_weights(former))
+    agree(embedder(["a cat"]), expected, rtol=1e-6)
+    agree(
+        expected,
+        transformers.CLIPTextModel.from_pretrained(clip)(embedder.tokens("a cat")).last_hidden_state,
+        rtol=1e-5,
+    )

@@ -63,3 +63,23 @@ def _in_block(name, value):
         }
     layer, _, kind = name.rpartition(".")
     return {f"{_BLOCK[layer]}.{kind}": value} if layer in _BLOCK else {}
+
+
+def to_open_clip(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`from_open_clip` undone: a text encoder's tensors, of transformers' CLIPTextModel, in OpenCLIP's names."""
+    own = {name.removeprefix("text_model."): value for name, value in weights.items()}
+    top, block = ({theirs: ours for ours, theirs in names.items()} for names in (_TOP, _BLOCK))
+    renamed = {}
+    for name, value in own.items():
+        if name in top:
+            renamed[top[name]] = value
+        elif name.startswith("encoder.layers."):
+            number, _, rest = name.removeprefix("encoder.layers.").partition(".")
+            layer, _, kind = rest.rpartition(".")
+            place = f"transformer.resblocks.{number}."
+            if layer in block:
+                renamed[f"{place}{block[layer]}.{kind}"] = value
+            elif layer == "self_attn.q_proj":
+                rows = [own[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+                renamed[f"{place}attn.in_proj_{kind}"] = torch.cat(rows)
+    return renamed

@@ -24,12 +24,13 @@ from ldm.modules.encoders.base import (
     released_config,
     subfolder,
 )
-from ldm.modules.encoders.clip_weights import from_open_clip
+from ldm.modules.encoders.clip_weights import to_open_clip
 from ldm.modules.encoders.images import (
     ClipImageEmbedder,
     FrozenClipImageEmbedder,
     FrozenOpenCLIPImageEmbedder,
 )
+from ldm.modules.encoders.open_clip import COMPARISON, OpenCLIPText
 from ldm.modules.encoders.transformer import BERTEmbedder, BERTTokenizer, TransformerEmbedder
 
 __all__ = [
@@ -118,22 +119,17 @@ class TextEncoder(AbstractEncoder):
             raise UserValueError(f"unknown layer {layer!r}: choose one of {', '.join(layers)}")
         self.layer, self.max_length = layer, max_length
         self.tokenizer, model = load_text_model(source)
-        # transformers 5 calls the inner model what transformers 4 calls its part `text_model`, as checkpoints do.
-        self.transformer = model if hasattr(model, "text_model") else nn.ModuleDict({"text_model": model})
+        self._hold(model)
         if freeze:
             self.freeze()
+
+    def _hold(self, model) -> None:
+        """Keep the text model of transformers, under the names that checkpoints have."""
+        raise NotImplementedError
 
     def freeze(self) -> None:
         """Evaluation mode, no gradients."""
         frozen(self)
-
-    @property
-    def _text_model(self):
-        return (
-            self.transformer["text_model"]
-            if isinstance(self.transformer, nn.ModuleDict)
-            else self.transformer
-        )
 
     def tokens(self, text: str | Sequence[str]) -> torch.Tensor:
         """Captions as int64 [B, max_length]: begin, text (cut where too long), end, padding."""
@@ -146,14 +142,6 @@ class TextEncoder(AbstractEncoder):
     def padding(self) -> int:
         """The token after the end."""
         return self.tokenizer.eos_token_id
-
-    def _hidden_states(self, text):
-        # No mask: the padding was seen in training.
-        return self._text_model(input_ids=self.tokens(text), output_hidden_states=True)
-
-    def _normalised(self, states):
-        model = self._text_model
-        return getattr(model, "text_model", model).final_layer_norm(states)
 
 
 class FrozenCLIPEmbedder(TextEncoder):
@@ -179,9 +167,22 @@ class FrozenCLIPEmbedder(TextEncoder):
             raise UserValueError(f"layer hidden needs layer_idx in {-depth - 1}..{depth}, got {layer_idx}")
         self.layer_idx = layer_idx
 
+    def _hold(self, model):
+        # transformers 5 calls the inner model what transformers 4 calls its part `text_model`, as checkpoints do.
+        self.transformer = model if hasattr(model, "text_model") else nn.ModuleDict({"text_model": model})
+
+    @property
+    def _text_model(self):
+        return (
+            self.transformer["text_model"]
+            if isinstance(self.transformer, nn.ModuleDict)
+            else self.transformer
+        )
+
     def forward(self, text):
         """Captions -> [B, max_length, D]; [B, 1, D] for the layer `pooled`."""
-        out = self._hidden_states(text)
+        # No mask: the padding was seen in training.
+        out = self._text_model(input_ids=self.tokens(text), output_hidden_states=True)
         if self.layer == "last":
             return out.last_hidden_state
         return out.pooler_output[:, None] if self.layer == "pooled" else out.hidden_states[self.layer_idx]
@@ -192,7 +193,7 @@ class FrozenCLIPEmbedder(TextEncoder):
 
 
 class FrozenOpenCLIPEmbedder(TextEncoder):
-    """OpenCLIP's text encoder, as in Stable Diffusion 2, in transformers' form.
+    """OpenCLIP's text encoder, as in Stable Diffusion 2, under its names.
 
     arch, version: of the released model, whose hub repository is taken; or version is a folder or hub name.
     layer: `last`, or `penultimate`, the states before the last block; both normalised. Stable Diffusion 2 in
@@ -213,9 +214,13 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
     ):
         source = RELEASED.get((arch, version), version)
         super().__init__(source, max_length, freeze, layer, ("last", "penultimate"))
-        self._blocks = self._text_model.config.num_hidden_layers
+        self._blocks = self.model.config.num_hidden_layers
         cut = self._blocks + 1 == self.BLOCKS.get(arch)
-        self._state = -1 if layer == "last" or cut else -2
+        self.unread = 0 if layer == "last" or cut else 1  # blocks
+
+    def _hold(self, model):
+        self.model = OpenCLIPText(model.config)
+        self.model.load_state_dict(to_open_clip(model.state_dict()), strict=False, assign=True)
 
     @property
     def padding(self):
@@ -223,18 +228,21 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
 
     def forward(self, text):
         """Captions -> [B, max_length, D]."""
-        states = self._hidden_states(text).hidden_states
-        return self._normalised(states[self._state])
+        return self.model(self.tokens(text), self.unread)
 
     def adapt_weights(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A checkpoint's tensors by name; open_clip's are translated, and a last block that is not read may be
-        missing."""
-        if any(name.startswith("model.") for name in weights):
-            weights = {f"transformer.text_model.{name}": v for name, v in from_open_clip(weights).items()}
-        unread = f"transformer.text_model.encoder.layers.{self._blocks - 1}."
-        if not weights or self._state == -1 or any(name.startswith(unread) for name in weights):
-            return dict(weights)
-        return dict(weights) | {name: v for name, v in self.state_dict().items() if name.startswith(unread)}
+        """A checkpoint's tensors by name; those of transformers are translated, and what is not read may be missing:
+        the comparison with images, a last block."""
+        own = {name: value for name, value in weights.items() if not name.endswith(".attn_mask")}
+        if any(name.startswith("transformer.") for name in own):
+            own = to_open_clip({name.removeprefix("transformer."): value for name, value in own.items()})
+            own = {f"model.{name}": value for name, value in own.items()}
+        if not own:
+            return own
+        last = f"model.transformer.resblocks.{self._blocks - 1}."
+        unread = [f"model.{name}" for name in COMPARISON] + [last] * self.unread
+        missing = [n for n in unread if not any(name.startswith(n) for name in own)]
+        return own | {n: v for n, v in self.state_dict().items() if n.startswith(tuple(missing))}
 
 
 def load_text_model(source: str):
