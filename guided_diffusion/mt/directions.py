@@ -19,9 +19,9 @@ def names_of(text: str) -> list[str]:
 
 
 def known_name(flag: str, name: str, known: Iterable[str], alias: Mapping[str, str] | None = None) -> str:
-    """`name` as the model has it, by way of `alias`. UserValueError, with the nearest one, if it has none."""
+    """`name` as the model has it, or by way of `alias`. UserValueError, with the nearest one, if it has none."""
     known = list(known)
-    name = (alias or {}).get(name, name)
+    name = name if name in known else (alias or {}).get(name, name)
     if name not in known:
         has = ", ".join(known) or "nothing to choose from"
         raise UserValueError(f"{flag}: the model has no {name!r}, but {has}{closest(name, known)}")

@@ -1,4 +1,4 @@
-"""Several modalities in one latent diffusion (MT-Diffusion, sections 3 and 4): everything that they add to
+"""Several modalities in one latent diffusion (paper sections 2.2 and E.1): everything that they add to
 LatentDiffusion.
 
 Image modalities come as images under their own names and pass the same first stage as the image: one U-Net

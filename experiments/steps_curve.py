@@ -1,0 +1,76 @@
+"""A curve against steps of training, one for each table of `evaluations/restoration.py table` (E.5).
+
+    python experiments/steps_curve.py --tables joint=a.json conditional=b.json --steps 300 600 900 1200 --out curve.png
+
+Each table has one method for every number of steps, in their order, after the masked images. Draws LPIPS with its standard
+error, and the masked images' own as a line.
+"""
+
+import json
+
+from guided_diffusion import flags
+from guided_diffusion.errors import UserError, UserFileError, UserValueError, exit_on_user_error
+
+
+def parser() -> flags.Parser:
+    """The flags of this script."""
+    own = flags.Parser(__doc__)
+    own.add(
+        "--tables",
+        nargs="+",
+        required=True,
+        metavar="NAME=FILE",
+        group="data",
+        help="in the order of the legend",
+    )
+    own.add(
+        "--steps",
+        nargs="+",
+        kind=int,
+        required=True,
+        low=0,
+        group="data",
+        help="of training, for each method",
+    )
+    own.add("--out", default="curve.png", path="file", help="the plot")
+    return own
+
+
+def read_table(spec: str, count: int) -> tuple[str, list[dict]]:
+    """(NAME, its cells): the masked images' first, then `count` others. UserError where FILE holds another number."""
+    name, found, path = spec.partition("=")
+    if not found:
+        raise UserValueError(f"--tables {spec}: expected NAME=FILE")
+    try:
+        with open(path) as file:
+            cells = json.load(file)["cells"]
+    except OSError as error:
+        raise UserFileError(f"--tables {spec}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no table of evaluations/restoration.py --json") from error
+    if len(cells) != count + 1:
+        raise UserError(f"{path} has {len(cells) - 1} methods, --steps {count} numbers")
+    return name, cells
+
+
+@exit_on_user_error()
+def main():
+    args = parser().parse_args()
+    tables = dict(read_table(spec, len(args.steps)) for spec in args.tables)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for (name, cells), line in zip(tables.items(), ("-o", "--s", "-.^", ":v") * len(tables), strict=False):
+        values, errors = ([cell[key] for cell in cells[1:]] for key in ("lpips", "error"))
+        axes.errorbar(args.steps, values, errors, fmt=line, capsize=3, label=name)
+    axes.axhline(next(iter(tables.values()))[0]["lpips"], color="grey", linewidth=1, label="masked images")
+    axes.set(xlabel="steps of training", ylabel="LPIPS to the clean images", ylim=(0, None))
+    axes.legend()
+    figure.savefig(args.out, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
