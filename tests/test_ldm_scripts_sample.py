@@ -139,6 +139,20 @@ def test_joint_samples_and_both_directions(run, joint_run, tmp_path):
     assert list(label_maps) == ["label_map"] and len(label_maps["label_map"]) == 3
 
 
+def test_a_modality_may_be_called_image(run, tmp_path):
+    """Table 4: label maps are sampled, image by image, for photos that are given."""
+    spec = {"image": {"preset": "image", "variant": "X"}}
+    names = dict(first_stage_key="label_map", modalities=spec)
+    folder, _ = write_run(tmp_path / "run", "joint.JointLatentDiffusion", **names)
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        sample_image(90 * i, (16, 16)).save(tmp_path / "photos" / f"{i}.png")
+    options = ("-r", folder, "-l", tmp_path, "-c", 4, "--want", "label_map")
+    assert run("sample_diffusion", *options, "--given", f"image={tmp_path / 'photos'}")[0] == 0
+    found = sorted(newest(tmp_path).glob("*/*.png"))
+    assert [p.parent.name for p in found] == ["img", "img"]
+
+
 @pytest.mark.parametrize("baseline", [False, True])
 def test_given_label_maps_are_those_of_the_training(run, tmp_path, monkeypatch, baseline):
     """Class numbers are painted and cut as the run's own data set does it, for joint and conditional models."""
