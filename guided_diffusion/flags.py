@@ -21,7 +21,7 @@ POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 LABEL_FROM = ("auto", "prefix", "folder")
 PRECISIONS = ("fp32", "bf16", "fp16")
-SAMPLERS = ("ddpm", "ddim", "plms", "dpm++")
+SAMPLERS = ("ddpm", "ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc")
 AGGREGATIONS = ("bump", "late", "paper-normalized", "constant", "paper")
 OWN_FOLDER = "$OPENAI_LOGDIR, or runs/DATE-NAME"  # where joint models' programs write without --log_dir
 LARGEST = 2**63 - 1  # of a whole number without another limit: an int64
@@ -254,7 +254,10 @@ FLAGS: dict[str, Flag] = {
         clip_denoised=Flag("clip the predicted image to the range of pixels at every step"),
         use_ddim=Flag("sample by DDIM in place of ancestral sampling"),
         sampler=Flag("how to sample", choices=SAMPLERS),
-        steps=Flag("use fewer steps: a number, ddim50, or 10,15,20 by section", unset="all"),
+        steps=Flag(
+            "use fewer steps: a number, even in log-SNR, or upstream's ddim50, or 10,15,20 by section",
+            unset="all",
+        ),
         given=Flag("what is known, NAME=FILE_OR_FOLDER; may be repeated"),
         want=Flag("what to generate, names separated by commas", unset="everything that is not given"),
         without=Flag("modalities that are left out, neither in the latent nor generated: label,masked"),

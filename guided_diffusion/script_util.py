@@ -241,14 +241,21 @@ class DiffusionConfig:
             return gd.LossType.RESCALED_KL
         return gd.LossType.RESCALED_MSE if self.rescale_learned_sigmas else gd.LossType.MSE
 
-    def build(self, diffusion: type[SpacedDiffusion] = SpacedDiffusion, **extra) -> SpacedDiffusion:
-        """The process; `diffusion` may be a subclass, and `extra` are its further arguments."""
+    def build(
+        self,
+        diffusion: type[SpacedDiffusion] = SpacedDiffusion,
+        use_timesteps: Iterable[int] | None = None,
+        **extra,
+    ) -> SpacedDiffusion:
+        """The process; `diffusion` may be a subclass, and `extra` are its further arguments. use_timesteps: in place
+        of those that timestep_respacing says."""
         try:
-            kept = space_timesteps(self.steps, self.timestep_respacing or [self.steps])
+            if use_timesteps is None:
+                use_timesteps = space_timesteps(self.steps, self.timestep_respacing or [self.steps])
         except ValueError as error:
             raise UserValueError(f"timestep_respacing: {error}") from error
         return diffusion(
-            use_timesteps=kept,
+            use_timesteps=use_timesteps,
             betas=gd.get_named_beta_schedule(self.noise_schedule, self.steps),
             model_mean_type=self.mean_type,
             model_var_type=self.var_type,

@@ -137,7 +137,6 @@ def draw_all(args, drawing: Drawing, prompts: list[str]) -> dict[str, np.ndarray
 def draw(args, drawing: Drawing, prompts: list[str], numbers: list[int]) -> dict[str, torch.Tensor]:
     """What is wanted of the samples with these numbers, by name; images [b, 3, H, W] in [-1, 1]."""
     model = drawing.model
-    name = "plms" if args.plms else "dpm++" if args.dpm_solver else "ddim"
     # With a fixed code the samples of all batches have the noise of the first.
     seeds = [n % args.n_samples for n in numbers] if args.fixed_code else numbers
     with inference.precision(args.precision):
@@ -149,7 +148,7 @@ def draw(args, drawing: Drawing, prompts: list[str], numbers: list[int]) -> dict
             len(numbers),
             {name: inference.take(value, numbers) for name, value in drawing.given.items()},
             drawing.wanted,
-            sampler=name,
+            sampler=args.sampler,
             steps=args.ddim_steps,
             seed=args.seed,
             indices=seeds,

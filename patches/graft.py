@@ -36,6 +36,7 @@ CORE = (
     "losses",
     "bound",
     "denoiser",
+    "solvers",
     "sampling",
 )
 COPIES = {f"{PACKAGE}/{name}.py": f"{PACKAGE}/{name}.py" for name in ("errors", "seeding", "mt/__init__")}

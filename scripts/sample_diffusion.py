@@ -59,7 +59,9 @@ def parser() -> flags.Parser:
     own.add("--batch_size", default=10)
     own.add("--given", action="append", default=[], metavar="NAME=FILE_OR_FOLDER")
     own.add("--want", default="")
-    own.add("--sampler", choices=("ddim", "plms", "dpm++", "ddpm"), default="ddim")
+    own.add(
+        "--sampler", choices=("ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc", "ddpm"), default="ddim"
+    )
     own.add("--scale", default=1.0)
     own.add("--strength", default=1.0)
     own.add(

@@ -53,6 +53,13 @@ def parser() -> flags.Parser:
         **sampling,
     )
     own.add(
+        "--sampler",
+        default="",
+        choices=("ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc"),
+        also=("",),
+        unset="ddim, or what --plms or --dpm_solver says",
+    )
+    own.add(
         "--fixed_code",
         action="store_true",
         help="start every batch of a prompt from the same noise",
@@ -112,8 +119,10 @@ def parser() -> flags.Parser:
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
-    if args.plms and args.dpm_solver:
-        raise UserValueError("--plms and --dpm_solver are two samplers: give one")
+    chosen = [name for name in ("--plms", "--dpm_solver", "--sampler") if getattr(args, name.strip("-"))]
+    if len(chosen) > 1:
+        raise UserValueError(f"{' and '.join(chosen)} are two samplers: give one")
+    args.sampler = args.sampler or ("plms" if args.plms else "dpm++" if args.dpm_solver else "ddim")
     from ldm import txt2img
 
     txt2img.run(args)

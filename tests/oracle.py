@@ -21,8 +21,8 @@ from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 T = 1000
 
 
-def process(schedule="linear", steps=T, aggregation="bump", peaks=None, total=T, **options):
-    """A diffusion over `steps` of `total` timesteps; peaks: kappa by modality, None for a single task."""
+def process(schedule="linear", steps=T, aggregation="bump", peaks=None, total=T, kept=None, **options):
+    """A diffusion over `steps` of `total` timesteps, or over those `kept`; peaks: kappa by modality, None for a single task."""
     betas = get_named_beta_schedule(schedule, total)
     defaults = {
         "model_mean_type": ModelMeanType.EPSILON,
@@ -30,7 +30,7 @@ def process(schedule="linear", steps=T, aggregation="bump", peaks=None, total=T,
         "loss_type": LossType.MSE,
     }
     joint = None if peaks is None else Aggregation.named(aggregation, betas, peaks)
-    kept = space_timesteps(total, [steps])
+    kept = space_timesteps(total, [steps]) if kept is None else kept
     return SpacedDiffusion(kept, betas=betas, aggregation=joint, **{**defaults, **options})
 
 

@@ -5,7 +5,7 @@ import torch as th
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.mt.heads import OutputHead
-from guided_diffusion.mt.sampling import joint_sample
+from guided_diffusion.mt.sampling import SAMPLERS, joint_sample
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -212,7 +212,7 @@ def test_conditioning_reaches_the_measurement(batch):
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpm++"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_have_their_shapes(models, sampler):
     model = joint(first_stage_config=KL, scale_factor=0.5)
     samples = model.sample_joint(2, steps=4, sampler=sampler)
@@ -311,7 +311,7 @@ def test_the_sampler_faces_estimate_the_modalities(models):
 def test_the_whole_process_is_that_of_guided_diffusion(models):
     """In all steps a latent diffusion draws what `joint_sample` does."""
     model = models["U"]
-    for sampler in ("ddpm", "ddim", "plms", "dpm++"):
+    for sampler in SAMPLERS:
         drawn = joint_sample(
             model.diffusion, model.modalities, Denoiser(model), (2, *SHAPE), PerSample.derived(0, range(2)),
             sampler=sampler, clip_denoised=False,

@@ -103,7 +103,9 @@ def test_samples_of_a_run(run, tmp_path):
     assert np.abs(drawn - as_pixels(model.decode_first_stage(latents))).max() <= 1
 
 
-@pytest.mark.parametrize("options", [("-v",), ("--sampler", "dpm++"), ("--sampler", "plms"), ("-e", "0.5")])
+@pytest.mark.parametrize(
+    "options", [("-v",), ("--sampler", "dpm++"), ("--sampler", "plms"), ("--sampler", "unipc"), ("-e", "0.5")]
+)
 def test_other_samplers(run, tmp_path, options):
     folder, _ = write_run(tmp_path / "run")
     code, _, err = run(
@@ -408,13 +410,14 @@ def test_txt2img_in_every_direction(run, colour_model, tmp_path):
 
 
 @pytest.mark.parametrize("joint", [True, False])
-@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm++"])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm++", "dpm++3m", "heun"])
 @th.no_grad()
 def test_one_seed_is_one_image_in_every_script(run, clip, tmp_path, joint, sampler):  # noqa: F811
     """txt2img.py, sample_diffusion.py and the library's own calls draw the same, with guidance too."""
     write = write_colour_run if joint else write_text_run
     folder = write(tmp_path / "run", clip)
-    chosen = {"ddim": ("--ddim_eta", 0.5), "plms": ("--plms",), "dpm++": ("--dpm_solver",)}[sampler]
+    own = {"ddim": ("--ddim_eta", 0.5), "plms": ("--plms",), "dpm++": ("--dpm_solver",)}
+    chosen = own.get(sampler, ("--sampler", sampler))
     flags = flags_of(folder, "--W", 16, "--ddim_steps", 7, "--n_iter", 1, "--n_samples", 2, "--scale", 3)
     flags += ["--outdir", tmp_path / "a", "--prompt", "dog", "--seed", 5, *chosen]
     code, _, err = run("txt2img", *flags)

@@ -7,6 +7,7 @@ from PIL import Image
 
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.mt.model import JointModel
+from guided_diffusion.mt.sampling import SAMPLERS
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.seeding import PerSample
 from tests.compare import BITS, agree
@@ -122,7 +123,7 @@ def test_more_ranks_than_samples(trained, tmp_path):
     assert arrays(tmp_path)[1]["arr_0"].shape == (1, 8, 8, 1)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpm++"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_ends_at_images(trained, tmp_path, sampler):
     few = sample(trained, tmp_path / "few", "--num_samples", 2, "--sampler", sampler)
     every = sample(trained, tmp_path / "all", "--num_samples", 2, "--sampler", sampler, "--steps", "")
@@ -277,7 +278,10 @@ def test_bad_input_is_refused_in_one_line(trained, data, tmp_path, capsys):
             ("--given", f"image={tmp_path}/hole.npz", "--resample", 2, "--sampler", "ddim"),
             "works with ddpm, not ddim",
         ),
-        (("--sampler", "euler"), "--sampler must be one of ddpm, ddim, plms, dpm++, not 'euler'"),
+        (
+            ("--sampler", "euler"),
+            "--sampler must be one of ddpm, ddim, plms, heun, dpm++, dpm++3m, unipc, not 'euler'",
+        ),
         (("--steps", "many"), "many"),
         (("--steps", 41), "41"),
         (("--num_samples", -1), "--num_samples must be at least 1, not -1"),

@@ -28,6 +28,7 @@ from .losses import JointLosses, multitask_losses
 from .modalities import Modality, parse_modalities
 from .modality_set import Batch, ModalitySet, Values, derive_values, peaks, with_peaks
 from .sampling import JointSample, joint_sample
+from .solvers import few_timesteps
 
 CONFIG_NAME = "config.yaml"
 REPORTED = (50, 200, 500, 800)  # of 1000: timesteps at which the start-up report tells d_t
@@ -107,11 +108,16 @@ class JointModel:
         """The names of a label's classes, () where the model has none."""
         return self.flags.get("class_names") or ()
 
-    def respaced(self, steps: str | int) -> SpacedDiffusion:
-        """The diffusion over fewer steps ("" for all, a number, "ddim50", "10,15,20"), with the same
-        marginals."""
+    def respaced(self, steps: str | int, even: bool = False) -> SpacedDiffusion:
+        """The diffusion over fewer steps ("" for all, a number, "ddim50", "10,15,20"), with the same marginals.
+
+        A number means `few_timesteps`, or with `even` upstream's, as in its --timestep_respacing.
+        """
         _, flags = split_flags({**self.flags, "timestep_respacing": str(steps)})
-        return joint_process(DiffusionConfig(**flags), list(self.modalities), self.flags["aggregation"])
+        kept = None
+        if not even and str(steps).isdecimal():
+            kept = few_timesteps(self.modalities.process.alphas_cumprod, int(steps))
+        return joint_process(DiffusionConfig(**flags), list(self.modalities), self.flags["aggregation"], kept)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -149,7 +155,7 @@ class JointModel:
 
     def bound(self, batch: Batch, steps: str | int | None = None, **options) -> Bound:
         """The variational bound on `batch` (with its images); options: of `multitask_bound`."""
-        diffusion = self.diffusion if steps is None else self.respaced(steps)
+        diffusion = self.diffusion if steps is None else self.respaced(steps, even=True)
         return multitask_bound(diffusion, self.modalities, self.network, batch, **options)
 
     def derived(self, images: th.Tensor, batch: Batch, random: PerSample) -> Batch:
@@ -173,13 +179,15 @@ class JointModel:
         return "\n".join(lines)
 
 
-def joint_process(config: DiffusionConfig, modalities: Sequence[Modality], schedule: str) -> SpacedDiffusion:
+def joint_process(
+    config: DiffusionConfig, modalities: Sequence[Modality], schedule: str, kept: Sequence[int] | None = None
+) -> SpacedDiffusion:
     """The process with the aggregation of the full process: respacing keeps its marginals. Without modalities the
-    single task's."""
+    single task's. kept: its timesteps, in place of those that the configuration says."""
     if not modalities:
-        return config.build()
+        return config.build(use_timesteps=kept)
     betas = get_named_beta_schedule(config.noise_schedule, config.steps)
-    return config.build(aggregation=Aggregation.named(schedule, betas, peaks(modalities)))
+    return config.build(use_timesteps=kept, aggregation=Aggregation.named(schedule, betas, peaks(modalities)))
 
 
 def with_former_defaults(flags: Mapping) -> dict:

@@ -19,8 +19,10 @@ from ..seeding import PerSample
 from .aggregation import encodings_of, from_frame, to_frame
 from .denoiser import JointDenoiser
 from .modality_set import ModalitySet, Values
+from .solvers import State, half_log_snr, multistep, usable
 
 Edit = Callable[[th.Tensor, int, object], th.Tensor]
+_ORDER = 3  # of the exponential multistep methods
 
 
 def _steps(diffusion, z):
@@ -88,6 +90,42 @@ def _combine(weights, states):
     }
 
 
+def _along_noise(diffusion, z, i, t, noise, encodings, clip):
+    """z_{i-1}: the deterministic DDIM step along `noise` in the frame of `encodings`. clip: its image, since near
+    abar = 0 that of an extrapolated noise may be far off."""
+    abar, abar_prev = diffusion.alphas_cumprod[i], diffusion.alphas_cumprod_prev[i]
+    y = to_frame(diffusion, z, t, encodings)
+    x_start = (y - (1 - abar) ** 0.5 * noise) / abar**0.5
+    if clip:
+        x_start = x_start.clamp(-1, 1)
+        noise = (y - abar**0.5 * x_start) / (1 - abar) ** 0.5
+    return from_frame(diffusion, abar_prev**0.5 * x_start + (1 - abar_prev) ** 0.5 * noise, t - 1, encodings)
+
+
+def _noise_of(diffusion, model, z, t, **kwargs):
+    """The model's step dict at z_t, and its (noise, encodings)."""
+    out, encodings = _predict(diffusion, model, z, t, **kwargs)
+    y = to_frame(diffusion, z, t, encodings)
+    return out, (diffusion._predict_eps_from_xstart(y, t, out["pred_xstart"]), encodings)
+
+
+def heun(
+    diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, clip_denoised=True, **kwargs
+) -> Iterator[dict]:
+    """Heun's method (Karras et al. 2022, Algorithm 1 without churn): second order, two passes of the network a
+    step but the last. Deterministic."""
+    kwargs["clip_denoised"] = clip_denoised
+    for i, t in _steps(diffusion, z):
+        out, slope = _noise_of(diffusion, model, z, t, **kwargs)
+        if i:
+            ahead = _along_noise(diffusion, z, i, t, *slope, clip_denoised)
+            _, after = _noise_of(diffusion, model, ahead, t - 1, **kwargs)
+            slope = _combine((1 / 2, 1 / 2), (slope, after))
+        z = _along_noise(diffusion, z, i, t, *slope, clip_denoised)
+        out["sample"] = z = edit(z, i - 1, encodings_of(out))
+        yield out
+
+
 def plms(
     diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, clip_denoised=True, **kwargs
 ) -> Iterator[dict]:
@@ -98,31 +136,13 @@ def plms(
     """
     kwargs["clip_denoised"] = clip_denoised
     history: list[tuple] = []
-
-    def state(z, t):
-        out, encodings = _predict(diffusion, model, z, t, **kwargs)
-        y = to_frame(diffusion, z, t, encodings)
-        return out, (diffusion._predict_eps_from_xstart(y, t, out["pred_xstart"]), encodings)
-
-    def step(z, i, t, noise, encodings):
-        # The deterministic DDIM step along `noise`, whose image is clipped too: near abar = 0 an extrapolated
-        # one may be far off.
-        abar, abar_prev = diffusion.alphas_cumprod[i], diffusion.alphas_cumprod_prev[i]
-        y = to_frame(diffusion, z, t, encodings)
-        x_start = (y - (1 - abar) ** 0.5 * noise) / abar**0.5
-        if clip_denoised:
-            x_start = x_start.clamp(-1, 1)
-            noise = (y - abar**0.5 * x_start) / (1 - abar) ** 0.5
-        return from_frame(
-            diffusion, abar_prev**0.5 * x_start + (1 - abar_prev) ** 0.5 * noise, t - 1, encodings
-        )
-
     for i, t in _steps(diffusion, z):
-        out, now = state(z, t)
+        out, now = _noise_of(diffusion, model, z, t, **kwargs)
         if i == 0:
             slope = now  # the last step ends at the predicted image itself
         elif not history:
-            _, after = state(step(z, i, t, *now), t - 1)
+            ahead = _along_noise(diffusion, z, i, t, *now, clip_denoised)
+            _, after = _noise_of(diffusion, model, ahead, t - 1, **kwargs)
             slope = _combine((1 / 2, 1 / 2), (now, after))
         else:
             weights = {
@@ -132,7 +152,9 @@ def plms(
             }
             slope = _combine(weights[len(history)], (now, *reversed(history)))
         history = [*history, now][-3:]
-        out["sample"] = edit(step(z, i, t, *slope), i - 1, encodings_of(out))
+        out["sample"] = edit(
+            _along_noise(diffusion, z, i, t, *slope, clip_denoised), i - 1, encodings_of(out)
+        )
         yield out
         z = out["sample"]
 
@@ -142,7 +164,7 @@ def dpm_solver_pp(
 ) -> Iterator[dict]:
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order in the predicted image. Deterministic."""
     abar, abar_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
-    log_snr = np.log(abar / (1 - abar)) / 2  # lambda
+    log_snr = half_log_snr(abar)
     previous = None
     for i, t in _steps(diffusion, z):
         out, encodings = _predict(diffusion, model, z, t, **kwargs)
@@ -168,7 +190,48 @@ def dpm_solver_pp(
         yield out
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "plms": plms, "dpm++": dpm_solver_pp}
+def dpm_solver_pp_3m(
+    diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, **kwargs
+) -> Iterator[dict]:
+    """DPM-Solver++(3M) (Lu et al. 2022, section 4): third order in the predicted image and the modalities.
+    Deterministic."""
+    yield from _exponential(diffusion, model, z, edit, False, kwargs)
+
+
+def unipc(diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, **kwargs) -> Iterator[dict]:
+    """UniPC-3 (Zhao et al. 2023): each pass of the network also corrects the step before it. Deterministic."""
+    yield from _exponential(diffusion, model, z, edit, True, kwargs)
+
+
+def _exponential(diffusion, model, z, edit, correct, kwargs):
+    lambdas, history, before = half_log_snr(diffusion.alphas_cumprod), [], None
+    for i, t in _steps(diffusion, z):
+        out, encodings = _predict(diffusion, model, z, t, **kwargs)
+        now = State(i, out["pred_xstart"], encodings)
+        if i == 0:
+            z = now.x_start  # lambda is infinite at the image: the first-order step
+        else:
+            if correct and before is not None:
+                start, states, predicted = before
+                # A difference, so that what `edit` put in stays.
+                z = z + (multistep(diffusion, start, i + 1, [now, *states]) - predicted)
+            states = usable(lambdas, i, [now, *history], _ORDER)
+            before = z, states, multistep(diffusion, z, i, states)
+            z = before[2]
+        history = [now, *history][: _ORDER - 1]
+        out["sample"] = z = edit(z, i - 1, encodings_of(out))
+        yield out
+
+
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "plms": plms,
+    "heun": heun,
+    "dpm++": dpm_solver_pp,
+    "dpm++3m": dpm_solver_pp_3m,
+    "unipc": unipc,
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+"""Samplers that latent-diffusion does not have, with its interface: Heun, DPM-Solver++(3M) and UniPC."""
+
+import numpy as np
+
+from guided_diffusion.errors import UserValueError
+from guided_diffusion.mt import sampling
+from guided_diffusion.mt.solvers import few_timesteps
+from ldm.models.diffusion.sampling import Sampler
+
+
+class _EvenInLogSNR(Sampler):
+    def timesteps(self, steps, discretize):
+        if discretize != "uniform":
+            raise UserValueError(f"{type(self).__name__} spaces its steps in log-SNR, not {discretize!r}")
+        if not 1 <= steps < self.ddpm_num_timesteps:
+            raise UserValueError(
+                f"{steps} sampling steps: choose between 1 and {self.ddpm_num_timesteps - 1}"
+            )
+        # One more: the step from timestep 0, to the image, is not taken.
+        return np.array(few_timesteps(self.model.diffusion.alphas_cumprod, steps + 1)[1:])
+
+
+class HeunSampler(_EvenInLogSNR):
+    """Heun's method (Karras et al. 2022), two passes of the network a step; deterministic (eta must be 0)."""
+
+    function = staticmethod(sampling.heun)
+
+
+class DPMSolver3MSampler(_EvenInLogSNR):
+    """DPM-Solver++(3M) (Lu et al. 2022); deterministic (eta must be 0)."""
+
+    function = staticmethod(sampling.dpm_solver_pp_3m)
+
+
+class UniPCSampler(_EvenInLogSNR):
+    """UniPC-3 (Zhao et al. 2023); deterministic (eta must be 0)."""
+
+    function = staticmethod(sampling.unipc)
