@@ -450,7 +450,9 @@ def test_refusals(model):
     modalities, network, diffusion = model
     shape = (1, *SHAPE)
     known = Known(th.zeros(shape), th.ones(shape, dtype=th.bool), every_step=True, repeats=2)
-    with pytest.raises(UserError, match=r"unknown sampler 'euler': choose one of ddpm, ddim, plms, heun, dpm\+\+"):
+    with pytest.raises(
+        UserError, match=r"unknown sampler 'euler': choose one of ddpm, ddim, plms, heun, dpm\+\+"
+    ):
         joint_sample(diffusion, modalities, network, shape, PerSample([0]), sampler="euler")
     with pytest.raises(UserError, match="resampling goes back by random steps: it works with ddpm, not ddim"):
         joint_sample(diffusion, modalities, network, shape, PerSample([0]), sampler="ddim", known=known)
