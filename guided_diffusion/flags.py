@@ -20,6 +20,7 @@ NOISE_SCHEDULES = ("linear", "cosine")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 LABEL_FROM = ("auto", "prefix", "folder")
+MISSING = ("error", "value")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SAMPLERS = ("ddpm", "ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc")
 AGGREGATIONS = ("bump", "late", "paper-normalized", "constant", "paper")
@@ -176,6 +177,9 @@ FLAGS: dict[str, Flag] = {
         random_flip=Flag("flip half of the images left-right"),
         class_names=Flag("names of the classes by number, separated by commas", unset="those of the data"),
         label_from=Flag("what gives the classes of a folder's images", choices=LABEL_FROM),
+        missing=Flag(
+            "a partner or entry of an image that is not there: an error, or a missing value", choices=MISSING
+        ),
         max_bad=Flag("unreadable images before training stops", low=0),
     ),
     **_group(
@@ -232,7 +236,8 @@ FLAGS: dict[str, Flag] = {
     **_group(
         "modalities",
         modalities=Flag(
-            'what is generated beside the image, with its variant: masked:X,label:U; "" for the image alone'
+            "what is generated beside the image, with its variant: masked:X,label:U,depth=image, or YAML: "
+            '"{sound: {preset: representation}}"; "" for the image alone'
         ),
         aggregation=Flag("how strongly modalities shift the latent by timestep", choices=AGGREGATIONS),
         detectability=Flag(
@@ -671,6 +676,7 @@ def mt_training_defaults() -> dict:
         | adm
         | dict(
             num_classes=0,
+            missing="error",
             log_dir="",
             iterations=0,
             init_from="",

@@ -18,6 +18,7 @@ def parser() -> flags.Parser:
     own.add("--weights", default="ema")
     own.add("--data_dir", required=True)
     own.add("--label_from", default="auto", help="what gives the classes; auto: as in training")
+    own.add("--missing", default="error")
     own.add("--num_samples", default=1000, help="images to measure, the first of the data")
     own.add("--batch_size", default=16)
     own.add("--steps", default="")

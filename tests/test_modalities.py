@@ -220,7 +220,7 @@ REFUSED = [
     ({"masked": "X"}, r"modality masked: expected options by name \(such as variant: X\), got 'X'"),
     (
         {"masked": {"colour": 1}},
-        "modality masked: unknown option colour; known: as_input, bounded, encoder, ",
+        "modality masked: unknown option colour; known: as_input, bounded, dtype, encoder, ",
     ),
     ({"masked": {"patches": {"edge": 2}}}, "unknown option edge; known: complete, half, max_patches, size"),
     ({"twin": {"preset": "image", "patches": {"size": 2}}}, "modality twin: only masked images have patches"),

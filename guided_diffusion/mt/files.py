@@ -1,6 +1,7 @@
 """Given and wanted modalities as files: images, arrays, labels (what `mt_image_sample.py` reads and
 writes)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..image_files import (
     MODES,
     center_crop_arr,
     class_number,
+    draw_cut,
     list_images,
     open_arrays,
     opened,
@@ -21,6 +23,7 @@ from ..image_files import (
     to_channels,
     upright,
 )
+from .cells import Cell, cut_out, given_cells
 from .modalities import Modality, one_hot
 
 
@@ -120,12 +123,35 @@ def read_labels(source: str, modality: Modality, class_names: Sequence[str] = ()
 
 
 def read_vectors(source: str, modality: Modality) -> th.Tensor:
-    """Vectors [N, D] from an .npy, or an .npz under the modality's name or arr_0."""
+    """Vectors [N, D] from an .npy, an .npz under the modality's name or arr_0, a folder of .npy [D], or text such as
+    "0.5,-1" for one."""
+    if not Path(source).exists() and re.fullmatch(r"[-+\d.eE,\s]+", source):
+        return th.from_numpy(modality.from_cell(Cell(source, f"{modality.name}={source}")))[None]
+    if Path(source).suffix not in (".npy", ".npz"):
+        return read_values(source, modality)
     with open_arrays(source) as arrays:
         array = _named(arrays, (modality.name, "arr_0"), source)
     if array.dtype.kind not in "iuf":
         raise UserValueError(f"{source}: vectors must be numbers [N, D], not {array.dtype}")
-    return modality.check(th.from_numpy(array.astype(np.float32)))
+    modality.check(th.from_numpy(array.astype(np.float32)))
+    return th.from_numpy(
+        np.stack([modality.from_cell(Cell(row, f"{source} row {k}")) for k, row in enumerate(array)])
+    )
+
+
+def read_values(
+    source: str, modality: Modality, image_shape: tuple[int, int, int] | None = None
+) -> th.Tensor:
+    """Values [N, ...] of a modality from a file, a folder (by name) or an array, as training reads them; what lies on
+    the image's pixels is cut to the middle square of `image_shape`. UserError that names the file or row."""
+    rows = []
+    for cell in given_cells(source, modality.name):
+        found = modality.from_cell(cell)
+        if modality.rank == 3 and found.ndim > 1:
+            size = image_shape[1:]
+            found = cut_out(draw_cut(found.shape[1::-1], size), found, modality.nearest)
+        rows.append(modality.finish(found))
+    return modality.check(modality.from_data(th.from_numpy(np.stack(rows)))[0])
 
 
 def _named(arrays: Mapping, names, source):

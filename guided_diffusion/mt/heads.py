@@ -64,15 +64,22 @@ class Heads(nn.ModuleDict):
 
 class Presence(nn.Module):
     """Tells the network whose shifts are in the latent: one vector per modality, zero at first, which is added
-    to the timestep embedding where its modality is present."""
+    to the timestep embedding where its modality is present. inputs: widths of values by name that the network sees
+    in the same way, each by a matrix of its own."""
 
-    def __init__(self, names: Iterable[str], width: int):
+    def __init__(self, names: Iterable[str], width: int, inputs: Mapping[str, int] | None = None):
         super().__init__()
         self.vectors = nn.ParameterDict([(name, nn.Parameter(th.zeros(width))) for name in names])
+        if inputs:
+            # Of the size of label_emb's for a class, and for a vector of RMS 1.
+            self.inputs = nn.ParameterDict({n: nn.Parameter(th.randn(d, width)) for n, d in inputs.items()})
 
     def forward(self, present: th.Tensor) -> th.Tensor:
-        """present [B, N], in the modalities' order -> [B, width]."""
-        vectors = th.stack(list(self.vectors.values()))
+        """present [B, N], in the modalities' order, and the values of `inputs` beside it -> [B, width]."""
+        vectors = list(self.vectors.values())
+        rows = [th.stack(vectors)] if vectors else []
+        rows += getattr(self, "inputs", {}).values()
+        vectors = th.cat(rows)
         return present.to(vectors.dtype) @ vectors
 
 

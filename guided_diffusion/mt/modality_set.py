@@ -59,6 +59,7 @@ class UNetEncoder:
     def __init__(self, modalities: "ModalitySet", network, like: th.Tensor, shared: bool = False):
         self.modalities, self.network = modalities, network
         self.size, self.device, self.dtype = like.shape[2:], like.device, like.dtype
+        self.channels = like.shape[1]  # of an encoding
         self.shared = shared and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     @th.no_grad()
@@ -68,7 +69,7 @@ class UNetEncoder:
         shared = self.shared and count > _ALONE
         own = range(dist.get_rank(), count, dist.get_world_size()) if shared else range(count)
         codes = th.zeros(count, self.modalities.image_channels, *self.size, device=self.device)
-        half = self.device.type == "cuda" and th.cuda.is_bf16_supported() and "context" not in inputs
+        half = self.device.type == "cuda" and th.cuda.is_bf16_supported() and set(inputs) == {"y"}
         was_training = self.network.training
         self.network.eval()
         with th.autocast(self.device.type, dtype=th.bfloat16, enabled=half):
@@ -89,6 +90,10 @@ class UNetEncoder:
         output = output[0] if isinstance(output, tuple) else output
         return output[:, : modalities.image_channels].float()
 
+    def columns(self, name: str, value: th.Tensor) -> th.Tensor:
+        """`present` of the network for values [K, D] of an embedded modality, without anything else."""
+        return self.modalities.told(value, None, {name: value.float()})
+
     def tokens(self, value: th.Tensor) -> th.Tensor:
         """A vector [B, D] as a context [B, S, context_dim]: cut into S tokens, the last filled up with zeros."""
         width = self.modalities.context_dim
@@ -104,7 +109,7 @@ class ModalitySet:
     the full diffusion; num_classes: if the network takes `y`; context_dim: the width of its `context`, if it has
     cross-attention; presence: whether it is told which modalities are in the latent; single_task: whether it also
     learned images without any modality (M*, E*). UserValueError for names that occur twice, two modalities that
-    need the network's one class input, or a vector that the U-Net is to encode without cross-attention.
+    take the network's one class input, or a vector that the U-Net is to encode without cross-attention.
     """
 
     def __init__(
@@ -173,8 +178,11 @@ class ModalitySet:
         return Heads(made, bins) if made else None
 
     def make_presence(self, width: int) -> Presence | None:
-        """What tells the network which modalities are in the latent; None without `presence`."""
-        return Presence(self.aggregated, width) if self.presence else None
+        """What tells the network which modalities are in the latent, and the values that are embedded; None for
+        neither."""
+        if not self.presence and not self.embedded:
+            return None
+        return Presence(self.aggregated if self.presence else (), width, self.embedded)
 
     def make_codes(self, latent_shape: tuple[int, ...]) -> Codes | None:
         """Where the codes of labels that the U-Net encodes stand still; None if there are none."""
@@ -206,8 +214,9 @@ class ModalitySet:
                 m.feed(shown.get(m.name), z, channels, inputs)
         if self.num_classes is not None:
             inputs.setdefault("y", z.new_zeros(len(z), self.num_classes))
-        if self.presence:
-            inputs["present"] = z.new_zeros(len(z), len(self.aggregated)) if present is None else present
+        embedded = inputs.pop("embedded", {})
+        if self.presence or self.embedded:
+            inputs["present"] = self.told(z, present, embedded)
         output = network(th.cat(channels, dim=1) if len(channels) > 1 else z, timesteps, **inputs)
         output, predictions = output if isinstance(output, tuple) else (output, {})
         return output, {**predictions, **self._classify(network, output, z, timesteps, training)}
@@ -229,6 +238,22 @@ class ModalitySet:
         if self.process is None:
             raise UserValueError("this needs the full diffusion: give ModalitySet its process")
         return self.process
+
+    @property
+    def embedded(self) -> dict[str, int]:
+        """The widths of the modalities that the network sees by a matrix of their own, by name."""
+        return {m.name: m.shape[0] for m in self if m.embedded and (m.as_input or m.encoder == "unet")}
+
+    def told(self, like: th.Tensor, present: th.Tensor | None, values: Values) -> th.Tensor:
+        """The network's `present` for B samples: who is in the latent, and the embedded `values` beside it, zeros for
+        those that are left out."""
+        columns = []
+        if self.presence:
+            columns.append(like.new_zeros(len(like), len(self.aggregated)) if present is None else present)
+        for name, width in self.embedded.items():
+            value = values.get(name)
+            columns.append(like.new_zeros(len(like), width) if value is None else value.to(like))
+        return th.cat(columns, dim=1) if len(columns) > 1 else columns[0]
 
     def present_among(self, names, like: th.Tensor, batch: Batch | None = None) -> th.Tensor | None:
         """Which modalities' shifts are in latents [B, ...], as the network is told: [B, N] of 0 and 1; None
@@ -380,11 +405,13 @@ def batch_of(
     modalities: ModalitySet, cond: Mapping[str, th.Tensor], images: th.Tensor | None = None
 ) -> Batch:
     """The modalities' values that the data bring: a label under `y` (int64, -1 for none), others under their
-    names."""
+    names; bool [B] under NAME_present where some are missing."""
     values, present = {}, {}
     for m in modalities:
         if m.data_key in cond:
             values[m.name], there = m.from_data(cond[m.data_key])
+            told = cond.get(f"{m.name}_present")
+            there = told if there is None else there if told is None else there & told
             if there is not None:
                 present[m.name] = there
     return Batch(values, present, images)

@@ -64,15 +64,17 @@ class JointModel:
         shape = (flags["image_channels"], flags["image_size"], flags["image_size"])
         config = DiffusionConfig(**diffusion_flags)
         betas = get_named_beta_schedule(config.noise_schedule, config.steps)
-        parsed = parse_modalities(spec, shape, flags["num_classes"])
+        parsed = parse_modalities(spec, shape, flags["num_classes"], embedded=True)
         parsed = with_peaks(parsed, schedule, betas, shape, detectability)
-        labelled = any(m.data_key == "y" for m in parsed)
-        model_config = ModelConfig.from_flags(class_cond=labelled, **model_flags)
+        classes = next((m.shape[0] for m in parsed if m.data_key == "y"), None)
+        if classes:
+            model_flags["num_classes"] = classes
+        model_config = ModelConfig.from_flags(class_cond=bool(classes), **model_flags)
         modalities = ModalitySet(
             parsed,
             shape[0],
             joint_process(replace(config, timestep_respacing=""), parsed, schedule),
-            num_classes=flags["num_classes"] if labelled else None,
+            num_classes=classes,
             presence=presence,
             single_task=single_task > 0,
         )

@@ -1,6 +1,7 @@
 """What the programs of joint models do once their flags are read: train, sample in any direction, measure the bound."""
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch as th
@@ -10,13 +11,14 @@ from .. import checkpoint_util, cli, dist_util, logger
 from ..errors import UserError, UserValueError
 from ..figures import Row, contact_sheet, label_captions, to_uint8
 from ..flags import model_and_diffusion_defaults, mt_defaults
-from ..image_datasets import classes_of, hold_out, load_stream, open_dataset
+from ..image_datasets import SquareImages, classes_of, hold_out, load_stream, open_dataset
 from ..image_files import are_numbers
 from ..seeding import PerSample
 from . import directions
+from .data import JointImages, Source, borne, completed, covers, find_source, label_names
 from .files import GivenImages, read_images
 from .guidance import ClassGuidance, classifier_guide
-from .modalities import Modality, wants_labels
+from .modalities import Modality, as_mapping, label_in, parse_modalities, wants_labels
 from .modality_set import batch_of
 from .model import CONFIG_NAME, FORMER, JointModel, config_of, initialise, write_config
 from .sampling import Known, random_labels
@@ -42,27 +44,21 @@ def train(flags: dict) -> None:
         }
         network.pop("num_classes")  # the data's
         flags = checkpoint_util.with_flags_of(checkpoint_of(resume) or flags["init_from"], flags, network)
-    flags = complete(flags)
     before = config_before(resume)
     if before is not None:  # flags that did not exist when it began
         flags |= {name: value for name, value in FORMER.items() if name not in before}
+    source, flags["modalities"] = source_of(flags, before)
+    flags = complete(flags)
     labelled = wants_labels(flags["modalities"])
     try:
-        dataset = open_dataset(
-            flags["data_dir"],
-            flags["image_size"],
-            class_cond=labelled,
-            random_crop=flags["random_crop"],
-            random_flip=flags["random_flip"],
-            image_channels=flags["image_channels"],
-            max_bad=flags["max_bad"],
-            num_classes=flags["num_classes"],
-            **classes_known(flags, before),
-        )
+        known = classes_known(flags, before) if labelled else {}
+        dataset = open_data(flags, source, known, **{name: flags[name] for name in _AUGMENTATION})
     except UserValueError as error:
         if "labels" not in str(error) or not labelled:
             raise
         raise UserValueError(f"{error}; or leave the label out of --modalities, as in masked:U") from None
+    if source is not None and before is None:
+        dataset.check(directions.own_share(len(dataset)))
     if dataset.class_names:
         flags |= {"class_names": dataset.class_names, "label_from": dataset.label_from}
         flags["num_classes"] = flags["num_classes"] or len(dataset.class_names)
@@ -73,11 +69,6 @@ def train(flags: dict) -> None:
     th.manual_seed(flags["seed"])  # the same fresh weights everywhere
     model = JointModel.from_flags(flags)
     prepare(model, flags, begun=bool(checkpoint_of(resume)))
-    for m in model.modalities:
-        if m.data_key != "y" and m.derive is None:
-            raise UserValueError(
-                f"modality {m.name}: the data bring images and labels only, no {m.kind} beside them"
-            )
     describe(model, len(dataset), len(held_out[0]))
 
     device = dist_util.dev()
@@ -121,6 +112,44 @@ def train(flags: dict) -> None:
     if dist_util.get_rank() == 0 and not training.is_finished():
         write_config(flags, os.path.join(logger.get_dir(), CONFIG_NAME))
     training.run_loop()
+
+
+_AUGMENTATION = ("random_crop", "random_flip", "max_bad")
+
+
+def source_of(flags: Mapping, before: Mapping | None = None) -> tuple[Source | None, str | dict]:
+    """(what the data are read from, the modalities completed by it); (None, as they were) for a plain folder of images
+    or .npz. before: the configuration of the run that is continued, whose modalities hold."""
+    spec = as_mapping(flags["modalities"])
+    label, names = label_in(spec), borne(spec)
+    source = find_source(flags["data_dir"], names, flags["missing"], label)
+    if before is not None and covers(as_mapping(before.get("modalities", "")), spec):
+        return source, before["modalities"]
+    if source is None:
+        return None, flags["modalities"]
+    spec = completed(spec, source, label)
+    return source, spec if borne(spec) != [label_in(spec)] else flags["modalities"]
+
+
+def open_data(flags: Mapping, source: Source | None, classes: Mapping, **options) -> SquareImages:
+    """The data set at flags["data_dir"], of which `source` may be known. classes: class_names and label_from, where they
+    are known; options: random_crop, random_flip and max_bad."""
+    spec, size, channels = flags["modalities"], flags["image_size"], flags["image_channels"]
+    labelled = wants_labels(spec)
+    if source is None:
+        more = dict(num_classes=flags["num_classes"], **classes)
+        return open_dataset(
+            flags["data_dir"], size, class_cond=labelled, image_channels=channels, **more, **options
+        )
+    spec, names = as_mapping(spec), []
+    if labelled:
+        label = label_in(spec)
+        names = classes.get("class_names") or label_names(source, label, spec[label])
+    members = parse_modalities(spec, (channels, size, size), len(names) or None, embedded=True)
+    members = [m for m in members if m.name in borne(spec)]
+    return JointImages(
+        source, members, size, image_channels=channels, missing=flags["missing"], class_names=names, **options
+    )
 
 
 def log_formats() -> list[str] | None:
@@ -237,8 +266,13 @@ def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
 
 def _captions(model, values):
     """The most probable labels among `values` [N, ...], by name."""
-    classes = [m.classes(values[m.name]) for m in model.modalities if m.name in values]
-    return label_captions([row.tolist() for row in classes if row is not None], model.class_names)
+    rows = []
+    for m in model.modalities:
+        if m.name in values and (classes := m.classes(values[m.name])) is not None:
+            rows.append(
+                label_captions([classes.tolist()], model.class_names if m.data_key == "y" else m.class_names)
+            )
+    return [" ".join(words) for words in zip(*rows, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -381,11 +415,16 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
             continue
         known = exact.get(name)
         value = th.from_numpy(arrays[name])
-        pixels = to_uint8(value, known) if name == "image" else model.modalities[name].pixels(value, known)
+        if name == "image":
+            pixels = stored["arr_0"] = to_uint8(value, known)
+        else:
+            m = model.modalities[name]
+            pixels, stored[name] = m.pixels(value, known), m.stored(value, known)
+            if getattr(m, "class_names", None) and not are_numbers(m.class_names):
+                stored[f"{name}_class_names"] = np.array(m.class_names)
         if pixels is not None:
             told = f"{name} ({'given' if name in given else 'generated'})"
             rows.append(Row(told, pixels[:SHEET], captions))
-        stored["arr_0" if name == "image" else name] = arrays[name] if pixels is None else pixels
     if "classes" in arrays:
         stored["arr_1"] = arrays["classes"].astype(np.int64)  # ADM's name for the labels
     if not are_numbers(model.class_names):
@@ -407,14 +446,10 @@ def measure_bound(args) -> None:
     cli.open_log(args.log_dir, "mt_image_nll")
     model = JointModel.load(args.model_path, args.weights)
     model.network.to(dist_util.dev())
-    dataset = open_dataset(
-        args.data_dir,
-        model.flags["image_size"],
-        class_cond=model.modalities.first("label") is not None,
-        random_flip=False,
-        image_channels=model.flags["image_channels"],
-        **classes_of(model.flags, args.label_from),
-    )
+    flags = {**model.flags, "data_dir": args.data_dir, "missing": args.missing}
+    spec = as_mapping(flags["modalities"])
+    source = find_source(args.data_dir, borne(spec), args.missing, label_in(spec))
+    dataset = open_data(flags, source, classes_of(model.flags, args.label_from), random_flip=False)
     count = min(args.num_samples, len(dataset))
     own, rows = directions.own_share(count), {}
     for numbers in directions.batches(own, args.batch_size):

@@ -139,10 +139,13 @@ def measure_variance(
             rows = _rows(conditioning or {}, chunk)
             _, predictions = modalities.apply(network, z, modalities.timesteps(t), shown, rows, present)
             for m in gaussian:
+                if m.name not in batch.values:
+                    continue
                 error = m.loss(predictions[m.name].float(), batch.values[m.name]).double()
+                there = batch.present.get(m.name, th.ones_like(t)).to(error)
                 index = t * m.variance_bins // steps
-                bins[m.name][0].index_add_(0, index, error)
-                bins[m.name][1].index_add_(0, index, th.ones_like(error))
+                bins[m.name][0].index_add_(0, index, error * there)
+                bins[m.name][1].index_add_(0, index, there)
     for m in gaussian:
         if dist_util.get_world_size() > 1:
             dist.all_reduce(bins[m.name])
