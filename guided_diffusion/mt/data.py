@@ -44,7 +44,6 @@ IMAGE = (
     "path",
 )  # names of the image's folder or column, the first one found
 TABLES = ("metadata.csv", "metadata.jsonl", "table.csv", "table.jsonl")  # beside the folders of a source
-LABELS = ("y", "labels", "label", "cls")  # other names of the one label that is the network's y
 
 
 class Source:
@@ -241,9 +240,9 @@ class Table(Source):
 
 class Arrays(Source):
     """Arrays [N, ...] of an .npz: the image under arr_0 or `image`, others under their names; bool NAME_present [N]
-    where values are missing, and NAME_class_names."""
+    where values are missing, and NAME_class_names. label: stands under labels or arr_1 too, and class_names are its."""
 
-    def __init__(self, path: Path, names: Sequence[str]):
+    def __init__(self, path: Path, names: Sequence[str], label: str | None):
         self.path = path
         with open_arrays(path) as arrays:
             keys = list(arrays)
@@ -251,25 +250,26 @@ class Arrays(Source):
             if image is None:
                 raise UserValueError(f"{path} has no array arr_0 or image, only {', '.join(keys)}")
             known = {"image": image, **{name: name for name in names if name in keys}}
-            for name in LABELS:  # ADM's name arr_1 stands for labels
-                known[name] = next((key for key in (name, "labels", "arr_1") if key in keys), name)
+            if label is not None:
+                known[label] = next((key for key in (label, "labels", "arr_1") if key in keys), label)
             self.arrays = {name: arrays[key] for name, key in known.items() if key in keys}
             self.present = {n: arrays[f"{n}_present"] for n in self.arrays if f"{n}_present" in keys}
             self._names = {
                 n: arrays[f"{n}_class_names"].tolist() for n in names if f"{n}_class_names" in keys
             }
-            self._names |= {
-                name: stored_class_names(arrays, path) for name in LABELS if "class_names" in keys
-            }
+            if "class_names" in keys and label is not None:
+                self._names[label] = stored_class_names(arrays, path)
+            ignored = {*known.values(), "arr_1", "class_names"}
+            others = [
+                key for key in keys if key not in ignored and not key.endswith(("_present", "_class_names"))
+            ]
         self.keys = known
-        self.names = [name for name in self.arrays if name != "image"]
+        self.names = [*(name for name in self.arrays if name != "image"), *others]
         count = len(self.arrays["image"])
         for name, array in [*self.arrays.items(), *self.present.items()]:
             if array.ndim == 0 or len(array) != count:
-                raise UserValueError(
-                    f"{path}: {known[image if name == 'image' else name] if name in known else name} has "
-                    f"{array.shape[0] if array.ndim else 'no'} rows, {known['image']} {count}"
-                )
+                rows = array.shape[0] if array.ndim else "no"
+                raise UserValueError(f"{path}: {name} has {rows} rows, {image} {count}")
 
     def __len__(self):
         return len(self.arrays["image"])
@@ -392,7 +392,7 @@ def find_source(
             raise UserFileError(f"data not found: {path!r} does not exist")
         source = Table(where)
     elif where.suffix.lower() == ".npz" and wanted and where.exists():
-        source = Arrays(where, names)
+        source = Arrays(where, names, label)
     elif where.is_dir() and any((where / name).is_file() for name in ("state.json", "dataset_dict.json")):
         source = HuggingFace(where)
     elif (
@@ -419,7 +419,7 @@ def find_source(
     for name in names:
         if name not in source.names:
             has = ", ".join(source.names) or "nothing beside images"
-            raise UserValueError(f"{path} has no {name}, but {has}{closest(name, source.names)}")
+            raise UserValueError(f"{path} has no {name}, but {has}{closest(name, [*source.names, *PRESETS])}")
     return source
 
 

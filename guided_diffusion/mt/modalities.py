@@ -606,7 +606,9 @@ class VectorModality(Modality):
     @classmethod
     def completed(cls, name, options, column):
         """See Modality: as many numbers as the first value has."""
-        return options if "shape" in options else {**options, "shape": [int(column.first().numbers().size)]}
+        if "shape" in options or hasattr(cls, "shape"):
+            return options
+        return {**options, "shape": [int(column.first().numbers().size)]}
 
     def from_cell(self, cell):
         """See Modality."""

@@ -127,8 +127,8 @@ def source_of(flags: Mapping, before: Mapping | None = None) -> tuple[Source | N
         return source, before["modalities"]
     if source is None:
         return None, flags["modalities"]
-    spec = completed(spec, source, label)
-    return source, spec if borne(spec) != [label_in(spec)] else flags["modalities"]
+    told = completed(spec, source, label)
+    return source, told if told != spec else flags["modalities"]
 
 
 def open_data(flags: Mapping, source: Source | None, classes: Mapping, **options) -> SquareImages:
