@@ -56,7 +56,8 @@ def read(path: str, weights: str = "ema") -> Package:
         if kind not in (None, *KINDS) or not isinstance(flags, dict):
             raise UserError(f"{path} describes itself as another program's: kind {kind!r}, flags {flags!r}")
         return Package(checkpoint_util.read_weights(path), kind, flags, str(path))
-    is_run = os.path.isdir(path) or os.path.basename(path).startswith("checkpoint")
+    named = os.path.isdir(path) or os.path.basename(path).startswith("checkpoint")
+    is_run = named or "modalities" in checkpoint_util.config_of(path)
     if is_run or (Path(path).parent / CONFIG_NAME).exists():
         model = JointModel.load(path, weights)
         return Package(model.network.state_dict(), "joint", model.flags, str(path))
