@@ -303,7 +303,7 @@ def test_flags_that_cannot_be_used_are_refused_in_one_line(data, tmp_path, capsy
         (("--data_dir", unlabelled), "no labels"),
         (("--data_dir", broken), "is not a sound .npy or .npz file"),
         (("--config", tmp_path / "absent.yaml"), "--config not found"),
-        (("--modalities", "maskd"), "unknown kind 'maskd'"),
+        (("--modalities", "maskd"), "has no maskd, but labels, did you mean masked?"),
         (("--modalities", "masked:Z"), "unknown variant 'Z'"),
         (("--modalities", "image"), "modality image"),
         (("--aggregation", "lump"), "lump"),

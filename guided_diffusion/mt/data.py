@@ -419,7 +419,9 @@ def find_source(
     for name in names:
         if name not in source.names:
             has = ", ".join(source.names) or "nothing beside images"
-            raise UserValueError(f"{path} has no {name}, but {has}{closest(name, [*source.names, *PRESETS])}")
+            raise UserValueError(
+                f"modality {name}: {path} has no {name}, but {has}{closest(name, [*source.names, *PRESETS])}"
+            )
     return source
 
 
