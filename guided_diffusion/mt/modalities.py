@@ -22,7 +22,7 @@ from ..seeding import PerSample
 from .heads import ClassifierOptions, MiddleHead, OutputHead
 from .masks import RandomPatches
 
-RESERVED = ("image", "arr_0", "y", "position")  # names with another meaning in batches and files
+RESERVED = ("arr_0", "y", "position")  # names with another meaning in batches and files
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,9 @@ class ModalitySet:
     modalities: in the order of the network's input channels; image_channels: those of the image itself; process:
     the full diffusion; num_classes: if the network takes `y`; context_dim: the width of its `context`, if it has
     cross-attention; presence: whether it is told which modalities are in the latent; single_task: whether it also
-    learned images without any modality (M*, E*). UserValueError for names that occur twice, two modalities that
-    take the network's one class input, or a vector that the U-Net is to encode without cross-attention.
+    learned images without any modality (M*, E*); image_name: of the image. UserValueError for names that occur
+    twice, two modalities that take the network's one class input, or a vector that the U-Net is to encode without
+    cross-attention.
     """
 
     def __init__(
@@ -122,8 +123,11 @@ class ModalitySet:
         context_dim: int | None = None,
         presence: bool = False,
         single_task: bool = False,
+        image_name: str = "image",
     ):
         self._by_name = {m.name: m for m in modalities}
+        if image_name in self._by_name:
+            raise UserValueError(f"a modality cannot be called {image_name}, as the image is")
         if len(self._by_name) != len(modalities):
             raise UserValueError(f"modality names must differ: {', '.join(m.name for m in modalities)}")
         if sum(m.data_key == "y" for m in modalities) > 1:

@@ -63,6 +63,7 @@ class JointLatentDiffusion(LatentDiffusion):
         unshifted_probability: float = 0.0,
         detectability: float = 0.0,
         presence: bool = False,
+        first_stage_key: str = "image",
         image_size=256,
         channels=3,
         parameterization="eps",
@@ -88,13 +89,19 @@ class JointLatentDiffusion(LatentDiffusion):
             context_dim=params.get("context_dim"),
             presence=presence,
             single_task=single_task_probability > 0,
+            image_name=first_stage_key,
         )
         if members:
             width, mult = params["model_channels"], params.get("channel_mult", (1, 2, 4, 8))
             params["in_channels"] += made.input_channels - channels
             params["heads"] = made.make_heads(int(mult[-1] * width), int(mult[0] * width))
             params["presence"] = made.make_presence(4 * width)
-        shared = dict(image_size=image_size, channels=channels, parameterization=parameterization)
+        shared = dict(
+            first_stage_key=first_stage_key,
+            image_size=image_size,
+            channels=channels,
+            parameterization=parameterization,
+        )
         super().__init__(*args, unet_config=unet_config, given_betas=betas, **shared, **kwargs)
         self.modalities, self.diffusion = made, made.process
         self.held_out, self.standardise = held_out, standardise
