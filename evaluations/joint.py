@@ -19,13 +19,9 @@ drawn jointly are from images drawn for given partners: docs/evaluation.md says 
 import argparse
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-if not __package__:  # run as a script: look for modules in the repository, not in this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch

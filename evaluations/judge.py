@@ -13,12 +13,8 @@ where the samples bring them (class_names).
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-if not __package__:  # run as a script: look for modules in the repository, not in this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch

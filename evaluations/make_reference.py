@@ -14,12 +14,8 @@ the classes' names too, as `class_names`. `meta` says how all this was computed,
 import argparse
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-if not __package__:  # run as a script: look for modules in the repository, not in this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 

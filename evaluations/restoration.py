@@ -16,12 +16,8 @@ training. They may overlap; masked pixels are grey (0 in [-1, 1]). Image k has t
 import argparse
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-if not __package__:  # run as a script: look for modules in the repository, not in this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 

@@ -14,13 +14,9 @@ of the class indices, and colours that do not count (`void`, `void exactly`).
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-if not __package__:  # run as a script: look for modules in the repository, not in this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 

@@ -35,7 +35,7 @@ from guided_diffusion.mt.modality_set import UNetEncoder
 from ldm import inference
 from ldm.data.captions import CaptionFolder
 from ldm.models.diffusion.joint import JointLatentDiffusion
-from ldm.models.diffusion.parameterization import Denoiser
+from ldm.models.diffusion.sampling import Denoiser
 from ldm.modules.encoders.base import import_transformers, load_pretrained, reading
 
 SHEET = 10  # images in a row

@@ -371,7 +371,9 @@ class Parser(argparse.ArgumentParser):
             kind = flag.kind or (
                 str2bool if isinstance(default, bool) else str if default in (None, [], ()) else type(default)
             )
-            if kind is not str:
+            if kind is str:  # the range of a number of this name, in another program, is not that of a text
+                flag = replace(flag, low=None, high=None)
+            else:
                 label = max(names, key=len)
                 options["type"] = _reader(label, kind)
                 options.setdefault("metavar", _KINDS.get(kind, ("", None))[1])

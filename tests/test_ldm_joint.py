@@ -10,7 +10,7 @@ from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion, latent_modalities
-from ldm.models.diffusion.parameterization import Denoiser
+from ldm.models.diffusion.sampling import Denoiser
 from tests.compare import agree
 from tests.ldm_models import CLASSES, CONTEXT, KL, maps, shaken, small, unet_config
 from tests.test_ldm_diffusion import fit

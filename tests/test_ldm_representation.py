@@ -12,8 +12,8 @@ from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion
-from ldm.models.diffusion.parameterization import Denoiser
-from ldm.models.diffusion.vectors import Standard
+from ldm.models.diffusion.sampling import Denoiser
+from ldm.modules.encoders.vectors import Standard
 from tests.compare import agree
 from tests.ldm_models import CLASSES, CONTEXT, IDENTITY, maps, small, unet_config
 from tests.test_ldm_conditioning import WIDTH as TEXT_WIDTH

@@ -9,7 +9,9 @@ import torch as th
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.seeding import PerSample
+from ldm.models.diffusion import sampling
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import SAMPLERS
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from tests.compare import agree
@@ -244,6 +246,26 @@ def test_ancestral_sampling(models):
     assert th.equal(drawn[0], drawn[1]) and not th.equal(drawn[0], drawn[2])
     latents, _ = model.sample_log(None, 2, ddim=False, ddim_steps=None, random=PerSample.derived(0, range(2)))
     assert th.equal(latents, drawn[0])
+
+
+def test_every_sampler_is_the_one_loop(models, monkeypatch):
+    """They choose timesteps and call `joint_sample`."""
+    model, calls = models["eps"], []
+    one = sampling.joint_sample
+
+    def counted(diffusion, **options):
+        calls.append((options["sampler"], options["take"]))
+        return one(diffusion, **options)
+
+    monkeypatch.setattr(sampling, "joint_sample", counted)
+    for sampler in SAMPLERS.values():
+        sampler(model).sample(4, 2, SHAPE, verbose=False)
+    model.p_sample_loop(None, (2, *SHAPE), verbose=False, start_T=3)
+    model.progressive_denoising(None, (2, *SHAPE), verbose=False)
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(8)
+    sampler.decode(start(), None, 3, verbose=False)
+    assert calls == [*((name, 4) for name in SAMPLERS), ("ddpm", 3), ("ddpm", 40), ("ddim", 3)]
 
 
 def test_wrong_options_are_named(models, conditional):

@@ -282,6 +282,8 @@ def test_every_flag_of_every_program_has_help_and_default():
             kind = type(action.declared)
             if kind in (int, float) and action.option_strings:
                 assert flag.range() or flag.low is not None, f"{name}: {action.dest} has no range"
+            if action.type is None:  # a text: `--scale small` shares its name with a number of other programs
+                assert flag.low is None and flag.high is None, f"{name}: {action.dest} has a number's range"
     assert seen > 500
 
 

@@ -8,6 +8,7 @@ a respaced diffusion. A new sampler is a new function in SAMPLERS.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch as th
@@ -284,35 +285,48 @@ def joint_sample(
     model_kwargs: dict | None = None,
     unconditional: dict | None = None,
     absent: Sequence[str] = (),
+    noise: th.Tensor | None = None,
+    edit: Edit | None = None,
+    take: int | None = None,
+    on_step: Callable[[int, dict], None] | None = None,
     progress: bool = False,
+    **options,
 ) -> JointSample:
     """Images of `shape` [B, C, H, W] and the modalities that are not given, by any sampler of SAMPLERS.
 
     random: one generator per sample, so that a sample does not depend on the batch. given, strength, order,
-    guidance, unconditional, absent: see JointDenoiser. model_kwargs: the network's conditioning beside the
-    modalities (`context`), which cond_fn gets too. cond_fn: as ADM's, called in the moving frame: it sees the
-    noised image alone, for which its classifier was trained. known: pixels to restore around. UserValueError
-    for an unknown sampler, shapes that do not fit, or resampling with a sampler that cannot.
+    guidance, unconditional, absent: see JointDenoiser. model_kwargs: the network's conditioning (`context`), which
+    cond_fn gets too. cond_fn: as ADM's, called in the moving frame: it sees the noised image alone. known: pixels to
+    restore around. noise: to start from; edit(z, i, encodings): changes the start and every step; take: steps taken,
+    if not all; on_step(k, step): called with the start as k = -1, and after every step; options: the sampler's own. UserValueError for an unknown
+    sampler, shapes that do not fit, or resampling with a sampler that cannot.
     """
     if sampler not in SAMPLERS:
         raise UserValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    if len(random) != shape[0]:
-        raise UserValueError(f"{len(random)} generators for {shape[0]} samples")
     if known is not None and known.values.shape != tuple(shape):
         raise UserValueError(f"known pixels are {list(known.values.shape)}, the samples {list(shape)}")
     device = next(network.parameters()).device
-    noise = random.randn(shape[1:]).to(device)
+    if noise is None:
+        if len(random) != shape[0]:
+            raise UserValueError(f"{len(random)} generators for {shape[0]} samples")
+        noise = random.randn(shape[1:])
     # Algorithm 1 to the letter starts from random modalities; otherwise they are first estimated.
     initial = {m.name: m.start(random, device) for m in modalities} if order == "paper" else {}
     denoiser = JointDenoiser(
         modalities, network, given, strength, order, initial, guidance, unconditional, absent
     )
-    z = denoiser.start(diffusion, noise)
-    options = {"edit": _replace_known(diffusion, known, random)} if known and known.every_step else {}
+    z, total = denoiser.start(diffusion, noise.to(device)), diffusion.num_timesteps
+    if on_step is not None:
+        on_step(-1, {"sample": z})
+    if edit is not None:
+        z, options["edit"] = edit(z, total - 1, None), edit
+    elif known is not None and known.every_step:
+        options["edit"] = _replace_known(diffusion, known, random)
     if known is not None and known.repeats > 1:
         if sampler != "ddpm":
             raise UserValueError(f"resampling goes back by random steps: it works with ddpm, not {sampler}")
         options["repeats"] = known.repeats
+    images, said, count = z, None, total if take is None else take
     with th.no_grad():
         steps = SAMPLERS[sampler](
             diffusion,
@@ -324,8 +338,10 @@ def joint_sample(
             model_kwargs=model_kwargs or {},
             **options,
         )
-        for out in tqdm(steps, total=diffusion.num_timesteps, disable=not progress, desc=sampler):
+        for k, out in enumerate(tqdm(islice(steps, count), total=count, disable=not progress, desc=sampler)):
             images, said = out["sample"], out.get("joint")
+            if on_step is not None:
+                on_step(k, out)
     if clip_denoised:
         images = images.clamp(-1, 1)
     if known is not None:

@@ -2,15 +2,14 @@
 
 import torch
 
-from guided_diffusion.mt import sampling
 from guided_diffusion.seeding import PerSample
-from ldm.models.diffusion.sampling import Sampler, gaussian_noise
+from ldm.models.diffusion.sampling import Noise, Sampler
 
 
 class DDIMSampler(Sampler):
     """See `Sampler`; eta is its noise."""
 
-    function = staticmethod(sampling.ddim)
+    name = "ddim"
     stochastic = True
 
     @torch.no_grad()
@@ -35,9 +34,8 @@ class DDIMSampler(Sampler):
         """Sample from latents at the first t_start steps of `make_schedule`, noised by
         `stochastic_encode(..., t_start - 1)`."""
         cond, free = self._conditioning(cond, unconditional_conditioning, len(x_latent))
-        guided = self.model.guided_model(free, unconditional_guidance_scale)
-        start = t_start - 1 + self._offset
-        return self._run(guided, x_latent, start, gaussian_noise(random), cond, progress=verbose)[0]
+        network, start = self.model.network(free, unconditional_guidance_scale), t_start - 1 + self._offset
+        return self._run(network, x_latent, start, Noise(random), cond, progress=verbose)[0]
 
     @property
     def _offset(self):

@@ -337,7 +337,7 @@ class LatentDiffusion(DDPM):
     ):
         """x_{t-1} by one ancestral step, and if asked for the predicted x_0."""
         _no_codebook_ids(return_codebook_ids)
-        noise = sampling.gaussian_noise(None, temperature, noise_dropout, repeat_noise)
+        noise = sampling.Noise(None, temperature, noise_dropout, repeat_noise).randn_like
         correct = (score_corrector, corrector_kwargs)
         out = self._step(
             self.diffusion.p_sample, x, c, t, clip_denoised, quantize_denoised, *correct, randn_like=noise
@@ -420,7 +420,7 @@ class LatentDiffusion(DDPM):
             callback=callback,
             img_callback=img_callback,
             log_every_t=log_every_t,
-            show="pred_xstart",
+            show="pred_x0",
             quantize=quantize_denoised,
             mask=mask,
             x0=x0,

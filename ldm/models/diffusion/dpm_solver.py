@@ -3,7 +3,6 @@
 import numpy as np
 
 from guided_diffusion.errors import UserValueError
-from guided_diffusion.mt import sampling
 from ldm.models.diffusion.sampling import Sampler
 
 
@@ -13,7 +12,7 @@ class DPMSolverSampler(Sampler):
     The timesteps are evenly spaced from the last one to the first, rounded to those of training.
     """
 
-    function = staticmethod(sampling.dpm_solver_pp)
+    name = "dpm++"
 
     def timesteps(self, steps, discretize):
         if discretize != "uniform":

@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from guided_diffusion.errors import UserError, UserValueError
+from guided_diffusion.mt.denoiser import JointDenoiser
+from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.nn import mean_flat
 from guided_diffusion.seeding import PerSample, derive_seed
 from ldm.checkpoint import is_weightless, load_state_dict, load_weights
@@ -20,7 +22,7 @@ from ldm.diffusers_layout import parameterization as told_parameterization
 from ldm.models.diffusion import sampling
 from ldm.models.diffusion.conditioning import DiffusionWrapper, channels_first, from_batch
 from ldm.models.diffusion.image_log import log_pixel_images
-from ldm.models.diffusion.parameterization import (
+from ldm.models.diffusion.sampling import (
     TABLES,
     elbo_weights,
     make_diffusion,
@@ -46,7 +48,7 @@ class DDPM(pl.LightningModule):
     `learning_rate`. UserValueError for unknown or contradicting values.
     """
 
-    directions: tuple[str, ...] = ()  # what `guided_model` takes beyond guidance
+    directions: tuple[str, ...] = ()  # what `network` takes beyond guidance
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class DDPM(pl.LightningModule):
         learn_logvar=False,  # log variance of the error at each timestep, learned or fixed at
         logvar_init=0.0,
         ucg_training=None,  # {batch key: {p, val}}: conditioning replaced by `val` with probability p
-        min_snr_gamma=None,  # weight the plain error by min-SNR (parameterization.min_snr_weights), usually 5
+        min_snr_gamma=None,  # weight the plain error by min-SNR (sampling.min_snr_weights), usually 5
     ):
         super().__init__()
         if loss_type not in ("l1", "l2"):
@@ -180,23 +182,19 @@ class DDPM(pl.LightningModule):
         """Conditioning as a dict of the U-Net's inputs."""
         return dict(cond or {})
 
-    def guided_model(self, unconditional=None, scale=1.0, corrector=None, options=None):
-        """The network as a sampler's model; arguments as GuidedModel's."""
-        return sampling.GuidedModel(self, unconditional, scale, corrector, options)
+    def network(self, unconditional=None, scale=1.0, corrector=None, options=None) -> dict:
+        """What `joint_sample` is told of this model: its network, and no modalities; arguments as GuidedModel's."""
+        guided = sampling.GuidedModel(self, unconditional, scale, corrector, options)
+        return {"modalities": ModalitySet([], self.channels), "network": guided}
 
     def _step(
         self, step, x, cond, t, clip_denoised, quantize=False, corrector=None, corrector_kwargs=None, **kwargs
     ) -> dict:
         """What a step of guided_diffusion's gives."""
-        return step(
-            self.guided_model(corrector=corrector, options=corrector_kwargs),
-            x,
-            t,
-            clip_denoised,
-            sampling.rounded(self) if quantize else None,
-            model_kwargs=self.as_conditioning(cond),
-            **kwargs,
-        )
+        network = self.network(corrector=corrector, options=corrector_kwargs)
+        model = JointDenoiser(**network) if len(network["modalities"]) else network["network"]
+        fn = sampling.rounded(self) if quantize else None
+        return step(model, x, t, clip_denoised, fn, model_kwargs=self.as_conditioning(cond), **kwargs)
 
     def p_mean_variance(self, x, t, clip_denoised: bool):
         """(mean, variance, log variance) of p(x_{t-1} | x_t)."""
@@ -206,7 +204,7 @@ class DDPM(pl.LightningModule):
     @torch.no_grad()
     def p_sample(self, x, t, clip_denoised=True, repeat_noise=False):
         """x_{t-1} by one ancestral step; repeat_noise: the same noise for all samples."""
-        noise = sampling.gaussian_noise(None, repeated=repeat_noise)
+        noise = sampling.Noise(repeated=repeat_noise).randn_like
         return self._step(self.diffusion.p_sample, x, None, t, clip_denoised, randn_like=noise)["sample"]
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 LatentDiffusion.
 
 Image modalities come as images under their own names and pass the same first stage as the image: one U-Net
-diffuses the image's latents, shifted by theirs, and predicts both. Vectors come in standard form (vectors.py).
+diffuses the image's latents, shifted by theirs, and predicts both. Vectors come in standard form (encoders/vectors.py).
 """
 
 import logging
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from guided_diffusion.checkpoint_util import fit_channels
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.mt.aggregation import Aggregation
-from guided_diffusion.mt.denoiser import JointDenoiser, predict_modalities
+from guided_diffusion.mt.denoiser import predict_modalities
 from guided_diffusion.mt.losses import multitask_losses
 from guided_diffusion.mt.modalities import ImageModality, Modality, parse_modalities
 from guided_diffusion.mt.modality_set import Batch, ModalitySet, batch_of, derive_values, peaks, with_peaks
@@ -24,8 +24,8 @@ from guided_diffusion.seeding import PerSample
 from ldm.checkpoint import is_weightless
 from ldm.models.diffusion.conditioning import channels_first, from_batch, joined, select
 from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
-from ldm.models.diffusion.parameterization import Denoiser, make_diffusion, noise_betas
-from ldm.models.diffusion.vectors import make_extractors, make_standards, measure_standards, read_again
+from ldm.models.diffusion.sampling import Denoiser, make_diffusion, noise_betas
+from ldm.modules.encoders.vectors import make_extractors, make_standards, measure_standards, read_again
 
 _logger = logging.getLogger(__name__)
 
@@ -314,7 +314,7 @@ class JointLatentDiffusion(LatentDiffusion):
 
     # Sampling
 
-    def guided_model(
+    def network(
         self,
         unconditional=None,
         scale=1.0,
@@ -323,20 +323,14 @@ class JointLatentDiffusion(LatentDiffusion):
         given: Mapping[str, torch.Tensor] | None = None,
         strength: float | Mapping[str, float] = 1.0,
         absent: Sequence[str] = (),
-    ) -> JointDenoiser:
-        """The network as a sampler's model: modalities that are neither `given` (in the terms of
-        `given_values`) nor `absent` are estimated; others as in LatentDiffusion."""
+    ) -> dict:
+        """What `joint_sample` is told: modalities that are neither `given` (in the terms of `given_values`) nor
+        `absent` are estimated; others as in LatentDiffusion."""
         if corrector is not None:
             raise UserValueError("a score_corrector does not work on a model of several modalities")
-        return JointDenoiser(
-            self.modalities,
-            Denoiser(self),
-            given,
-            strength,
-            guidance=1.0 if unconditional is None else scale,
-            unconditional=unconditional,
-            absent=absent,
-        )
+        own = {"modalities": self.modalities, "network": Denoiser(self), "unconditional": unconditional}
+        own |= {"given": given, "strength": strength, "absent": absent}
+        return own | {"guidance": 1.0 if unconditional is None else scale}
 
     @torch.no_grad()
     def sample_joint(

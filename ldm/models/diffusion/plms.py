@@ -1,11 +1,10 @@
 """Pseudo linear multistep sampling (Liu et al. 2022); interface: latent-diffusion,
 ldm/models/diffusion/plms.py."""
 
-from guided_diffusion.mt import sampling
 from ldm.models.diffusion.sampling import Sampler
 
 
 class PLMSSampler(Sampler):
     """See `Sampler`; deterministic (eta must be 0)."""
 
-    function = staticmethod(sampling.plms)
+    name = "plms"

@@ -1,24 +1,169 @@
-"""What latent diffusion's samplers share: the network as their model, their timesteps, and the one loop over a
-sampler function of guided_diffusion/mt/sampling.py.
+"""Latent diffusion's process and its samplers: what the network predicts, the noise (eps), the latent (x0) or the
+velocity v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022; Stable Diffusion 2.1-v), with the process, its
+tables and its loss weights for each; and upstream's samplers, which choose timesteps and call `joint_sample`.
 
 Fewer steps than the process has end at alphas_cumprod[0], as upstream's do: timestep 0 belongs to the respaced
 process, and its own step, to the image, is not taken.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from guided_diffusion.errors import UserValueError
-from guided_diffusion.mt import sampling
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from guided_diffusion.mt.sampling import joint_sample
+from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.conditioning import joined
-from ldm.models.diffusion.parameterization import Denoiser, make_diffusion
-from ldm.modules.diffusionmodules.util import make_ddim_timesteps
+from ldm.modules.diffusionmodules.util import make_beta_schedule, make_ddim_timesteps
+
+PARAMETERIZATIONS = ("eps", "x0", "v")
+
+# Buffers that checkpoints hold, in their order; GaussianDiffusion has them under the same names.
+TABLES = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+
+
+def noise_betas(
+    given_betas=None,
+    beta_schedule="linear",
+    timesteps=1000,
+    linear_start=1e-4,
+    linear_end=2e-2,
+    cosine_s=8e-3,
+) -> np.ndarray:
+    """The betas that a configuration's parameters mean, float64 [T]."""
+    if given_betas is not None:
+        return np.asarray(given_betas, dtype=np.float64)
+    return make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+
+
+def make_diffusion(
+    betas: np.ndarray,
+    parameterization: str,
+    aggregation=None,
+    kept: Iterable[int] | None = None,
+) -> GaussianDiffusion:
+    """The process of `betas` [T], or with the same marginals over the timesteps `kept`; aggregation: of the
+    modalities in it, if any.
+
+    A network that predicts v is seen as one of eps (`Denoiser`). UserValueError for an unknown
+    parameterization.
+    """
+    if parameterization not in PARAMETERIZATIONS:
+        raise UserValueError(
+            f"unknown parameterization {parameterization!r}: choose one of {', '.join(PARAMETERIZATIONS)}"
+        )
+    mean_type = ModelMeanType.START_X if parameterization == "x0" else ModelMeanType.EPSILON
+    options = dict(
+        betas=betas,
+        model_mean_type=mean_type,
+        model_var_type=ModelVarType.FIXED_SMALL,
+        loss_type=LossType.MSE,
+    )
+    if aggregation is not None:
+        options["aggregation"] = aggregation
+    return GaussianDiffusion(**options) if kept is None else SpacedDiffusion(kept, **options)
+
+
+def tables(diffusion: GaussianDiffusion) -> dict[str, torch.Tensor]:
+    """The buffers that a checkpoint holds, float32 [T], by name in their order."""
+    arrays = {name: getattr(diffusion, name) for name in TABLES}
+    # Here the logarithm at t = 0, where the variance is 0, has a floor of its own.
+    arrays["posterior_log_variance_clipped"] = np.log(diffusion.posterior_variance.clip(min=1e-20))
+    return {name: torch.tensor(table, dtype=torch.float32) for name, table in arrays.items()}
+
+
+def elbo_weights(diffusion: GaussianDiffusion, parameterization: str) -> torch.Tensor:
+    """How the squared error counts in the variational bound at each timestep, float32 [T].
+
+    eps: beta^2 / (2 sigma^2 alpha (1 - abar)) (Ho et al. 2020, equation 12), t = 0 taking the next one's; x0:
+    upstream's sqrt(abar) / (2 (2 - abar)); v: 1.
+    """
+    abar, betas = diffusion.alphas_cumprod, diffusion.betas
+    if parameterization == "v":
+        weights = np.ones_like(betas)
+    elif parameterization == "x0":
+        weights = 0.5 * np.sqrt(abar) / (2 - abar)
+    else:
+        variance = np.append(np.nan, diffusion.posterior_variance[1:])
+        weights = betas**2 / (2 * variance * (1 - betas) * (1 - abar))
+    if len(weights) > 1:
+        weights[0] = weights[1]
+    return torch.tensor(np.nan_to_num(weights), dtype=torch.float32)
+
+
+def min_snr_weights(diffusion: GaussianDiffusion, parameterization: str, gamma: float) -> torch.Tensor:
+    """How the squared error counts at each timestep so that the error of x_0 counts min(SNR, gamma), float32
+    [T] (Hang et al. 2023, section 3.4); SNR = abar / (1 - abar).
+
+    eps: min(SNR, gamma) / SNR; x0: min(SNR, gamma); v: min(SNR, gamma) / (SNR + 1).
+    """
+    snr = diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod)
+    per_error = {"eps": snr, "x0": np.ones_like(snr), "v": snr + 1}[parameterization]
+    return torch.tensor(np.minimum(snr, gamma) / per_error, dtype=torch.float32)
+
+
+class Denoiser:
+    """A latent diffusion's network as guided_diffusion calls it: (z, timesteps, **conditioning) -> noise, or
+    x_0, with the heads' predictions where it has heads.
+
+    model: a LatentDiffusion; timesteps are those of the full process. A velocity becomes the noise
+    sqrt(abar_t) v + sqrt(1 - abar_t) z_t, in float32.
+    """
+
+    def __init__(self, model):
+        self.model, self.wrapper = model, model.model
+
+    def __call__(self, z: torch.Tensor, timesteps: torch.Tensor, **conditioning):
+        output = self.wrapper(z, timesteps, **conditioning)
+        if self.model.parameterization != "v":
+            return output
+        v, predictions = output if isinstance(output, tuple) else (output, None)
+        latent = z[:, : v.shape[1]].float()  # beside it there may be modalities, as further channels
+        eps = self.model.predict_eps_from_z_and_v(latent, timesteps, v.float())
+        return eps if predictions is None else (eps, predictions)
+
+    codes = None  # here codes do not stand still
+
+    @property
+    def heads(self):
+        """The heads of the modalities, by name."""
+        return self.wrapper.heads
+
+    @property
+    def training(self) -> bool:
+        """Is the network in training mode?"""
+        return self.wrapper.training
+
+    def parameters(self):
+        """The network's."""
+        return self.wrapper.parameters()
+
+    def eval(self):
+        """Put the network into evaluation mode."""
+        return self.train(False)
+
+    def train(self, mode: bool = True):
+        """Put the network into training mode, or out of it."""
+        self.wrapper.train(mode)
+        return self
 
 
 class GuidedModel:
@@ -43,9 +188,9 @@ class GuidedModel:
         self.unconditional, self.scale = unconditional, 1.0 if unconditional is None else float(scale)
         self.corrector, self.options = corrector, dict(options or {})
 
-    def start(self, diffusion, noise: torch.Tensor) -> torch.Tensor:
-        """z_T of `diffusion`."""
-        return noise
+    def parameters(self):
+        """The network's."""
+        return self.denoiser.parameters()
 
     def __call__(self, z, timesteps, **cond):
         if self.scale == 1:
@@ -62,98 +207,6 @@ class GuidedModel:
         return output
 
 
-def descend(
-    model,
-    function: Callable,
-    diffusion,
-    guided,
-    z: torch.Tensor,
-    start: int,
-    noise: Callable,
-    cond: Mapping,
-    *,
-    to_image: bool,
-    quantize: bool = False,
-    mask=None,
-    x0=None,
-    progress: bool = False,
-    **options,
-) -> Iterator[dict]:
-    """The steps of a function of guided_diffusion.mt.sampling from z at index `start` of `diffusion` down to index
-    0, and with to_image on to the image itself.
-
-    model: a DDPM; guided: its `guided_model`; noise: see `gaussian_noise`; quantize: round predicted latents to the
-    first stage's codebook; mask, x0: see `keep_known`; options: the function's own.
-    """
-    edit = keep_known(diffusion, mask, x0, noise)
-    steps = function(
-        _UpTo(diffusion, start),
-        guided,
-        edit(z, start),
-        noise,
-        edit=edit,
-        denoised_fn=rounded(model) if quantize else None,
-        model_kwargs=cond,
-        **options,
-    )
-    count = start + to_image
-    yield from tqdm(itertools.islice(steps, count), total=count, disable=not progress, desc=function.__name__)
-
-
-def ancestral(
-    model,
-    cond,
-    shape: tuple[int, ...],
-    *,
-    x_T=None,
-    start: int | None = None,
-    random: PerSample | None = None,
-    unconditional_conditioning=None,
-    unconditional_guidance_scale: float = 1.0,
-    score_corrector=None,
-    corrector_kwargs: Mapping | None = None,
-    temperature: float = 1.0,
-    noise_dropout: float = 0.0,
-    callback: Callable | None = None,
-    img_callback: Callable | None = None,
-    log_every_t: int | None = None,
-    show: str = "sample",
-    **options,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """DDPM's whole run from index `start` - 1 down to the image: (samples of `shape`, a list of what a step gives
-    under `show`, every log_every_t steps). callback(index), img_callback(sample, index); others as in
-    `Sampler.sample` and `descend`."""
-    start = min(model.num_timesteps if start is None else start, model.num_timesteps)
-    every, noise = log_every_t or model.log_every_t, gaussian_noise(random, temperature, noise_dropout)
-    free = None if unconditional_conditioning is None else model.as_conditioning(unconditional_conditioning)
-    guided = model.guided_model(free, unconditional_guidance_scale, score_corrector, corrector_kwargs)
-    z = randn(tuple(shape), model.device, random) if x_T is None else x_T.to(model.device)
-    z = guided.start(model.diffusion, z)
-    kept = [z] if show == "sample" else []
-    steps = descend(
-        model,
-        sampling.ddpm,
-        model.diffusion,
-        guided,
-        z,
-        start - 1,
-        noise,
-        model.as_conditioning(cond),
-        to_image=True,
-        clip_denoised=model.clip_denoised,
-        **options,
-    )
-    for index, out in zip(reversed(range(start)), steps, strict=True):
-        z = out["sample"]
-        if callback is not None:
-            callback(index)
-        if img_callback is not None:
-            img_callback(z, index)
-        if select_kept(index, every, start):
-            kept.append(out[show])
-    return z, kept
-
-
 class Sampler:
     """A sampler with latent-diffusion's interface, for `model`, a LatentDiffusion.
 
@@ -161,7 +214,7 @@ class Sampler:
     upstream's: one later than every (T // S)-th.
     """
 
-    function: Callable  # of guided_diffusion.mt.sampling
+    name = "ddpm"  # in guided_diffusion.mt.sampling.SAMPLERS
     stochastic = False  # does it have an eta?
 
     def __init__(self, model, schedule="linear", **kwargs):
@@ -224,7 +277,7 @@ class Sampler:
         latents x0 are kept; quantize_x0: round predicted latents to the first stage's codebook; temperature,
         noise_dropout: of the noise of each step; callback(i), img_callback(pred_x0, i): called after step i;
         log_every_t: every so many indices `x_inter` and `pred_x0` are kept; random: one generator per sample,
-        of all noise (the global one if None); directions: what else the model's `guided_model` takes. Of a
+        of all noise (the global one if None); directions: what else the model's `network` takes. Of a
         joint model `values` has the modalities, by name. UserValueError for options that do not go together.
         """
         unknown = sorted(set(directions) - set(self.model.directions))
@@ -235,23 +288,20 @@ class Sampler:
             raise UserValueError("mask and x0 are given together")
         cond, free = self._conditioning(conditioning, unconditional_conditioning, batch_size)
         self.make_schedule(S, ddim_eta=eta, verbose=verbose)
-        guided = self.model.guided_model(
+        network = self.model.network(
             free, unconditional_guidance_scale, score_corrector, corrector_kwargs, **directions
         )
-        z = randn((batch_size, *shape), self.model.device, random) if x_T is None else x_T
-        return self._run(
-            guided,
-            guided.start(self.diffusion, z.to(self.model.device)),
-            self.diffusion.num_timesteps - 1,
-            gaussian_noise(random, temperature, noise_dropout),
-            cond,
-            callbacks=(callback, img_callback),
-            log_every_t=log_every_t,
-            quantize=quantize_x0,
-            mask=mask,
-            x0=x0,
-            progress=verbose,
-        )
+
+        def on_step(i, out):
+            if callback is not None:
+                callback(i)
+            if img_callback is not None:
+                img_callback(out["pred_xstart"], i)
+
+        noise, last = Noise(random, temperature, noise_dropout), self.diffusion.num_timesteps - 1
+        z = noise.randn((batch_size, *shape), self.model.device) if x_T is None else x_T.to(self.model.device)
+        kept = dict(quantize=quantize_x0, mask=mask, x0=x0)
+        return self._run(network, z, last, noise, cond, on_step, log_every_t, progress=verbose, **kept)
 
     def _conditioning(self, conditioning, unconditional, batch_size):
         cond = self.model.as_conditioning(conditioning)
@@ -262,45 +312,98 @@ class Sampler:
         return cond, None if unconditional is None else self.model.as_conditioning(unconditional)
 
     def _run(
-        self, guided, z, start, noise, cond, *, callbacks=(None, None), log_every_t=100, progress, **options
-    ):
-        """From z at index `start` down to index 0, or to the image."""
-        if self.stochastic:
-            options["eta"] = self.ddim_eta
-        kept: dict = {"x_inter": [z], "pred_x0": [z]}
-        steps = descend(
-            self.model,
-            self.function,
-            self.diffusion,
-            guided,
-            z,
-            start,
-            noise,
-            cond,
-            to_image=self._to_image,
-            clip_denoised=False,
-            progress=progress,
-            **options,
-        )
+        self,
+        network: Mapping,
+        z,
+        start: int,
+        noise: "Noise",
+        cond: Mapping,
+        on_step: Callable = lambda i, out: None,
+        log_every_t=100,
+        quantize=False,
+        mask=None,
+        x0=None,
+        **options,
+    ) -> tuple[torch.Tensor, dict]:
+        """`joint_sample` of `network` (see DDPM.network) from z at index `start` down to index 0, or to the image, and
+        what lay on the way. on_step(i, step) is told of every step; options: of `joint_sample`."""
+        kept: dict = {"x_inter": [], "pred_x0": []}
         count = start + self._to_image
-        for i, out in enumerate(steps):
-            z = out["sample"]
-            if callbacks[0] is not None:
-                callbacks[0](i)
-            if callbacks[1] is not None:
-                callbacks[1](out["pred_xstart"], i)
-            if select_kept(count - i - 1, log_every_t, count):
-                kept["x_inter"].append(z)
-                kept["pred_x0"].append(out["pred_xstart"])
-            if "joint" in out:
-                kept["values"] = dict(out["joint"].values)
-        return z, kept
+
+        def tell(i, out):
+            if i >= 0:
+                on_step(i, out)
+            if i < 0 or select_kept(count - i - 1, log_every_t, count):
+                kept["x_inter"].append(out["sample"])
+                kept["pred_x0"].append(out.get("pred_xstart", out["sample"]))
+
+        def keep_known(z, i, encodings):
+            if i <= 0:  # not after the last step
+                return z
+            t = torch.full((len(z),), i, device=z.device)
+            return mask * self.diffusion.q_sample(x0, t, noise.randn_like(z), encodings) + (1 - mask) * z
+
+        out = joint_sample(
+            _UpTo(self.diffusion, start),
+            shape=tuple(z.shape),
+            random=noise,
+            sampler=self.name,
+            model_kwargs=cond,
+            noise=z,
+            edit=None if mask is None else keep_known,
+            take=count,
+            on_step=tell,
+            denoised_fn=rounded(self.model) if quantize else None,
+            **({"eta": self.ddim_eta} if self.stochastic else {}),
+            **network,
+            **{"clip_denoised": False, **options},
+        )
+        return out.images, kept | ({"values": out.values} if out.values else {})
 
 
 class DDPMSampler(Sampler):
     """Ancestral sampling (Ho et al. 2020); see `Sampler`."""
 
-    function = staticmethod(sampling.ddpm)
+
+def ancestral(
+    model,
+    cond,
+    shape: tuple[int, ...],
+    *,
+    x_T=None,
+    start: int | None = None,
+    random: PerSample | None = None,
+    unconditional_conditioning=None,
+    unconditional_guidance_scale: float = 1.0,
+    score_corrector=None,
+    corrector_kwargs: Mapping | None = None,
+    temperature: float = 1.0,
+    noise_dropout: float = 0.0,
+    callback: Callable | None = None,
+    img_callback: Callable | None = None,
+    log_every_t: int | None = None,
+    show: str = "x_inter",
+    **options,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """DDPM's whole run from index `start` - 1 down to the image: (samples of `shape`, what lay on the way under `show`,
+    every log_every_t steps). callback(index), img_callback(sample, index); others as in `Sampler.sample`, and options
+    of `joint_sample`."""
+    sampler, start = DDPMSampler(model), min(start or model.num_timesteps, model.num_timesteps)
+    sampler.make_schedule(None)
+    free = None if unconditional_conditioning is None else model.as_conditioning(unconditional_conditioning)
+
+    def on_step(i, out):
+        if callback is not None:
+            callback(start - 1 - i)
+        if img_callback is not None:
+            img_callback(out["sample"], start - 1 - i)
+
+    noise, every = Noise(random, temperature, noise_dropout), log_every_t or model.log_every_t
+    z = noise.randn(shape, model.device) if x_T is None else x_T.to(model.device)
+    network = model.network(free, unconditional_guidance_scale, score_corrector, corrector_kwargs)
+    cond, options["clip_denoised"] = model.as_conditioning(cond), model.clip_denoised
+    out, kept = sampler._run(network, z, start - 1, noise, cond, on_step, every, **options)
+    return out, kept[show][show == "pred_x0" :]  # a prediction there is not at the start
 
 
 def rounded(model) -> Callable:
@@ -311,19 +414,6 @@ def rounded(model) -> Callable:
         return entries[0] if isinstance(entries, tuple) else entries
 
     return quantize
-
-
-def keep_known(diffusion, mask, x0, noise: Callable) -> Callable:
-    """An edit for guided_diffusion's samplers that puts latents x0, noised, back where `mask` is 1 (None:
-    nothing is); not after the last step."""
-
-    def edit(z, i, encodings=None):
-        if mask is None or i <= 0:
-            return z
-        t = torch.full((len(z),), i, device=z.device)
-        return mask * diffusion.q_sample(x0, t, noise(z), encodings) + (1 - mask) * z
-
-    return edit
 
 
 def select_kept(index: int, every: int, count: int) -> bool:
@@ -341,20 +431,25 @@ class _UpTo:
         return getattr(self._diffusion, name)
 
 
-def randn(shape: tuple[int, ...], device, random: PerSample | None) -> torch.Tensor:
-    """Standard normal noise of `shape` [B, ...], from the generators `random` (None: the global one)."""
-    return torch.randn(shape, device=device) if random is None else random.randn(shape[1:]).to(device)
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal noise from the generators `random`, one per sample (None: the global one); that of the steps times
+    `temperature`, with `dropout`, and with `repeated` the same for all samples."""
 
+    random: PerSample | None = None
+    temperature: float = 1.0
+    dropout: float = 0.0
+    repeated: bool = False
 
-def gaussian_noise(
-    random: PerSample | None, temperature: float = 1.0, dropout: float = 0.0, repeated: bool = False
-) -> Callable:
-    """A function z -> noise shaped like it, from the generators `random` (None: the global one); repeated: the
-    same for all samples."""
+    def randn(self, shape: tuple[int, ...], device) -> torch.Tensor:
+        """To start from: [B, ...] = shape."""
+        if self.random is None:
+            return torch.randn(tuple(shape), device=device)
+        return self.random.randn(shape[1:]).to(device)
 
-    def noise(z):
-        like = z[:1] if repeated else z
-        drawn = temperature * (torch.randn_like(like) if random is None else random.randn_like(like))
-        return (F.dropout(drawn, p=dropout) if dropout else drawn).expand_as(z)
-
-    return noise
+    def randn_like(self, z: torch.Tensor) -> torch.Tensor:
+        """Of a step to z [B, ...]."""
+        like = z[:1] if self.repeated else z
+        drawn = torch.randn_like(like) if self.random is None else self.random.randn_like(like)
+        drawn = self.temperature * drawn
+        return (F.dropout(drawn, p=self.dropout) if self.dropout else drawn).expand_as(z)
