@@ -3,10 +3,10 @@
     python benchmarks/kill_test.py --kills 30 --ranks 2               # scripts/mt_image_train.py
     python benchmarks/kill_test.py --kills 30 --ranks 2 --latent      # main.py
 
-A tiny model is trained by the script that users run, on random images. Every second SIGKILL comes at a random moment, the
-others in the middle of a checkpoint's write; then the same command goes on. After each kill every checkpoint in the folder
-must be whole. At the end weights, averages, optimizer, random state and position are compared with the undisturbed run.
-Runs that end before all kills are done are followed by others. Prints one line; exit code 1 where anything differed.
+A tiny model is trained by the script that users run. Every second SIGKILL comes at a random moment, the others in the
+middle of a checkpoint's write; then the same command goes on. After each kill every checkpoint in the folder must be
+whole. At the end weights, averages, optimizer, random state and position are compared with the undisturbed run.
+Prints one line; exit code 1 where anything differed.
 """
 
 import argparse

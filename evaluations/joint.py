@@ -4,16 +4,10 @@
     python evaluations/joint.py ref.npz samples.npz --modality arr_1 --conditional conditional.npz --json joint.json
     python evaluations/joint.py ref.npz samples.npz --modality maps --palette cityscapes --predicted segmenter.npz
 
-Images stand under arr_0, uint8 [N, H, W, 3], the other half of each pair under --modality (in the reference under
---ref_modality, if it has another name there):
-    integers [N], or floats [N, C] that are probabilities     labels; -1 or all 0 is unknown; class_names [classes]
-                                                              beside them tells which number is which
-    integers [N, H, W]                                        segmentation maps (class indices; needs --palette)
-    uint8 [N, H, W, 3]                                        images: masked copies or, with --palette, colour maps
-    other floats [N, D]                                       representations
-
-Prints the joint Frechet distance, how often labels agree, the mIoU of maps or masks, and with --conditional how far pairs
-drawn jointly are from images drawn for given partners: docs/evaluation.md says how each is made.
+Images stand under arr_0, the other half of each pair under --modality: labels, integers [N] or probabilities
+[N, C]; maps of class numbers, integers [N, H, W]; images, uint8 [N, H, W, 3], or maps of colours with --palette;
+representations, floats [N, D]. Prints the joint Frechet distance, how often labels agree, the mIoU of maps or masks,
+and with --conditional how far pairs drawn jointly are from images drawn for given partners: see docs/evaluation.md.
 """
 
 import argparse

@@ -4,11 +4,9 @@ or where its weights cannot be had. They compare models on one data set, and are
     python evaluations/judge.py train cifar10/train judge.pt --image_size 16
     python evaluations/judge.py score judge.pt cifar10/test samples.npz --image_size 16 --labels label --json scores.json
 
-Images are folders, or .npz files with uint8 [N, H, W, 3] under arr_0. `train` needs their classes (those that training
-takes, see --label_from, or arr_1), leaves every tenth image out and prints the accuracy there. `score` prints Frechet distance, precision and recall of the
-judge's 256 features, the Inception Score formula on its class probabilities and, with --labels, how often the label
-generated with an image (int [N], or probabilities [N, classes]) is the one that the judge sees: by the classes' names,
-where the samples bring them (class_names).
+Images are folders, or .npz files with uint8 [N, H, W, 3] under arr_0. `train` needs their classes, leaves every tenth
+image out and prints the accuracy there. `score` prints Frechet distance, precision and recall of the judge's 256
+features, the Inception Score formula, and with --labels how often a generated label is the one that the judge sees.
 """
 
 import dataclasses

@@ -2,15 +2,12 @@
 
     python evaluations/restoration.py mask photos/ table1 --image_size 64 --num_images 1000
     python evaluations/restoration.py sdedit table1 --model_path single_task.pt --num_channels 128 ...
-    for m in 5 10 15 20; do
-        python scripts/mt_image_sample.py --model_path runs/mine --given masked=table1/holes_$m.npz --log_dir table1/mt_$m
-    done
+    python scripts/mt_image_sample.py --model_path runs/mine --given masked=table1/holes_5.npz --log_dir table1/mt_5
     python evaluations/restoration.py table table1 --json table1/table.json
 
 `mask` writes holes_M.npz for every number M of masks: arr_0 the masked images, mask the pixels that are left, clean the
-images themselves. Masks are squares whose corner lies anywhere in the image, clipped at its right and lower edge, as in
-training. They may overlap; masked pixels are grey (0 in [-1, 1]). Image k has the same masks whatever else is in the set. `table` also takes other methods' results:
---row "Name=folder/name_{m}.npz" (arr_0, in the same order).
+images themselves. Masks are training's: grey squares that may overlap and end at the image's edge. Image k has the
+same masks whatever else is in the set. `table` also takes other methods' results: --row "Name=folder/name_{m}.npz".
 """
 
 import argparse

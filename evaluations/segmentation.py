@@ -5,10 +5,8 @@
 
 Each side is a folder of images, paired by file name, or an .npz (arr_0): colour maps [N, H, W, 3], every pixel of
 which counts as the nearest colour of the palette, or class indices [N, H, W]. Pixels whose truth is void do not
-count; a prediction of void counts as a miss, and against no other class (Cityscapes' own rule).
-
-A palette is one of guided_diffusion/palettes, or a file of that form: one class per line, `R G B name`, in the order
-of the class indices, and colours that do not count (`void`, `void exactly`).
+count; a prediction of void counts as a miss, and against no other class (Cityscapes' own rule). A palette is one of
+guided_diffusion/palettes, or a file of that form.
 """
 
 import argparse

@@ -3,19 +3,12 @@
     python experiments/representation_metrics.py --resume logs/RUN --data_dir captioned/ --out results/
 
 Measures, by the model's own extractor:
-- encoding: by how much the U-Net's outputs for representations differ (`spread`, beside their RMS), the cosine of their
-  codes computed in bfloat16 to those in float32, and the correlation of the codes' likenesses with the
-  representations'; head_error is the head's squared error on latents with their shift, in equal parts of the process;
-- read: the cosine of p(representation | image) to the image's representation, against that of the mean
-  representation, and by timestep (cosine.png);
-- variations: images for given representations and the empty caption, at each of --strengths: how often a
-  variation lies closer to its own representation than to all others (variations.png);
-- drawn: images and representations for captions: the cosine of the two, against that of other pairs, and images
-  of the same captions and seeds without the representation, the plain sampler (drawn.png). With --clip, the CLIP that
-  the extractor belongs to, also how often an image lies closer to its own caption than to all others.
+- encoding: what the U-Net makes of representations;
+- read: p(representation | image), also by timestep (cosine.png);
+- variations: images for given representations, at each of --strengths (variations.png);
+- drawn: images and representations for captions, beside the plain sampler's (drawn.png).
 
-Cosines are in standard form (the mean taken off, where that of the mean is 0), `plain` ones of the representations
-as they are. Writes OUT/metrics.json.
+Writes OUT/metrics.json; docs/evaluation.md says what its numbers are.
 """
 
 import json

@@ -5,10 +5,9 @@
     python experiments/reproduce.py table4 --scale paper --data cityscapes --seeds 0,1,2 --only joint
     python experiments/reproduce.py table2 --scale small --data cifar10 --jobs 2      # two steps beside each other
 
-Stopped at any point, the same command continues: finished steps are skipped, an interrupted training resumes. A step
-that was run by another command, or read other configurations, files or results than it would now, is refused until
---again asks for it. The steps are the project's own commands; configs/tables/NAME.yaml declares them (README.md there),
-doit (pydoit.org) orders and runs them. Results: OUT/table.md, OUT/results.json, and a folder for every step.
+Stopped at any point, the same command continues. A step that was run by another command, or read other files than it
+would now, is refused until --again asks for it. configs/tables/NAME.yaml declares the steps (README.md there), doit
+(pydoit.org) orders and runs them. Results: OUT/table.md, OUT/results.json, and a folder for every step.
 """
 
 import contextlib

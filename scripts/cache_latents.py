@@ -5,10 +5,8 @@
 
 The configuration is that of the model to be trained: its first stage and the dataset `--split` of its `data`; where
 that is ldm.data.latents.CachedLatents already, the images under its `images`. They are cached without random
-crops or flips; --flips stores every image flipped as well. --representations stores, beside the latents, what the
-encoders of the configuration's model.params.extractors (by name: target, params) make of every item's first image.
-Stopped at any point, the same command continues and leaves the same files. Prints (and stores) the scale of the
-latents, for scale_factor. name=value sets any other entry of the configuration.
+crops or flips. Stopped at any point, the same command continues and leaves the same files. Prints (and stores) the
+scale of the latents, for scale_factor. name=value sets any other entry of the configuration.
 """
 
 from guided_diffusion import flags
@@ -46,7 +44,7 @@ def parser() -> flags.Parser:
         "--representations",
         action="store_true",
         group="data",
-        help="store what the model's extractors make of the images",
+        help="store what the model's extractors (model.params.extractors) make of every item's first image",
     )
     own.add(
         "--dtype",

@@ -1,18 +1,14 @@
 """Sample a model of mt_image_train.py in any direction: these modalities are given, those are wanted.
 
-    python scripts/mt_image_sample.py --model_path runs/mine
-        images with all their modalities; with --given label=3 images of class 3, with --given
-        masked=holes.png what alpha 0 marks is restored, with --given image=holes.png by replacing known
-        pixels at every step
-    python scripts/mt_image_sample.py --model_path runs/mine --classifier_path model010000.pt
-        images guided towards classes, drawn or those of --given label=3, by ADM's classifier (its flags
-        classifier_* as in training); --classifier_path own: by the model's own head
+    python scripts/mt_image_sample.py --model_path runs/mine                                  # all modalities
+    python scripts/mt_image_sample.py --model_path runs/mine --given label=3
+    python scripts/mt_image_sample.py --model_path runs/mine --given masked=holes.png         # restore where alpha is 0
     python scripts/mt_image_sample.py --model_path runs/mine --given image=photos/ --want label
-        the labels of images
+    python scripts/mt_image_sample.py --model_path runs/mine --classifier_path own            # guided to classes
 
-The model's configuration is in the checkpoint. The same seed gives the same images for any batch size and
-number of ranks. In the log's folder: samples_NxHxWxC.npz (arr_0 = uint8 images as ADM writes them, every
-modality under its name, arr_1 = classes that were drawn or guided to) and samples.png.
+The model's configuration is in the checkpoint. The same seed gives the same images for any batch size and number
+of ranks. In the log's folder: samples_NxHxWxC.npz (arr_0 = uint8 images as ADM writes them, every modality under its
+name, arr_1 = classes that were drawn or guided to) and samples.png.
 """
 
 from guided_diffusion import flags

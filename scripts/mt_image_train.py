@@ -4,13 +4,10 @@
     mpiexec -n 8 python scripts/mt_image_train.py --config mine.yaml --data_dir images/
     torchrun --nproc_per_node 8 scripts/mt_image_train.py --config mine.yaml --data_dir images/
 
-Flags: ADM's, `--modalities` (names with their variant: masked, label; "" for single-task training),
-`--aggregation` (bump, paper-normalized, constant, paper), and those below. `--config FILE.yaml` sets any of
-them; the command line wins. --single_task_probability P learns the image alone beside the joint model, in
-that share of the samples; --init_from RUN finetunes: with --modalities "" the generator alone, with --train
-heads what reads the modalities off it alone. The same command continues a run that was stopped, bit for bit. --log_dir
-receives checkpoint*.pt (complete), model*.pt, ema_*.pt, opt*.pt (as ADM writes them), config.yaml,
-progress.csv, tb/ (TensorBoard) and samples*.png.
+Flags: ADM's, and those of the modalities. `--config FILE.yaml` sets any of them; the command line wins. The same
+command continues a run that was stopped, bit for bit. --init_from RUN finetunes: with --modalities "" the generator
+alone, with --train heads what reads the modalities off it alone. --log_dir receives checkpoint*.pt (complete),
+model*.pt, ema_*.pt, opt*.pt (as ADM writes them), config.yaml, progress.csv, tb/ (TensorBoard) and samples*.png.
 """
 
 from guided_diffusion import flags

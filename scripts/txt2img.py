@@ -4,17 +4,11 @@ Stable Diffusion, scripts/txt2img.py), and with a joint model in any direction.
     python scripts/txt2img.py --prompt "a painting of a fox" --config CONFIG.yaml --ckpt MODEL.ckpt
     python scripts/txt2img.py --prompt "a fox" ... --want image,representation      # both
     python scripts/txt2img.py --prompt "" ... --given representation=photo.jpg      # variations of an image
-    python scripts/txt2img.py --prompt "a fox" ... --given representation=photo.jpg # ... that the text describes
     python scripts/txt2img.py --prompt "" ... --given image=photos/ --want representation
-    python scripts/txt2img.py --prompt "a fox" ... --baseline same                  # beside the plain sampler
 
-A vector is given as .npy or .npz, or as images that the model's own extractor reads; of several values the next one is
-taken for every sample. --baseline draws the same prompts with the same seeds and nothing given: `same`, by this
-checkpoint with its modalities left out, or by another checkpoint, of --baseline_config.
-
-Writes OUTDIR/samples/00000.png, ..., OUTDIR/baseline/00000.png, ..., vectors as OUTDIR/NAME.npy, and one sheet
-OUTDIR/grid-0000.png with a row for each prompt. The same seed gives the same images for any n_samples per batch and
-number of ranks (mpiexec, torchrun).
+Writes OUTDIR/samples/00000.png, ..., vectors as OUTDIR/NAME.npy, with --baseline OUTDIR/baseline/00000.png, ...,
+and one sheet OUTDIR/grid-0000.png with a row for each prompt. The same seed gives the same images for any
+n_samples per batch and number of ranks (mpiexec, torchrun).
 """
 
 from guided_diffusion import flags
@@ -106,7 +100,7 @@ def parser() -> flags.Parser:
         metavar="same|CKPT",
         path="source",
         also=("same",),
-        help="what to draw beside it, see above",
+        help="draw the same prompts and seeds with nothing given: same, with this checkpoint's modalities left out, or by another",
         **sampling,
     )
     own.add(

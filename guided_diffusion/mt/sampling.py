@@ -298,8 +298,8 @@ def joint_sample(
     guidance, unconditional, absent: see JointDenoiser. model_kwargs: the network's conditioning (`context`), which
     cond_fn gets too. cond_fn: as ADM's, called in the moving frame: it sees the noised image alone. known: pixels to
     restore around. noise: to start from; edit(z, i, encodings): changes the start and every step; take: steps taken,
-    if not all; on_step(k, step): called with the start as k = -1, and after every step; options: the sampler's own. UserValueError for an unknown
-    sampler, shapes that do not fit, or resampling with a sampler that cannot.
+    if not all; on_step(k, step): called with the start as k = -1, and after every step; options: the sampler's own.
+    UserValueError for an unknown sampler or shapes that do not fit.
     """
     if sampler not in SAMPLERS:
         raise UserValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")

@@ -36,16 +36,13 @@ class JointLatentDiffusion(LatentDiffusion):
     """LatentDiffusion of an image, named first_stage_key, and `modalities`.
 
     modalities: as for guided_diffusion.mt.modalities.parse_modalities, in latent space: `{label_map: {preset:
-    image}}` is a second image; variant X widens the U-Net's input beyond unet_config's in_channels;
-    aggregation: how they enter the latent (Aggregation.named); held_out: how many validation samples the
-    heads' variance is measured on; extractors: {name: configuration} of what reads vectors off the images;
-    standardise: how many training samples the vectors' mean and scale are measured on, 0 for none;
-    single_task_probability: with it a sample's modalities all count as missing, so that the model also learns
-    to draw without them; unshifted_probability, detectability, presence: as flags of mt_image_train.py.
+    image}}` is a second image; variant X widens the U-Net's input beyond unet_config's in_channels. extractors:
+    {name: configuration} of what reads vectors off the images. held_out, standardise: how many validation samples the
+    heads' variance, and how many training samples the vectors' standard form, is measured on (0 for none). Others are
+    named as flags of mt_image_train.py, or as in LatentDiffusion.
 
-    A batch holds images [B, H, W, C] (or cached latents, see `latents`), labels [B] and vectors [B, D] under
-    the modalities' names, and where some are missing `<name>_present`, bool [B]. Other arguments as in
-    LatentDiffusion.
+    A batch holds images [B, H, W, C] (or cached latents, see `latents`), labels [B] and vectors [B, D] under the
+    modalities' names, and where some are missing `<name>_present`, bool [B].
     """
 
     directions = ("given", "strength", "absent")
@@ -356,13 +353,11 @@ class JointLatentDiffusion(LatentDiffusion):
         """n samples of what is wanted (default: everything that is not given), by name: images [n, C, H, W]
         (not clipped), class probabilities, vectors.
 
-        given: by name images [n, C, H, W] in [-1, 1], or under `<name>_latent` unscaled latents
-        [n, c, h, w], labels int64 [n] or probabilities, vectors [n, D] or, where the model has an extractor,
-        images [n, 3, H, W] to read them off. If the image is given, see `predict`. sampler, steps, eta: of
-        SAMPLERS, see `Sampler.sample`; seed, indices: sample k is number indices[k] (default k) of the seed,
-        whatever n; conditioning, unconditional: learned conditioning and what guidance leads away from;
-        guidance, strength, absent: see JointDenoiser; shape: of the latents, if not the configuration's.
-        UserValueError for unknown names.
+        given: by name images [n, C, H, W] in [-1, 1], or under `<name>_latent` unscaled latents [n, c, h, w], labels
+        int64 [n] or probabilities, vectors [n, D] or images [n, 3, H, W] to read them off. If the image is given, see
+        `predict`. sampler, steps, eta: see `Sampler.sample`; seed, indices: sample k is number indices[k] (default
+        k) of the seed, whatever n; conditioning, unconditional: learned, and what guidance leads away from; guidance,
+        strength, absent: see JointDenoiser; shape: of the latents. UserValueError for unknown names.
         """
         if sampler not in SAMPLERS:
             raise UserValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")

@@ -272,13 +272,12 @@ class Sampler:
         """Latents [batch_size, *shape] in S steps (None: the whole process, down to the image), and what lay on
         the way to them.
 
-        conditioning, unconditional_conditioning: learned conditioning, see LatentDiffusion.as_conditioning;
-        x_T: the noise to start from; eta: 0 deterministic, 1 as noisy as DDPM; mask [B, 1, h, w]: 1 where
-        latents x0 are kept; quantize_x0: round predicted latents to the first stage's codebook; temperature,
-        noise_dropout: of the noise of each step; callback(i), img_callback(pred_x0, i): called after step i;
-        log_every_t: every so many indices `x_inter` and `pred_x0` are kept; random: one generator per sample,
-        of all noise (the global one if None); directions: what else the model's `network` takes. Of a
-        joint model `values` has the modalities, by name. UserValueError for options that do not go together.
+        conditioning, unconditional_conditioning: see LatentDiffusion.as_conditioning; x_T: the noise to start from;
+        eta: 0 deterministic, 1 as noisy as DDPM; mask [B, 1, h, w]: 1 where latents x0 are kept; quantize_x0: round
+        predicted latents to the codebook; temperature, noise_dropout: of each step's noise; callback(i),
+        img_callback(pred_x0, i): called after step i; log_every_t: every so many indices `x_inter` and `pred_x0` are
+        kept; random: one generator per sample (None: the global one); directions: what else the model's `network`
+        takes. Of a joint model `values` has the modalities. UserValueError for options that do not go together.
         """
         unknown = sorted(set(directions) - set(self.model.directions))
         if normals_sequence is not None or unknown:
