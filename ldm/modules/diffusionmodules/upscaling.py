@@ -11,7 +11,7 @@ from guided_diffusion import checkpoint_util
 from guided_diffusion.errors import UserFileError
 from guided_diffusion.seeding import PerSample
 from ldm.checkpoint import is_weightless
-from ldm.models.diffusion.parameterization import TABLES, make_diffusion, noise_betas, tables
+from ldm.models.diffusion.sampling import TABLES, make_diffusion, noise_betas, tables
 from ldm.modules.diffusionmodules.util import extract_into_tensor, timestep_embedding
 
 
