@@ -216,3 +216,101 @@ def test_the_command_refuses_in_one_line(tmp_path):
     assert job.returncode == 2 and job.stderr.count("\n") == 1
     assert "does not fit the model that the flags describe" in job.stderr
     assert not (tmp_path / "x").exists()
+
+
+# For diffusers
+
+SHAPES = {
+    "scale-shift": {},
+    "added": dict(use_scale_shift_norm=False, learn_sigma=False),
+    "resampling blocks": dict(
+        resblock_updown=True, use_new_attention_order=True, attention_resolutions="8,4"
+    ),
+    "one head": dict(num_heads=1, num_head_channels=-1, channel_mult="1,1", num_res_blocks=2),
+}
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
+@pytest.mark.parametrize("class_cond", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@th.no_grad()
+def test_diffusers_predicts_the_same(diffusers, tmp_path, inputs, shape, class_cond):
+    """A UNet2DModel of the folder, and what is read back from it, are ADM's network."""
+    z, t, y = inputs
+    flags = {**ADM, **SHAPES[shape], "class_cond": class_cond}
+    single = adm_model(class_cond, **SHAPES[shape])
+    conversion.write(
+        conversion.to_diffusers(conversion.Package(single.state_dict(), None, {}, "it"), flags),
+        str(tmp_path / "d"),
+    )
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "d").eval()
+    expected = single(z, t, **({"y": y} if class_cond else {}))
+    agree(theirs(z, t, **({"class_labels": y} if class_cond else {})).sample, expected, rtol=1e-5)
+    back = conversion.read(str(tmp_path / "d"))
+    again, _ = create_model_and_diffusion(**back.flags)
+    again.load_state_dict(back.weights)
+    agree(again.eval()(z, t, **({"y": y} if class_cond else {})), expected, rtol=1e-5)
+    # What diffusers saves itself is read too.
+    theirs.save_pretrained(tmp_path / "saved")
+    saved = conversion.read(str(tmp_path / "saved"))
+    assert all(th.equal(saved.weights[name], value) for name, value in back.weights.items())
+
+
+@pytest.mark.parametrize("flags", [dict(learn_sigma=True), dict(learn_sigma=False, noise_schedule="cosine")])
+@th.no_grad()
+def test_a_pipeline_of_diffusers_draws_the_same(diffusers, tmp_path, flags):
+    model = joint("masked:X", diffusion_steps=40, **flags)
+    conversion.write(conversion.to_diffusers(package(model), {}), str(tmp_path / "d"))
+    made = conversion.to_adm(package(model))
+    single, process = create_model_and_diffusion(**made.flags)
+    single.load_state_dict(made.weights)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "d")
+    pipeline.set_progress_bar_config(disable=True)
+    th.manual_seed(3)
+    theirs = pipeline(batch_size=2, num_inference_steps=40, output_type="np").images
+    th.manual_seed(3)
+    ours = process.p_sample_loop(single.eval(), (2, 3, 8, 8))
+    agree(th.from_numpy(theirs).permute(0, 3, 1, 2), (ours / 2 + 0.5).clamp(0, 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            dict(num_head_channels=-1, num_heads=2),
+            "attention heads have one width at all levels, here 16, 32",
+        ),
+        (
+            dict(channel_mult="2,2"),
+            "channel_mult 2,2: its timestep embedding is as wide as the first level, 64",
+        ),
+        (dict(rescale_timesteps=True, diffusion_steps=100), "rescale_timesteps with diffusion_steps 100"),
+    ],
+)
+def test_what_diffusers_cannot_express_is_named(flags, message):
+    flags = {**ADM, "attention_resolutions": "8,4", **flags}
+    single = adm_model(False, **flags)
+    with pytest.raises(UserError, match=f"diffusers cannot express .*{message}"):
+        conversion.to_diffusers(conversion.Package(single.state_dict(), None, {}, "it"), flags)
+
+
+def test_folders_of_diffusers_that_adm_has_no_network_for_are_named(diffusers, tmp_path):
+    sizes = dict(
+        block_out_channels=(32, 32), down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2
+    )
+    other = diffusers.UNet2DModel(sample_size=8, layers_per_block=1, flip_sin_to_cos=False, **sizes)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="ADM has no network with flip_sin_to_cos False, only True"):
+        conversion.read(str(tmp_path))
+
+
+def test_channel_multipliers_are_written_where_upstream_has_none():
+    single = conversion.to_adm(package(joint("masked:X", channel_mult="", image_size=32)))
+    assert "--channel_mult=1,2,2,2" in conversion.adm_words(single.flags)
+    assert "channel_mult" not in conversion.adm_words(
+        conversion.to_adm(package(joint("", channel_mult="", image_size=64))).flags
+    )

@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from guided_diffusion.errors import UserError, UserFileError
 from ldm.checkpoint import load_state_dict, trained_steps
+from ldm.diffusers_export import write_pipeline
 from ldm.diffusers_layout import parameterization as told_parameterization
 from ldm.inference import load_model
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from tests.compare import agree
 from tests.parity.weights import named_weight
@@ -328,3 +330,78 @@ def test_another_models_folder_is_refused(made, case):
     other = config({"sd1": "sd2", "sd2": "sd1"}[case], made[1]["cond_stage_config"]["params"]["version"])
     with pytest.raises(UserError, match="does not fit .*LatentDiffusion"):
         LatentDiffusion(**(other | {"parameterization": PREDICTS[case]})).init_from_ckpt(made[0])
+
+
+# --------------------------------------------------------------------------------------------------- and out again
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, case, model):
+    """(diffusers, the folder that the model became)."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("exported") / case
+    write_pipeline(model, folder)
+    return diffusers, folder
+
+
+@th.no_grad()
+def test_diffusers_computes_the_same_from_the_exported_folder(exported, model, expected):
+    diffusers, folder = exported
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    theirs = pipeline.unet(expected["x"], expected["t"], expected["context"]).sample
+    with model.ema_scope():
+        ours = model.apply_model(expected["x"], expected["t"], {"c_crossattn": [expected["context"]]})
+    agree(theirs, ours, rtol=1e-5)
+    agree(pipeline.vae.decode(expected["z"]).sample, model.first_stage_model.decode(expected["z"]), rtol=1e-5)
+    tokens = pipeline.tokenizer(
+        INDEX["captions"],
+        padding="max_length",
+        max_length=pipeline.tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
+    assert th.equal(tokens, expected["ids"])
+    agree(
+        pipeline.text_encoder(tokens).last_hidden_state, model.cond_stage_model(INDEX["captions"]), rtol=1e-5
+    )
+
+
+@th.no_grad()
+def test_a_pipeline_draws_what_our_sampler_draws(exported, model):
+    diffusers, folder = exported
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = th.randn(2, 4, 16, 16, generator=th.Generator().manual_seed(5))
+    captions = INDEX["captions"]
+    theirs = pipeline(
+        captions, latents=noise, num_inference_steps=10, guidance_scale=2.0, output_type="latent"
+    ).images
+    with model.ema_scope():
+        ours, _ = DDIMSampler(model).sample(
+            10, 2, (4, 16, 16), model.get_learned_conditioning(captions), x_T=noise, verbose=False,
+            unconditional_guidance_scale=2.0, unconditional_conditioning=model.get_unconditional_conditioning(2),
+        )  # fmt: skip
+    agree(theirs, ours, rtol=1e-4)
+
+
+def test_the_exported_folder_is_the_model(exported, made, model):
+    """Read back, it has every weight of the model."""
+    _, folder = exported
+    again = LatentDiffusion(**made[1], scale_factor=model.scale_factor, ckpt_path=str(folder))
+    unread = (
+        f"cond_stage_model.model.transformer.resblocks.{2 - getattr(model.cond_stage_model, 'unread', 0)}."
+    )
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(("model_ema", unread))}
+    loaded = again.state_dict()
+    assert all(th.equal(loaded[k], v) for k, v in own.items() if k.startswith(("model.", "first_stage")))
+    assert all(th.equal(loaded[k], v) for k, v in own.items() if k.startswith("cond_stage"))
+
+
+def test_what_stable_diffusion_is_not_is_named(made):
+    folder, options = made
+    other = dict(
+        options, unet_config={**options["unet_config"], "params": {**options["unet_config"]["params"]}}
+    )
+    other["unet_config"]["params"]["resblock_updown"] = True
+    with pytest.raises(UserError, match="diffusers' Stable Diffusion cannot express resblock_updown True"):
+        write_pipeline(LatentDiffusion(**other), folder / "nothing")
+    assert not (folder / "nothing").exists()

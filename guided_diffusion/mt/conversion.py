@@ -15,7 +15,13 @@ import torch as th
 
 from .. import checkpoint_util
 from ..errors import UserError
-from ..script_util import NUM_CLASSES, create_model_and_diffusion, model_and_diffusion_defaults
+from ..script_util import (
+    NUM_CLASSES,
+    create_model_and_diffusion,
+    default_channel_mult,
+    model_and_diffusion_defaults,
+)
+from .diffusers_layout import is_unet2d, read_unet2d, unet2d_config, write_unet2d
 from .model import (
     CONFIG_NAME,
     JointModel,
@@ -27,6 +33,7 @@ from .model import (
 )
 
 KINDS = ("joint", "adm")
+UPSTREAM_SIZES = (64, 128, 256, 512)  # at which upstream has channel multipliers of its own
 _LABELS = "label_emb.weight"
 
 
@@ -45,8 +52,8 @@ class Package:
 
 
 def read(path: str, weights: str = "ema") -> Package:
-    """A run folder, a checkpoint*.pt, a .safetensors file, or ADM's .pt, with or without a config.yaml
-    beside it.
+    """A run folder, a checkpoint*.pt, a .safetensors file, ADM's .pt, with or without a config.yaml or a
+    NAME.flags beside it, or the folder of a UNet2DModel of diffusers.
 
     weights: which of a complete checkpoint, as in `JointModel.load`. UserError for anything else.
     """
@@ -56,20 +63,28 @@ def read(path: str, weights: str = "ema") -> Package:
         if kind not in (None, *KINDS) or not isinstance(flags, dict):
             raise UserError(f"{path} describes itself as another program's: kind {kind!r}, flags {flags!r}")
         return Package(checkpoint_util.read_weights(path), kind, flags, str(path))
+    if os.path.isdir(path) and is_unet2d(path):
+        state, flags = read_unet2d(path)
+        return Package(state, "adm", flags, str(path))
+    known = checkpoint_util.config_of(path)
     named = os.path.isdir(path) or os.path.basename(path).startswith("checkpoint")
-    is_run = named or "modalities" in checkpoint_util.config_of(path)
+    is_run = named or "modalities" in known
     if is_run or (Path(path).parent / CONFIG_NAME).exists():
         model = JointModel.load(path, weights)
         return Package(model.network.state_dict(), "joint", model.flags, str(path))
-    return Package(checkpoint_util.read_weights(path), None, {}, str(path))
+    flags = {name: known[name] for name in model_and_diffusion_defaults() if name in known}
+    return Package(checkpoint_util.read_weights(path), None, flags, str(path))
 
 
 def write(package: Package, path: str) -> list[str]:
-    """Write weights and flags to `path`, .safetensors or .pt; the names of the files written.
+    """Write weights and flags to `path`, .safetensors or .pt; the names of the files written. One for diffusers
+    becomes the folder `path`.
 
     UserError for another ending, or where a config.yaml of another model lies beside a .pt.
     """
     target = Path(path)
+    if package.task == "diffusers":
+        return write_unet2d(package.weights, package.flags, target, package.source)
     if target.suffix not in (".pt", ".safetensors"):
         raise UserError(f"{path}: the name must end in .pt or .safetensors")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,10 +159,27 @@ def to_adm(package: Package, class_cond: bool | None = None) -> Package:
     flags = {name: model.flags[name] for name in defaults if name in model.flags} | {"class_cond": keep}
     if not keep:
         flags["num_classes"] = defaults["num_classes"]
+    if flags["channel_mult"] == "" and flags["image_size"] not in UPSTREAM_SIZES:
+        flags["channel_mult"] = ",".join(map(str, default_channel_mult(flags["image_size"])))
     single, _ = create_model_and_diffusion(**flags)
     state = checkpoint_util.fit_channels(state, single.state_dict())
     checkpoint_util.load_weights(single, state, package.source)
     return Package(state, "adm", flags, package.source)
+
+
+def to_diffusers(package: Package, flags: Mapping, class_cond: bool | None = None) -> Package:
+    """A single-task model, or the single-task part of a joint one (`to_adm`), to be written for diffusers.
+
+    flags: of `model_and_diffusion_defaults`, over those that the package knows. UserError where weights and flags do not
+    fit, or diffusers has no such network.
+    """
+    if package.task == "joint":
+        package = to_adm(package, class_cond)
+    flags = {**model_and_diffusion_defaults(), **package.flags, **flags}
+    single, _ = create_model_and_diffusion(**flags)
+    checkpoint_util.load_weights(single, package.weights, package.source)
+    unet2d_config(flags)  # refuses what cannot be expressed
+    return Package(single.state_dict(), "diffusers", flags, package.source)
 
 
 def adm_words(flags: Mapping) -> str:
@@ -164,6 +196,10 @@ def obstacles(flags: Mapping) -> list[str]:
             f"NUM_CLASSES in its script_util.py is {NUM_CLASSES}, here {flags['num_classes']} (its scripts take no "
             "--num_classes)"
         )
+    default = default_channel_mult(512) if flags["image_size"] == 512 else ()
+    mult = [float(number) for number in flags["channel_mult"].split(",") if number]
+    if any(not number.is_integer() for number in mult) and tuple(mult) != tuple(default):
+        found.append(f"it reads whole channel multipliers only, here {flags['channel_mult']}")
     if flags["image_channels"] != 3:
         found.append(f"its create_model makes networks of 3 channels, here {flags['image_channels']}")
     return found
