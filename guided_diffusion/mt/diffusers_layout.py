@@ -17,7 +17,7 @@ from ..flags import model_and_diffusion_defaults
 from ..script_util import ModelConfig, split_flags
 
 Weights = dict[str, torch.Tensor]
-VERSION = "0.31.0"  # of diffusers, from which on the files that are written can be read
+VERSION = "0.42.1"  # of diffusers, by which the files that are written were read
 
 # ------------------------------------------------------------------------------------------------------------ files
 
