@@ -123,6 +123,26 @@ def read_partner(path: str | Path, key: str) -> Partner:
     )
 
 
+def read_predicted(path: str | Path, reference: Partner, samples: Partner) -> np.ndarray:
+    """What a classifier or segmenter found in the generated images (arr_0), labels numbered as the reference numbers them.
+    UserError unless it is of the kind and number of the samples' partners."""
+    found = read_partner(path, "arr_0")
+    if found.holds == "images" and samples.holds != "images" or samples.holds == "vectors":
+        raise UserValueError(
+            f"{found.name} holds {found.holds}, the pairs {samples.holds}: nothing to compare"
+        )
+    if (found.holds == "labels") != (samples.holds == "labels"):
+        raise UserValueError(f"{found.name} holds {found.holds}, the pairs {samples.holds}")
+    if found.data.shape[:3] != samples.data.shape[:3]:
+        shapes = list(found.data.shape), list(samples.data.shape)
+        raise UserValueError(
+            f"{found.name} is {shapes[0]}, {samples.name} {shapes[1]}: they must be of one number and size"
+        )
+    if found.holds == "labels" and reference.class_names:
+        return renumber(found.data, found.class_names, reference.class_names, found.name)
+    return found.data
+
+
 def load_pairs(
     path: str | Path,
     partner: Partner,
@@ -263,7 +283,6 @@ def main(arguments: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate as the command line asks. Raises UserError."""
     palette = load_palette(args.palette) if args.palette else None
-    predicted = load_array(args.predicted, "arr_0") if args.predicted else None
     keys = {args.ref_batch: args.ref_modality or args.modality}
     files = [path for path in (args.ref_batch, args.sample_batch, args.conditional) if path]
     partners = [read_partner(path, keys.get(path, args.modality)) for path in files]
@@ -275,6 +294,7 @@ def run(args: argparse.Namespace) -> None:
             replace(p, data=renumber(p.data, p.class_names, partners[0].class_names, p.name))
             for p in partners[1:]
         ]
+    predicted = read_predicted(args.predicted, partners[0], partners[1]) if args.predicted else None
     sizes = {NpzImages(path).shape[1:3] for path in files}
     if len(sizes) > 1:
         raise UserValueError(f"the images are of different sizes {sorted(sizes)} (height, width)")

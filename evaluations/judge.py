@@ -29,6 +29,7 @@ from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
 from evaluations.weights import existing_file, sha256_of
 from guided_diffusion import dist_util, image_files
+from guided_diffusion.checkpoint_util import load_weights, save_atomic
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.flags import Parser
 
@@ -152,7 +153,7 @@ def save_judge(judge: Judge, accuracy: float, path: str | Path) -> None:
     """Write a judge with its accuracy on held-out images."""
     classes = judge.head.out_features
     content = {"format": FORMAT, "classes": classes, "class_names": judge.class_names}
-    torch.save({**content, "accuracy": accuracy, "model": judge.state_dict()}, path)
+    save_atomic({**content, "accuracy": accuracy, "model": judge.state_dict()}, path)
 
 
 def load_judge(path: str | Path) -> tuple[Judge, float]:
@@ -161,8 +162,16 @@ def load_judge(path: str | Path) -> tuple[Judge, float]:
     content = dist_util.load_state_dict(path)
     if not (isinstance(content, dict) and content.get("format") == FORMAT):
         raise UserValueError(f"{path} is not a judge: make one with `judge.py train`")
-    judge = Judge(content["classes"], content.get("class_names"))
-    judge.load_state_dict(content["model"])
+    kinds = {"classes": int, "class_names": list | None, "accuracy": float, "model": dict}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise UserValueError(
+                f"{path} is not a sound judge: its {name} is a {type(content.get(name)).__name__}"
+            )
+    if not 2 <= content["classes"] <= image_files.MOST_CLASSES:
+        raise UserValueError(f"{path} is not a sound judge: it has {content['classes']} classes")
+    judge = Judge(content["classes"], content["class_names"])
+    load_weights(judge, content["model"], path)
     return judge.eval(), content["accuracy"]
 
 
@@ -219,6 +228,8 @@ def _images(
 def _labels(path: str, key: str) -> np.ndarray:
     """Integers [N]; of probabilities the likeliest, -1 where all are 0."""
     array = load_array(path, key)
+    if array.ndim == 0:
+        raise UserValueError(f"{key} of {path} must be labels [N], it is a single number")
     if array.ndim == 2 and np.issubdtype(array.dtype, np.floating):
         return np.where(array.sum(1) > 0, array.argmax(1), -1)
     return image_files.check_labels(array, len(array), f"{key} of {path}")

@@ -20,10 +20,10 @@ import numpy as np
 
 from evaluations import distributed
 from evaluations.arguments import add_json_option, add_size_option
-from evaluations.images import load_array, npz_keys
+from evaluations.images import class_names, load_array, npz_keys
 from evaluations.lpips import BACKBONES, LPIPS, load_lpips, lpips_distances
 from evaluations.make_reference import pick, select
-from evaluations.sdedit import STRENGTH, load_single_task, restore
+from evaluations.sdedit import STRENGTH, labels_of_model, load_single_task, restore
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
 from guided_diffusion.flags import Parser, args_to_dict, model_and_diffusion_defaults
@@ -95,6 +95,8 @@ def write_holes(
     chosen = np.sort(np.random.default_rng(seed).permutation(count)[:num_images])
     clean = pick(selection.images, chosen)
     extra = {} if selection.labels is None else {"labels": selection.labels[chosen]}
+    if extra and selection.class_names:
+        extra["class_names"] = np.array(selection.class_names)
     Path(folder).mkdir(parents=True, exist_ok=True)
     written = []
     for m in masks:
@@ -274,7 +276,14 @@ def run_sdedit(args: argparse.Namespace) -> None:
         if args.class_cond:
             if "labels" not in npz_keys(path):
                 raise UserValueError(f"{path} has no labels, and the model is class-conditional")
-            labels = load_array(path, "labels")
+            labels = labels_of_model(
+                load_array(path, "labels"),
+                class_names(path),
+                args.model_path,
+                args.num_classes,
+                len(masked),
+                path,
+            )
         restored = restore(
             masked, diffusion, model, device, args.seed, args.strength, args.use_ddim, args.batch_size, labels
         )

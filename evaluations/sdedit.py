@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluations import distributed
-from guided_diffusion import dist_util
+from guided_diffusion import dist_util, image_files
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.image_files import to_uint8
 
@@ -96,3 +96,26 @@ def load_single_task(path: str | Path, flags: dict, device: torch.device):
     if flags["use_fp16"]:
         model.convert_to_fp16()
     return model.eval(), diffusion
+
+
+def labels_of_model(
+    labels: np.ndarray,
+    names: list[str] | None,
+    model: str | Path,
+    classes: int,
+    count: int,
+    source: str | Path,
+) -> np.ndarray:
+    """Labels [count] of `source`, whose classes are called `names` there, as the numbers 0..classes-1 that the model's
+    checkpoint gives them. UserError for one that the model does not have."""
+    from guided_diffusion import checkpoint_util
+
+    labels = image_files.check_labels(labels, count, f"labels of {source}")
+    own = checkpoint_util.config_of(model).get("class_names")
+    labels = image_files.renumber(labels, names, own, source) if own else labels
+    if labels.min() < 0 or labels.max() >= classes:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise UserValueError(
+            f"{source} has label {wrong}: the model's classes are 0 to {classes - 1} (--num_classes)"
+        )
+    return labels

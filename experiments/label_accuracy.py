@@ -71,7 +71,7 @@ def main():
         image_channels=channels,
         **classes_of(model.flags, args.label_from),
     )
-    cli.check_classes(dataset.class_names, classes)
+    cli.check_classes(dataset.class_names, classes, fixed=True)
     _, (images, cond) = hold_out(dataset, min(args.num_samples, len(dataset)), args.seed)
     known = cond["y"] >= 0
     images, labels = images[known], cond["y"][known]

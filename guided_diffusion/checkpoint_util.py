@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import socket
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -116,7 +117,8 @@ def read(path: str | os.PathLike, *, weights_only: bool = True, **options: Any) 
         sound = _check_sums(path, file)
         file.seek(0)
         try:
-            with _released_globals():
+            with _released_globals(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, on files that it refuses
                 return th.load(file, weights_only=weights_only, **options)
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -456,6 +458,8 @@ def _damaged(path: str, why: str) -> UserError:
 
 def _not_a_checkpoint(path: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if reason.startswith("Weights only load failed"):
+        reason = "another program's pickle could run code, and is not read"
     return UserError(f"{path!r} is not a checkpoint that torch can read, or it is truncated ({reason})")
 
 

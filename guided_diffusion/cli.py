@@ -4,23 +4,24 @@ import argparse
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import blobfile as bf
 import numpy as np
 import torch as th
 import torch.distributed as dist
 
 from . import checkpoint_util, dist_util, logger
-from .errors import UserFileError, UserValueError
+from .errors import UserValueError
 from .flags import (
+    NUM_CLASSES,
     args_to_dict,
     classifier_defaults,
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
 )
 from .image_datasets import SquareImages, classes_of, load_stream, open_dataset
+from .image_files import are_numbers, check_labels, open_arrays
 from .resample import create_named_schedule_sampler
 from .seeding import derive_seed
 from .train_util import TrainLoop, resumed_checkpoint
@@ -127,7 +128,7 @@ def train(
         **known_classes(args, class_cond),
     )
     if class_cond:
-        check_classes(dataset.class_names, args.num_classes)
+        check_classes(dataset.class_names, args.num_classes, fixed=bool(args.resume_checkpoint))
         args.class_names, args.label_from = dataset.class_names, dataset.label_from
     check_batch(len(dataset), args.batch_size)
     more |= {name: make(dataset) for name, make in (from_data or {}).items()}
@@ -175,11 +176,18 @@ def known_classes(args: argparse.Namespace, class_cond: bool) -> dict:
     return told | classes_of(checkpoint_util.load_complete(path)["config"] or {}, args.label_from)
 
 
-def check_classes(class_names: list[str], num_classes: int) -> None:
-    """UserValueError if the data have more classes than the model."""
-    if len(class_names) > num_classes:
+def check_classes(class_names: list[str], num_classes: int, fixed: bool = False) -> None:
+    """UserValueError if the model has other classes than the data. A model whose number is `fixed` by its weights, or left at
+    upstream's 1000, may have more, which is told."""
+    if (
+        len(class_names) > num_classes
+        or len(class_names) < num_classes
+        and not fixed
+        and num_classes != NUM_CLASSES
+    ):
         raise UserValueError(
-            f"the data have {len(class_names)} classes: give --num_classes {len(class_names)}"
+            f"the data have {len(class_names)} classes, the model would have {num_classes}: give --num_classes "
+            f"{len(class_names)}"
         )
     if len(class_names) < num_classes:
         logger.warn(
@@ -226,13 +234,25 @@ def gather(tensor: th.Tensor) -> list[th.Tensor]:
     return parts
 
 
-def save_samples(*arrays: np.ndarray) -> None:
-    """samples_NxHxWxC.npz in the log's folder: arr_0 = uint8 images, arr_1 = labels where there are any."""
+def names_of(args: argparse.Namespace, *paths: str) -> list[str]:
+    """The names of the classes by number, as the first of these checkpoints knows them; [] where none does, or where they
+    are called by their numbers."""
+    for path in paths:
+        names = checkpoint_util.config_of(path).get("class_names") or []
+        if len(names) == args.num_classes and not are_numbers(names):
+            return list(names)
+    return []
+
+
+def save_samples(*arrays: np.ndarray, class_names: Sequence[str] = ()) -> None:
+    """samples_NxHxWxC.npz in the log's folder: arr_0 = uint8 images, arr_1 = labels where there are any, and with labels
+    their class_names where they are known."""
     if dist_util.get_rank() == 0:
         shape = "x".join(map(str, arrays[0].shape))
         path = os.path.join(logger.get_dir(), f"samples_{shape}.npz")
         logger.log(f"saving to {path}")
-        np.savez(path, *arrays)
+        named = {"class_names": np.array(class_names)} if len(arrays) > 1 and len(class_names) else {}
+        np.savez(path, *arrays, **named)
     dist.barrier()
     logger.log("sampling complete")
 
@@ -260,13 +280,8 @@ def read_samples(path, size, channels, with_labels):
     """(uint8 [N, s, s, C], int64 [N] or None) of a file that image_sample.py wrote; UserError if it is another."""
     if not path:
         raise UserValueError("give --base_samples, the .npz file of images to enlarge")
-    if not bf.exists(path):
-        raise UserFileError(f"base_samples not found: {path}")
-    with bf.BlobFile(path, "rb") as file:
-        try:
-            arrays = dict(np.load(file))
-        except (ValueError, OSError, TypeError) as error:
-            raise UserValueError(f"{path} is not an .npz file: {error}") from error
+    with open_arrays(path) as found:
+        arrays = dict(found)
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     expected = f"uint8 [N, {size}, {size}, {channels}] (--small_size, --image_channels)"
     if images is None or images.dtype != np.uint8 or images.shape[1:] != (size, size, channels):
@@ -274,7 +289,9 @@ def read_samples(path, size, channels, with_labels):
         raise UserValueError(f"{path} must hold arr_0 = {expected}, it has {found}")
     if with_labels and (labels is None or labels.shape != (len(images),)):
         raise UserValueError(f"{path} has no labels arr_1 = [N], which a class-conditional model needs")
-    return images, labels.astype(np.int64) if with_labels else None
+    if not len(images):
+        raise UserValueError(f"{path} holds no images")
+    return images, check_labels(labels, len(images), path) if with_labels else None
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -15,8 +16,12 @@ _MACHINE = {
     errno.EFBIG: "the file would be larger than the limit of this shell (ulimit -f) or of the file system",
     errno.EROFS: "the file system is read-only",
     errno.EMFILE: "too few file handles: raise the limit (ulimit -n) or use fewer --num_workers",
+    errno.ENOMEM: "too little memory: use a smaller batch, model or image",
     errno.ENFILE: "the machine has no file handle left: close other programs",
 }
+
+# How torch says so: on the CPU, and on a GPU.
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory")
 
 
 def _report(report: Callable[[], None], code: int) -> None:
@@ -62,6 +67,14 @@ def one_line(error: BaseException) -> str:
 def machine_error(error: BaseException | None) -> str | None:
     """What the machine lacked, where `error` or one that led to it says so, else None."""
     while error is not None:
+        if (
+            isinstance(error, MemoryError)
+            or _OUT_OF_MEMORY.search(str(error))
+            and isinstance(error, RuntimeError)
+        ):
+            wanted = re.search(r"[0-9.]+ ?(bytes|[KMGT]iB)", str(error))
+            least = f" (it takes {wanted[0]} more)" if wanted else ""
+            return f"too little memory{least}: use a smaller batch, model or image"
         if isinstance(error, OSError) and error.errno in _MACHINE:
             return _MACHINE[error.errno] + (f" ({error.filename})" if error.filename else "")
         error = error.__cause__ or error.__context__

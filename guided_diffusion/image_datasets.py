@@ -369,6 +369,8 @@ class ArrayDataset(SquareImages):
             raise UserValueError(
                 f"images must be uint8 [N, H, W, C] or [N, H, W], not {images.dtype} {list(images.shape)}"
             )
+        if 0 in images.shape:
+            raise UserValueError(f"there are no images: the array is {list(images.shape)}")
         height, width, channels = images.shape[1:]
         resolution = min(height, width) if resolution is None else resolution
         image_channels = channels if image_channels is None else image_channels

@@ -402,6 +402,12 @@ def _orientation(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
+def is_turned(source: str | Path) -> bool:
+    """Whether an image is stored otherwise than upright, from its head alone. BadImageError where there is none."""
+    with opened(source) as image:
+        return _orientation(image) != 1
+
+
 def image_size(source: str | Path) -> tuple[int, int]:
     """(width, height) of an image when upright, from its head alone. BadImageError where there is none."""
     with opened(source) as image:
@@ -529,12 +535,22 @@ def open_arrays(source: str | Path) -> Iterator[Mapping[str, np.ndarray]]:
                 stack.enter_context(bf.BlobFile(str(source), "rb")) if is_remote(str(source)) else str(source)
             )
             loaded = np.load(file, allow_pickle=False)
+            _check_members(loaded)
             yield {"arr_0": loaded} if isinstance(loaded, np.ndarray) else stack.enter_context(loaded)
     except UserError:
         raise
     except UNREADABLE_ARRAYS as error:
         why = "it holds something else than numbers and text" if "pickle" in str(error) else error
         raise UserValueError(f"{source} is not a sound .npy or .npz file: {why}") from error
+
+
+def _check_members(loaded: Any) -> None:
+    """ValueError where an archive has a file *.npy that is no array: NumPy would return its bytes."""
+    for info in getattr(getattr(loaded, "zip", None), "infolist", list)():
+        if info.filename.endswith(".npy"):
+            with loaded.zip.open(info) as member:
+                if not member.read(6).startswith(np.lib.format.MAGIC_PREFIX):
+                    raise ValueError(f"its {info.filename} is no array")
 
 
 def stored_class_names(arrays: Mapping[str, np.ndarray], source: str | Path) -> list[str] | None:

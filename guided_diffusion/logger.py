@@ -13,6 +13,7 @@ A folder that already holds a log is continued, so that a resumed run keeps what
 import contextlib
 import csv
 import functools
+import glob
 import json
 import os
 import sys
@@ -21,9 +22,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, TextIO, TypeVar
+from typing import IO, Any, TextIO, TypeVar
 
-from .errors import UserFileError
+from .errors import UserError, UserFileError, machine_error
 
 DEBUG = 10
 INFO = 20
@@ -101,8 +102,11 @@ class JSONOutputFormat(KVWriter):
 
     def drop_from(self, step: int) -> None:
         self.file.close()
-        with open(self.filename) as file:
-            lines = [line for line in file if not _is_step_from(json.loads(line).get("step"), step)]
+        try:
+            with open(self.filename) as file:
+                lines = [line for line in file if not _is_step_from(json.loads(line).get("step"), step)]
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{self.filename} does not hold one JSON object per line: {error}") from None
         with _replacing(self.filename) as file:
             file.writelines(lines)
         self.file = open(self.filename, "a")
@@ -171,11 +175,8 @@ class TensorBoardOutputFormat(KVWriter):
         self.writer = SummaryWriter(dir)
 
     def drop_from(self, step: int) -> None:
-        """Tell TensorBoard to leave out later steps of earlier files, as it does after a crash."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        start = SessionLog(status=SessionLog.START)
-        self.writer.file_writer.add_event(Event(step=step, session_log=start), step)
+        self.writer.flush()
+        drop_events_from(self.dir, step)
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         step = int(kvs.get("step", self.step))
@@ -187,6 +188,34 @@ class TensorBoardOutputFormat(KVWriter):
 
     def close(self) -> None:
         self.writer.close()
+
+
+def drop_events_from(folder: str | os.PathLike, step: int) -> None:
+    """Take what was logged at `step` and later out of TensorBoard's files in `folder`, and what a killed process left half
+    written at their ends. A file that holds no such step, as that of an open writer, stays untouched."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    for path in glob.glob(os.path.join(glob.escape(os.fspath(folder)), "events.out.tfevents.*")):
+        with open(path, "rb") as file:
+            data = file.read()
+        kept, place = [], 0
+        while place + 12 <= len(
+            data
+        ):  # a record: its length in 8 bytes, their checksum in 4, itself, its checksum in 4
+            end = place + 16 + int.from_bytes(data[place : place + 8], "little")
+            if end > len(data):
+                break
+            event = Event.FromString(data[place + 12 : end - 4])
+            values = event.summary.value
+            before = all(
+                value.HasField("image") for value in values
+            )  # drawn by the weights that stepped so often
+            if not values or event.step < step + before:
+                kept.append(data[place:end])
+            place = end
+        if (cut := b"".join(kept)) != data:
+            with _replacing(path, "wb") as file:
+                file.write(cut)
 
 
 def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> KVWriter:
@@ -422,8 +451,10 @@ def configure(
         raise UserFileError(
             f"the log folder {dir} is a file, or lies in one: give another --log_dir"
         ) from None
-    except PermissionError:
-        raise UserFileError(f"the log folder {dir} cannot be made: permission denied") from None
+    except OSError as error:
+        if machine_error(error):
+            raise
+        raise UserFileError(f"the log folder {dir} cannot be made: {error.strerror}") from None
     if not os.access(dir, os.W_OK | os.X_OK):
         raise UserFileError(f"the log folder {dir} is not writable: give another --log_dir")
 
@@ -435,7 +466,10 @@ def configure(
             ("OPENAI_LOG_FORMAT", "stdout,log,csv") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")
         )
         format_strs = os.getenv(variable, default).split(",")
-    writers = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+    try:
+        writers = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the log in {dir} cannot be continued ({error}): give another --log_dir") from None
     Logger.CURRENT = Logger(dir=dir, output_formats=writers, comm=comm)
     if writers:
         log(f"Logging to {dir}")
@@ -489,10 +523,10 @@ def _is_step_from(found: Any, step: int) -> bool:
 
 
 @contextlib.contextmanager
-def _replacing(filename: str) -> Iterator[TextIO]:
+def _replacing(filename: str, mode: str = "w") -> Iterator[IO]:
     """A file that takes the place of `filename` at once when it is written."""
-    beside = f"{filename}.tmp"
-    with open(beside, "w", newline="") as file:
+    beside = os.path.join(os.path.dirname(filename), f".{os.path.basename(filename)}.tmp")
+    with open(beside, mode, newline="" if mode == "w" else None) as file:
         yield file
     os.replace(beside, filename)
 

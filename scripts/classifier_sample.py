@@ -48,7 +48,8 @@ def main():
         return to_uint8(images), labels
 
     logger.log("sampling...")
-    cli.save_samples(*cli.collect(args.num_samples, draw))
+    names = cli.names_of(args, args.classifier_path, args.model_path)
+    cli.save_samples(*cli.collect(args.num_samples, draw), class_names=names)
 
 
 def create_argparser():

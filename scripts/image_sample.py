@@ -30,7 +30,7 @@ def main():
         return to_uint8(images), *kwargs.values()
 
     logger.log("sampling...")
-    cli.save_samples(*cli.collect(args.num_samples, draw))
+    cli.save_samples(*cli.collect(args.num_samples, draw), class_names=cli.names_of(args, args.model_path))
 
 
 def create_argparser():

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("scripts", "experiments", "evaluations", "benchmarks", "patches", ".")  # of programs
 
 # Started by the tests, the ranks of a job find the package without an installation.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -29,12 +30,8 @@ def dev_data(name):
 
 
 def script_path(name):
-    """scripts/NAME.py, or the one of experiments, evaluations or the root."""
-    return next(
-        p
-        for p in (ROOT / d / f"{name}.py" for d in ("scripts", "experiments", "evaluations", "."))
-        if p.exists()
-    )
+    """scripts/NAME.py, or the one of another folder of programs."""
+    return next(p for p in (ROOT / d / f"{name}.py" for d in FOLDERS) if p.exists())
 
 
 @pytest.fixture(scope="session")

@@ -240,12 +240,39 @@ def test_a_map_is_never_smoothed_whatever_its_key(tmp_path):
             ParallelFolders(tmp_path / "a", tmp_path / "b", 8, keys, **wrong)
 
 
-def test_a_palette_file_that_is_read_as_a_photo_is_told(tmp_path, caplog):
-    saved(scene(0)[0], tmp_path / "a/x.png")
-    (tmp_path / "b").mkdir()
-    Image.fromarray(scene(0)[1]).convert("P").save(tmp_path / "b/x.png")
-    ParallelFolders(tmp_path / "a", tmp_path / "b", 8, keys=["photo", "seg"])
-    assert "say maps: [seg]" in caplog.text
+def test_label_maps_under_a_key_that_is_read_as_a_photo_are_refused(tmp_path):
+    seg = np.zeros((64, 64, 3), np.uint8)
+    photo = np.random.default_rng(0).integers(0, 256, seg.shape).astype(np.uint8)
+    seg[:, 20:], seg[40:] = (9, 200, 3), (255, 0, 0)
+    saved(photo, tmp_path / "a/x.png")
+    both = Image.fromarray(np.concatenate([photo, seg], axis=1))
+    for folder, image in (
+        ("colours", Image.fromarray(seg)),
+        ("palette", Image.fromarray(seg).quantize(8)),
+        ("side", both),
+    ):
+        (tmp_path / folder).mkdir()
+        image.save(tmp_path / folder / "x.png")
+    keys = ["photo", "seg"]
+    for make in (
+        lambda size, **how: ParallelFolders(tmp_path / "a", tmp_path / "colours", size, keys, **how),
+        lambda size, **how: ParallelFolders(tmp_path / "a", tmp_path / "palette", size, keys, **how),
+        lambda size, **how: SideBySide(tmp_path / "side", size, keys, **how),
+    ):
+        with pytest.raises(UserValueError, match=r"x\.png looks like a label map, .*say maps: \[seg\]"):
+            make(24)
+        with pytest.raises(UserValueError, match=r"say maps: \[seg\]"):
+            make(64, random_crop=True)
+        assert (
+            len(make(64)) == len(make(24, maps=[])) == 1
+        )  # nothing is scaled; the user has said that these are photos
+        drawn = to_pixels(make(24, maps=["seg"])[0]["seg"])
+        assert {tuple(c) for c in drawn.reshape(-1, 3)} <= {tuple(c) for c in seg.reshape(-1, 3)}
+    Image.fromarray(seg).save(tmp_path / "a/x.jpg")
+    (tmp_path / "a/x.png").unlink()
+    ParallelFolders(
+        tmp_path / "a", tmp_path / "a", 24, keys
+    )  # JPEG keeps no map's colours: no photo is taken for one
 
 
 def given_folders(camvid, tmp_path):

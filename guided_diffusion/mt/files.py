@@ -72,6 +72,8 @@ def _from_npz(path):
         raise UserValueError(
             f"{path}: arr_0 must be uint8 [N, H, W, C], not {pixels.dtype} {list(pixels.shape)}"
         )
+    if 0 in pixels.shape:
+        raise UserValueError(f"{path}: arr_0 holds no images, it is {list(pixels.shape)}")
     if mask is not None and mask.shape != pixels.shape[:3]:
         raise UserValueError(f"{path}: mask is {list(mask.shape)}, the images {list(pixels.shape)}")
     return pixels, None if mask is None else mask.astype(bool)

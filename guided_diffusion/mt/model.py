@@ -99,6 +99,7 @@ class JointModel:
         rate such as `0.9999`, or `model`. UserError if something is missing or does not fit.
         """
         state, flags, source = _read(path, weights)
+        check_flags(flags, source)
         model = cls.from_flags(with_former_defaults(flags))
         checkpoint_util.load_weights(model.network, state, source)
         model.network.dtype = th.float32  # of the weights, also where they were trained with use_fp16
@@ -195,6 +196,34 @@ def joint_process(
 def with_former_defaults(flags: Mapping) -> dict:
     """A checkpoint's flags with those that did not exist when it was made."""
     return {**mt_defaults(), **FORMER, **flags}
+
+
+def check_flags(flags: Mapping, source: str) -> None:
+    """UserError where the configuration of `source` has a value of another type than the flag, or out of its range."""
+    for name, default in mt_defaults().items():
+        value = flags.get(name, default)
+        if not _fits(name, value, default):
+            kind = "text" if isinstance(default, str) else type(default).__name__
+            raise UserError(
+                f"the configuration of {source} cannot be used: {name} must be {kind}, not {value!r}"
+            )
+        if value != default and name != "num_classes":  # 0 without labels
+            FLAGS[name].check(f"the configuration of {source} cannot be used: {name}", value)
+
+
+def _fits(name: str, value, default) -> bool:
+    if isinstance(value, bool) != isinstance(default, bool):
+        return False
+    if name == "class_names":
+        return isinstance(value, list | tuple | str) and all(isinstance(one, str) for one in value)
+    if name == "modalities":
+        return isinstance(value, str | dict)
+    lists = isinstance(value, list | tuple) and all(isinstance(one, int | str) for one in value)
+    return (
+        lists
+        if isinstance(value, list | tuple)
+        else isinstance(value, (int, float) if type(default) is float else type(default))
+    )
 
 
 # Parts that a model may have beside ADM's U-Net, and another may lack.

@@ -62,7 +62,8 @@ def train(flags: dict) -> None:
     if dataset.class_names:
         flags |= {"class_names": dataset.class_names, "label_from": dataset.label_from}
         flags["num_classes"] = flags["num_classes"] or len(dataset.class_names)
-        cli.check_classes(dataset.class_names, flags["num_classes"])
+        begun = before is not None or bool(flags["init_from"])
+        cli.check_classes(dataset.class_names, flags["num_classes"], fixed=begun)
     dataset, held_out = hold_out(dataset, min(flags["held_out"], len(dataset) // 10), flags["seed"])
     cli.check_batch(len(dataset), flags["batch_size"])
     check_same_model(flags, before, resume)
@@ -170,6 +171,10 @@ def complete(flags: dict) -> dict:
             "aggregation paper makes the shift so large that half precision rounds the noise away: use --precision fp32"
         )
     if flags["use_fp16"]:
+        if flags["precision"] not in ("auto", "fp16"):
+            raise UserValueError(
+                f"--use_fp16 True contradicts --precision {flags['precision']}: give one of the two"
+            )
         flags["precision"] = "fp16"
     if flags["precision"] == "auto":
         half = on_gpu and th.cuda.is_bf16_supported() and flags["aggregation"] != "paper"
@@ -289,6 +294,12 @@ def sample(args) -> None:
     guidance = ClassGuidance.from_flags(vars(args), model)
     given, holes, drawn = read_given(args.given, model, guidance)
     absent = directions.names_without(args.without, model.modalities.names)
+    if both := sorted({*given, *drawn} & set(absent)):
+        raise UserValueError(f"--without {both[0]}, but it is given: say one of the two")
+    if args.resample > 1 and not ("image" in holes or holes and args.replace_known):
+        raise UserValueError(
+            "--resample goes over known pixels again: give some of an image, with --replace_known"
+        )
     names = ["image", *(m.name for m in model.modalities if m.head != "none" and m.name not in absent)]
     wanted = directions.names_wanted(args.want, names, given, in_part=holes)
     count = args.num_samples or (len(next(iter(given.values()))) if given else 16)

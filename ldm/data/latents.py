@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
+from guided_diffusion.image_files import is_turned
 from ldm.checkpoint import load_state_dict
 from ldm.data.base import Images, Item
 from ldm.data.captions import CaptionFolder
@@ -103,6 +104,8 @@ class CacheIndex:
                 name = next(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
                 if name in self.keys:
                     return f"another way of reading {name} (annotation, palette or half)"
+                if name == "captions":
+                    return "other captions"
                 return f"another {name} ({mine.get(name)} instead of {theirs.get(name)})"
             if field.name == "sources":
                 edited = [k for k, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
@@ -116,7 +119,8 @@ def shard_path(root: str | Path, number: int) -> Path:
     return Path(root) / f"shard-{number:05d}.safetensors"
 
 
-# What of a dataset changes no latent: crops and flips are off when it is cached, captions are drawn when it is read.
+# What of a dataset changes no latent: crops and flips are off when it is cached, and which caption is taken is drawn when
+# it is read.
 _APART = ("size", "random_crop", "random_flip", "caption", "caption_key")
 
 
@@ -142,7 +146,13 @@ def identity(images: Images) -> dict:
     plain = {
         k: str(v) for k, v in vars(images).items() if isinstance(v, str | int | float) and k not in _APART
     }
-    options = plain | {key: _digest("\n".join(sorted(some))) for key, some in ways.items()}
+    options = (
+        plain
+        | {key: _digest("\n".join(sorted(some))) for key, some in ways.items()}
+        | {"orientation": "upright"}
+    )
+    if isinstance(images, CaptionFolder):
+        options["captions"] = _digest(repr(images.captions))
     return {"options": options, "sources": tuple(sources)}
 
 
@@ -239,7 +249,7 @@ class CachedLatents(Dataset):
         if images is not None:
             if isinstance(images, Mapping):
                 images = instantiate_from_config(images, Images, "images")
-            noted = {} if index.sources is None else identity(images)
+            noted = {} if index.sources is None else self._noted(images)
             self._compare(size=images.size, items=tuple(images.paths), keys=images.keys, **noted)
             if not noted:
                 _logger.warning(
@@ -292,6 +302,19 @@ class CachedLatents(Dataset):
         if number not in self._open:
             self._open[number] = open_shard(shard_path(self.root, number))
         return self._open[number]
+
+    def _noted(self, images: Images) -> dict:
+        """`identity`, without what a former version did not note. UserError where it read an image as it is stored."""
+        said, then = identity(images), self.index.options or {}
+        if "orientation" not in then:
+            turned = (s.path for entry in images.entries for s in entry.values() if is_turned(s.path))
+            if path := next(turned, None):
+                raise UserError(
+                    f"the cache {self.root} was made by a former version, which may have read {path} as it is stored, not "
+                    "upright: cache the latents again"
+                )
+        kept = {k: v for k, v in said["options"].items() if k in then or k not in ("orientation", "captions")}
+        return {**said, "options": kept}
 
     def _compare(self, **said) -> None:
         if difference := self.index.difference(dataclasses.replace(self.index, **said)):

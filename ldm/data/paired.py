@@ -3,15 +3,46 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
-from guided_diffusion.image_files import list_images, opened, tell
+from guided_diffusion.image_files import list_images, opened
 from ldm.data.base import Images, check_sizes
 from ldm.data.images import Reading, Source, pair_readings
 
 KEYS = ("image", "label_map")
+# What is a label map and no photo: in the first images of a folder, of so many pixels at least, so many colours at most, as
+# only files without loss keep them.
+LOOKED_AT, FEW_PIXELS, FEW_COLORS = 3, 1024, 40
+LOSSY = ("JPEG", "MPO", "WEBP")
 
 
-class ParallelFolders(Images):
+class Pairs(Images):
+    """What both kinds of pairs share."""
+
+    def _refuse_smoothed_maps(self) -> None:
+        """UserValueError where the images under a key that is read as photos are label maps, which scaling would smooth."""
+        for key, source in self.entries[0].items():
+            some = [entry[key] for entry in self.entries[:LOOKED_AT]]
+            if not source.reading.is_map and all(self._looks_like_map(one) for one in some):
+                raise UserValueError(
+                    f"{source.path} looks like a label map, whose classes scaling to {self.size[0]}x{self.size[1]} would mix: "
+                    f"say maps: [{key}], with a palette where it holds class numbers, or maps: [] where it is a photo"
+                )
+
+    def _looks_like_map(self, source: Source) -> bool:
+        with opened(source.path) as image:
+            if image.format in LOSSY:
+                return False
+            numbered = image.mode == "P" and image.format != "GIF"
+        pixels = np.asarray(source.read())
+        if pixels.shape[:2] == self.size and not self.random_crop:
+            return False  # nothing is scaled
+        colors = len(np.unique(pixels.reshape(-1, 3), axis=0))
+        return numbered or (pixels.shape[0] * pixels.shape[1] >= FEW_PIXELS and 1 < colors <= FEW_COLORS)
+
+
+class ParallelFolders(Pairs):
     """Two folders with files of equal names (without extension), subfolders too.
 
     Raises UserFileError that names a missing partner, UserValueError for pairs of different sizes.
@@ -30,6 +61,8 @@ class ParallelFolders(Images):
         readings = self.readings(keys, maps, palette)
         pairs = pair_files(Path(image_root), Path(other_root))
         super().__init__(pair_entries(pairs, readings), size, **how)
+        if maps is None:
+            self._refuse_smoothed_maps()
 
     @classmethod
     def readings(
@@ -43,7 +76,7 @@ class ParallelFolders(Images):
         return pair_readings(two_keys(keys), maps, palette, interpolation=interpolation)
 
 
-class SideBySide(Images):
+class SideBySide(Pairs):
     """Images whose left and right halves are a pair, as pix2pix distributes them. keys: (left, right)."""
 
     def __init__(
@@ -61,6 +94,8 @@ class SideBySide(Images):
         ]
         check_sizes(entries)
         super().__init__(entries, size, **how)
+        if maps is None:
+            self._refuse_smoothed_maps()
 
     @classmethod
     def readings(
@@ -163,8 +198,4 @@ def pair_entries(
         for pair in pairs
     ]
     check_sizes(entries)
-    for key, source in entries[0].items() if entries else ():
-        with opened(source.path) as first:
-            if first.mode == "P" and not source.reading.is_map:
-                tell(f"{source.path} has a palette: if the images of {key} are label maps, say maps: [{key}]")
     return entries

@@ -8,8 +8,9 @@ from pathlib import Path
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from guided_diffusion.logger import drop_events_from
 from ldm.training.config import Run, merged
-from ldm.util import instantiate_from_config, resolve
+from ldm.util import instantiate_from_config
 
 
 def make_logger(lightning: Mapping, run: Run, logged: int | None = None) -> Logger:
@@ -22,10 +23,9 @@ def make_logger(lightning: Mapping, run: Run, logged: int | None = None) -> Logg
     given = lightning.get("logger") or {}
     another = given.get("target", default["target"]) != default["target"]
     config = given if another else merged(default, given)
-    target = resolve(config, Logger, "lightning.logger")
-    if logged is not None and issubclass(target, TensorBoardLogger):
-        config = merged(config, {"params": {"purge_step": logged}})
     logger = instantiate_from_config(config, Logger, "lightning.logger")
+    if logged is not None and isinstance(logger, TensorBoardLogger) and rank_zero_only.rank == 0:
+        drop_events_from(logger.log_dir, logged)
     if logged is not None and isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:
         _continue_csv(logger, logged, "version" in (config.get("params") or {}))
     return logger
