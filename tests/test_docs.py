@@ -14,6 +14,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,33 @@ def workplace(tmp_path):
     return tmp_path
 
 
+MODULE = re.compile(r"<!-- module: my_modalities -->\n```python\n(?P<text>.*?)```", re.DOTALL)
+
+
+def make_scenes(folder, count=8):
+    """What the recipe shows: images, 16-bit depth, maps of numbers, and a table."""
+    lines = ["file_name,weather,season,sound"]
+    for name in ("image", "depth", "seg"):
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        file = f"{i:04}.png"
+        sample_image(10 * i, (8, 8)).save(folder / "image" / file)
+        Image.fromarray(np.full((8, 8), 4000 + 1000 * i, np.uint16)).save(folder / "depth" / file)
+        Image.fromarray(np.full((8, 8), i % 3, np.uint8)).save(folder / "seg" / file)
+        lines.append(f'{file},{("rain", "sun")[i % 2]},{("winter", "summer")[i // 4]},"0.3 -1.2 0.8 {i}"')
+    (folder / "metadata.csv").write_text("\n".join(lines))
+
+
+def make_sounds(folder, count=8):
+    for name in ("image", "sound"):
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        sample_image(10 * i, (8, 8)).save(folder / "image" / f"{i}.png")
+        with wave.open(str(folder / "sound" / f"{i}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes((np.sin(np.arange(512) * (i + 1) / 9) * 9000).astype(np.int16).tobytes())
+
+
 @pytest.mark.parametrize("text, needs", blocks("bash", run=True))
 def test_marked_commands_run(workplace, text, needs):
     if needs == "photos":
@@ -121,6 +149,12 @@ def test_marked_commands_run(workplace, text, needs):
             folder = workplace / "photos" / ("cat", "dog")[i % 2]
             folder.mkdir(parents=True, exist_ok=True)
             sample_image(10 * i).save(folder / f"{i}.png")
+    if needs == "scenes":
+        make_scenes(workplace / "scenes")
+    if needs == "sounds":
+        make_sounds(workplace / "heard")
+        (module,) = (m["text"] for page in PAGES for m in MODULE.finditer(page.read_text()))
+        (workplace / "my_modalities.py").write_text(module)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "OPENAI_LOGDIR": str(workplace / "log")}
     job = subprocess.run(
