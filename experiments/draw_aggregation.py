@@ -1,15 +1,14 @@
 """Draw the shift's size atil_t of every aggregation schedule, for linear and cosine betas:
-docs/images/aggregation.png.
+docs/images/aggregation.png, and the same as .pdf beside it.
 """
 
 import logging
 
 import numpy as np
-from PIL import Image
 
 from guided_diffusion import flags
 from guided_diffusion.errors import exit_on_user_error
-from guided_diffusion.figures import Curve, line_plot
+from guided_diffusion.figures import Curve, Plot, save_plots
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.mt.aggregation import SCHEDULES, Aggregation
 
@@ -29,16 +28,14 @@ def curves(noise_schedule: str) -> list[Curve]:
         row = Aggregation.named(schedule, betas, {"x": PEAK}).coefficients[0]
         name = schedule if row.max() <= PEAK * 1.001 else f"{schedule} (up to {row.max():.0f})"
         drawn.append(Curve(name, steps, np.where(row <= TOP, row, np.nan)))
-    # Dashes need points further apart than they are long.
-    few = np.linspace(0, STEPS - 1, 45).round().astype(int)
-    signal = Curve("sqrt(abar), the image", few, np.sqrt(abar[few]), dashed=True)
-    return [*drawn, signal, Curve("sqrt(1 - abar), the noise", few, np.sqrt(1 - abar[few]), dashed=True)]
+    signal = Curve("sqrt(abar), the image", steps, np.sqrt(abar), dashed=True)
+    return [*drawn, signal, Curve("sqrt(1 - abar), the noise", steps, np.sqrt(1 - abar), dashed=True)]
 
 
 def parser() -> flags.Parser:
     """The flags of this script."""
     own = flags.Parser(__doc__)
-    own.add("--out", default="docs/images/aggregation.png", path="file", help="the image")
+    own.add("--out", default="docs/images/aggregation.png", path="file", help="the image, also as .pdf")
     return own
 
 
@@ -48,13 +45,10 @@ def main():
     # Its warning about the literal weights is what the image shows.
     logging.getLogger("guided_diffusion.mt.aggregation").setLevel(logging.ERROR)
     plots = [
-        line_plot(curves(name), "t", "atil", f"{name} betas, peak {PEAK}", size=(620, 400))[0]
+        Plot(curves(name), "t", "atil", f"{name} betas, peak {PEAK}", top=TOP)
         for name in ("linear", "cosine")
     ]
-    image = Image.new("RGB", (sum(p.width for p in plots), plots[0].height), (255, 255, 255))
-    for k, plot in enumerate(plots):
-        image.paste(plot, (k * plot.width, 0))
-    image.save(out, optimize=True)
+    save_plots(plots, out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 
 from guided_diffusion import flags
 from guided_diffusion.errors import UserError, UserFileError, UserValueError, exit_on_user_error
-from guided_diffusion.figures import Curve, line_plot
+from guided_diffusion.figures import Curve, Plot, save_plots
 
 
 def parser() -> flags.Parser:
@@ -27,7 +27,10 @@ def parser() -> flags.Parser:
     )
     own.add("--prefix", choices=("val", "train"), default="val", group="data", help="which accuracies")
     own.add("--title", default="Finetuning the classifier")
-    own.add("--out", default="figure6.png", path="file", help="the plot")
+    own.add(
+        "--classes", default=0, low=0, group="results", help="of the data, for the line of chance; 0: no line"
+    )
+    own.add("--out", default="figure6.png", path="file", help="the plot, also as .pdf")
     return own
 
 
@@ -63,8 +66,18 @@ def main():
         for name, points in runs.items():
             y = [100 * point[place] for point in points]
             curves.append(Curve(f"{name}, {top}", [point[0] for point in points], y, dashed))
-    image, _ = line_plot(curves, "iterations", "accuracy in %", args.title)
-    image.save(args.out)
+    save_plots(
+        [
+            Plot(
+                curves,
+                "iterations",
+                "accuracy in %",
+                args.title,
+                100 / args.classes if args.classes else None,
+            )
+        ],
+        args.out,
+    )
     with open(os.path.splitext(args.out)[0] + ".csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "iteration", "top1", "top5"])

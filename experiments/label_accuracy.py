@@ -18,7 +18,7 @@ import torch as th
 
 from guided_diffusion import cli, dist_util, flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.figures import Curve, line_plot
+from guided_diffusion.figures import Curve, Plot, save_plots
 from guided_diffusion.image_datasets import classes_of, hold_out, open_dataset
 from guided_diffusion.mt.guidance import load_classifier
 from guided_diffusion.mt.model import JointModel
@@ -102,7 +102,7 @@ def main():
     averaged = {
         name: accuracy(read, images, labels, tuple(args.average), args) for name, read in readers.items()
     }
-    write(args, by_time, averaged, len(images))
+    write(args, by_time, averaged, len(images), label.shape[0])
 
 
 @th.no_grad()
@@ -118,14 +118,14 @@ def accuracy(read, images: th.Tensor, labels: th.Tensor, times: tuple[int, ...],
     return right / len(images)
 
 
-def write(args, curves: dict[str, list[float]], averaged: dict[str, float], count: int) -> None:
+def write(args, curves: dict[str, list[float]], averaged: dict[str, float], count: int, classes: int) -> None:
     """The plot, the table, and the summary."""
     names = {"model": "MT-Diffusion", "classifier": "classifier on noised images"}
     lines = [
         Curve(names[name], args.times, [100 * value for value in values]) for name, values in curves.items()
     ]
-    image, _ = line_plot(lines, "timestep t", "top-1 accuracy in %", args.title)
-    image.save(args.out)
+    chance = 100 / classes if classes else None
+    save_plots([Plot(lines, "timestep t", "top-1 accuracy in %", args.title, chance)], args.out)
     stem = os.path.splitext(args.out)[0]
     with open(stem + ".csv", "w", newline="") as file:
         writer = csv.writer(file)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from guided_diffusion import dist_util, flags, logger
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.figures import Curve, Row, contact_sheet, line_plot, to_uint8
+from guided_diffusion.figures import Curve, Plot, Row, contact_sheet, save_plots, to_uint8
 from guided_diffusion.mt import directions
 from guided_diffusion.mt.modality_set import UNetEncoder
 from ldm import inference
@@ -163,13 +163,11 @@ class Bench:
         truth = self.extract(data.images)
         mean = self.model.standards[self.name].mean.cpu()
         curve = [self.cosine(self.predicted(data.images, None, (t,)), truth) for t in self.args.times]
-        plot, _ = line_plot(
-            [Curve("empty caption", self.args.times, curve)],
-            "timestep t",
-            "cosine",
-            "Cosine of the representation read from the noised image",
+        title = "Cosine of the representation read from the noised image"
+        lines = [Curve("empty caption", self.args.times, curve)]
+        save_plots(
+            [Plot(lines, "timestep t", "cosine", title, chance=0.0)], Path(self.args.out) / "cosine.png"
         )
-        plot.save(Path(self.args.out) / "cosine.png")
         found = {}
         for kind, captions in (("empty_caption", None), ("own_caption", data.captions)):
             read = self.predicted(data.images, captions)

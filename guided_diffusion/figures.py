@@ -1,6 +1,7 @@
-"""Images for people: contact sheets of samples and their modalities, and curves."""
+"""Images for people: contact sheets of samples and their modalities, films of the denoising, and curves."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,9 +10,22 @@ import torch as th
 from PIL import Image, ImageDraw, ImageFont
 
 from . import image_files
+from .errors import UserValueError
 
 _MARGIN, _TEXT = 6, 13
+WIDTH = 1200  # pixels of a sheet, which a screen shows
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
+# Told apart by the colour-blind too (Okabe and Ito).
+_COLOURS = (
+    (0, 114, 178),
+    (213, 94, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (86, 180, 233),
+    (230, 159, 0),
+    (60, 60, 60),
+)
+MARKS = {"given": _COLOURS[0], "generated": _COLOURS[1], "true": _COLOURS[2]}  # where a row's images are from
 
 
 def to_uint8(images: th.Tensor, known: th.Tensor | None = None) -> np.ndarray:
@@ -36,25 +50,39 @@ def label_captions(labels: Sequence[Sequence[int]], class_names: Sequence[str] =
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a sheet: images uint8 [N, H, W, C] under a title, each with a caption if there are any."""
+    """One row of a sheet: images uint8 [N, H, W, C] under a title, each with a caption if there are any. mark: a
+    key of MARKS, or ""."""
 
     title: str
     images: np.ndarray
     captions: Sequence[str] = field(default_factory=tuple)
+    mark: str = ""
+
+    def columns(self, first: int, last: int) -> "Row":
+        """The images first..last-1, with their captions."""
+        return Row(self.title, self.images[first:last], self.captions[first:last], self.mark)
 
 
-def contact_sheet(rows: Sequence[Row], tile: int = 64) -> Image.Image:
-    """The rows below each other; images are enlarged without smoothing to about `tile` pixels, never
-    reduced.
+def contact_sheet(rows: Sequence[Row], tile: int = 64, width: int = WIDTH) -> Image.Image:
+    """The rows below each other; where they are wider than `width` pixels, their further columns follow below,
+    those of all rows together. Images are enlarged without smoothing to about `tile` pixels, never reduced.
 
     Grey, RGB and RGBA images are drawn (the last over white); of others, the first channel.
     """
     font = ImageFont.load_default(size=_TEXT)
-    blocks = [_block(row, tile, font) for row in rows if len(row.images)]
-    if not blocks:
+    rows = [row for row in rows if len(row.images)]
+    if not rows:
         raise ValueError("a contact sheet needs at least one image")
-    width = max(block.width for block in blocks)
-    sheet = Image.new("RGB", (width + 2 * _MARGIN, sum(b.height + _MARGIN for b in blocks) + _MARGIN), _PAPER)
+    step = max(_step(row, tile, font) for row in rows)
+    fit, most = max(1, (width - _MARGIN) // step), max(len(row.images) for row in rows)
+    lines = math.ceil(most / fit)
+    fit = math.ceil(most / lines)  # as even as they can be
+    parts = [row.columns(first, first + fit) for first in range(0, most, fit) for row in rows]
+    blocks = [_block(row, tile, font) for row in parts if len(row.images)]
+    across = max(block.width for block in blocks)
+    sheet = Image.new(
+        "RGB", (across + 2 * _MARGIN, sum(b.height + _MARGIN for b in blocks) + _MARGIN), _PAPER
+    )
     top = _MARGIN
     for block in blocks:
         sheet.paste(block, (_MARGIN, top))
@@ -62,20 +90,28 @@ def contact_sheet(rows: Sequence[Row], tile: int = 64) -> Image.Image:
     return sheet
 
 
+def _step(row, tile, font):
+    """Pixels from one image of a row to the next: long captions move them apart."""
+    wide = max((font.getlength(caption) for caption in row.captions), default=0)
+    return max(_image(row.images[0], tile).width, math.ceil(wide)) + _MARGIN
+
+
 def _block(row, tile, font):
     images = [_image(image, tile) for image in row.images]
-    side = images[0].size
+    side, step = images[0].size, _step(row, tile, font)
     caption_height = _TEXT + 4 if row.captions else 0
-    title_width = int(font.getlength(row.title)) + 2
-    width = max(len(images) * (side[0] + _MARGIN) - _MARGIN, title_width)
+    mark = f"{'  ' * bool(row.title)}{row.mark}" if row.mark else ""
+    title_width = int(font.getlength(row.title + mark)) + 2
+    width = max(len(images) * step - _MARGIN, title_width)
     block = Image.new("RGB", (width, _TEXT + 5 + side[1] + caption_height), _PAPER)
     draw = ImageDraw.Draw(block)
     draw.text((0, 0), row.title, fill=_INK, font=font)
+    if row.mark:
+        draw.text((font.getlength(row.title), 0), mark, fill=MARKS[row.mark], font=font)
     for k, pil in enumerate(images):
-        left = k * (side[0] + _MARGIN)
-        block.paste(pil, (left, _TEXT + 5))
+        middle = k * step + (step - _MARGIN) / 2
+        block.paste(pil, (int(middle - side[0] / 2), _TEXT + 5))
         if k < len(row.captions):
-            middle = left + side[0] / 2
             draw.text((middle, _TEXT + 6 + side[1]), row.captions[k], fill=_INK, font=font, anchor="mt")
     return block
 
@@ -93,6 +129,32 @@ def _image(image, tile):
     return pil.resize((pil.width * factor, pil.height * factor), Image.Resampling.NEAREST)
 
 
+# -------------------------------------------------------------------------------------------------------------- films
+
+FILM_FRAMES = 48  # at most
+_FRAME, _LAST = 100, 2000  # milliseconds that a frame of a film lasts
+
+
+def is_frame(done: int, total: int) -> bool:
+    """Whether the step number `done` (from 1) of `total` is one of the at most FILM_FRAMES that a film shows; the last
+    one is."""
+    every = math.ceil(total / FILM_FRAMES)
+    return (total - done) % every == 0
+
+
+def save_film(frames: Sequence[Image.Image], file) -> None:
+    """Write frames as an animated GIF that repeats. file: a path or an open binary file."""
+    width, height = (max(size) for size in zip(*(frame.size for frame in frames), strict=True))
+    even = [Image.new("RGB", (width, height), _PAPER) for _ in frames]
+    for page, frame in zip(even, frames, strict=True):
+        page.paste(frame, (0, 0))
+    durations = [_FRAME] * (len(even) - 1) + [_LAST]
+    even[0].save(file, "GIF", save_all=True, append_images=even[1:], duration=durations, loop=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
 @dataclass(frozen=True)
 class Curve:
     """Points (x, y) joined by lines, under a name in the legend."""
@@ -104,141 +166,75 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Axes:
-    """Where the curves of `line_plot` lie in the image: data ranges, and their box in pixels."""
+class Plot:
+    """Curves over one pair of axes. chance: a level that knowing nothing reaches, drawn dotted; None for none.
 
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-    box: tuple[int, int, int, int]  # left, top, right, bottom
-
-    def pixel(self, x: float, y: float) -> tuple[float, float]:
-        """The place of a point."""
-        left, top, right, bottom = self.box
-        across = (x - self.x_range[0]) / (self.x_range[1] - self.x_range[0])
-        up = (y - self.y_range[0]) / (self.y_range[1] - self.y_range[0])
-        return left + across * (right - left), bottom - up * (bottom - top)
-
-
-# Told apart by the colour-blind too (Okabe and Ito).
-_COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0))
-
-
-def line_plot(
-    curves: Sequence[Curve], x_label: str, y_label: str, title: str = "", size: tuple[int, int] = (640, 420)
-) -> tuple[Image.Image, Axes]:
-    """The curves over labelled axes with round ticks and a legend below; y starts at 0 if no value is
-    negative.
-
-    Points that are not finite are left out. ValueError if nothing remains.
+    Values that are not finite leave a gap. y starts at 0 if none is negative.
     """
-    curves = [_finite(curve) for curve in curves]
-    if not any(len(curve.x) for curve in curves):
+
+    curves: Sequence[Curve]
+    x_label: str
+    y_label: str
+    title: str = ""
+    chance: float | None = None
+    top: float | None = None  # of y
+
+
+def save_plots(
+    plots: Sequence[Plot], path: str | os.PathLike, size: tuple[float, float] = (6.4, 4.4)
+) -> None:
+    """Write the plots side by side, each of `size` inches, to `path` (.png) and the same name with .pdf.
+
+    Curves that coincide stay visible: earlier ones are wider, and every one has its own colour and markers.
+    ValueError if a plot has no finite point.
+    """
+    figure = draw_plots(plots, size)
+    stem, ending = os.path.splitext(path)
+    if ending.lower() not in (".png", ".pdf"):
+        raise UserValueError(f"{path}: a plot is written as .png and .pdf; name it .png")
+    for name in (".png", ".pdf"):
+        figure.savefig(
+            stem + name, dpi=150, metadata={"Software": None} if name == ".png" else {"CreationDate": None}
+        )
+
+
+def draw_plots(plots: Sequence[Plot], size: tuple[float, float] = (6.4, 4.4)):
+    """The matplotlib figure that `save_plots` writes; it opens no window."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(size[0] * len(plots), size[1]), layout="constrained")
+    for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
+        _draw_plot(axes, plot)
+    return figure
+
+
+def _draw_plot(axes, plot):
+    values = [float(y) for curve in plot.curves for y in curve.y if math.isfinite(y)]
+    if not values:
         raise ValueError("a plot needs at least one finite point")
-    xs, ys = ([v for c in curves for v in values(c)] for values in (lambda c: c.x, lambda c: c.y))
-    x_ticks, y_ticks = round_ticks(min(xs), max(xs)), round_ticks(min(0.0, *ys), max(ys))
-    font = ImageFont.load_default(size=_TEXT)
-    legend = _legend_lines(curves, size[0] - 4 * _MARGIN, font)
-    numbers = max(font.getlength(_number(tick)) for tick in y_ticks)
-    line = _TEXT + 5
-    box = (
-        int(numbers) + line + 3 * _MARGIN,
-        line + _MARGIN,
-        size[0] - 3 * _MARGIN,
-        size[1] - 2 * line - len(legend) * line - 2 * _MARGIN,
-    )
-    axes = Axes((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), box)
-    image = Image.new("RGB", size, _PAPER)
-    draw = ImageDraw.Draw(image)
-    _draw_axes(draw, axes, x_ticks, y_ticks, font)
-    middle = (box[0] + box[2]) / 2
-    draw.text((middle, _MARGIN), title, fill=_INK, font=font, anchor="mt")
-    draw.text((middle, box[3] + line + 2), x_label, fill=_INK, font=font, anchor="mt")
-    _draw_upright(image, y_label, (_MARGIN, (box[1] + box[3]) / 2), font)
-    for k, curve in enumerate(curves):
-        _draw_curve(draw, axes, curve, _COLOURS[k % len(_COLOURS)])
-    for row, entries in enumerate(legend):
-        for left, k in entries:
-            top = box[3] + (2 + row) * line + 2 * _MARGIN
-            middle_y = top + _TEXT / 2
-            _draw_path(
-                draw, [(left, middle_y), (left + 24, middle_y)], _COLOURS[k % len(_COLOURS)], curves[k].dashed
-            )
-            draw.text((left + 30, top), curves[k].name, fill=_INK, font=font)
-    return image, axes
-
-
-def round_ticks(low: float, high: float, about: int = 6) -> list[float]:
-    """Round numbers at even distances whose first and last enclose low..high."""
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    rough = (high - low) / about
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [k * step for k in range(first, last + 1)]
-
-
-def _finite(curve):
-    kept = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    return Curve(curve.name, [x for x, _ in kept], [y for _, y in kept], curve.dashed)
-
-
-def _number(value):
-    return f"{value:.6g}"
-
-
-def _draw_axes(draw, axes, x_ticks, y_ticks, font):
-    left, top, right, bottom = axes.box
-    grid = (225, 225, 225)
-    for tick in x_ticks:
-        place, _ = axes.pixel(tick, axes.y_range[0])
-        draw.line([(place, top), (place, bottom)], fill=grid)
-        draw.text((place, bottom + 4), _number(tick), fill=_INK, font=font, anchor="mt")
-    for tick in y_ticks:
-        _, place = axes.pixel(axes.x_range[0], tick)
-        draw.line([(left, place), (right, place)], fill=grid)
-        draw.text((left - 4, place), _number(tick), fill=_INK, font=font, anchor="rm")
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill=_INK)
-
-
-def _draw_curve(draw, axes, curve, colour):
-    points = [axes.pixel(x, y) for x, y in zip(curve.x, curve.y, strict=True)]
-    _draw_path(draw, points, colour, curve.dashed)
-    for x, y in points if len(points) <= 40 else ():
-        draw.ellipse([(x - 2.5, y - 2.5), (x + 2.5, y + 2.5)], fill=colour)
-
-
-def _draw_path(draw, points, colour, dashed):
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        # Dashes of 4 pixels.
-        pieces = max(1, round(math.hypot(x1 - x0, y1 - y0) / 4)) if dashed else 1
-        for k in range(0, pieces, 2):
-            start, end = k / pieces, (k + 1) / pieces
-            draw.line(
-                [
-                    (x0 + start * (x1 - x0), y0 + start * (y1 - y0)),
-                    (x0 + end * (x1 - x0), y0 + end * (y1 - y0)),
-                ],
-                fill=colour,
-                width=2,
-            )
-
-
-def _draw_upright(image, text, place, font):
-    strip = Image.new("L", (int(font.getlength(text)) + 2, _TEXT + 4), 0)
-    ImageDraw.Draw(strip).text((1, 0), text, fill=255, font=font)
-    strip = strip.rotate(90, expand=True)
-    image.paste(_INK, (int(place[0]), int(place[1] - strip.height / 2)), strip)
-
-
-def _legend_lines(curves, width, font):
-    """(left, index) of the legend's entries, by line."""
-    lines, left = [[]], 2 * _MARGIN
-    for k, curve in enumerate(curves):
-        wide = 30 + font.getlength(curve.name) + 16
-        if lines[-1] and left + wide > width:
-            lines.append([])
-            left = 2 * _MARGIN
-        lines[-1].append((left, k))
-        left += wide
-    return lines
+    count = len(plot.curves)
+    wider = min(1.6, 3.5 / count)  # points
+    for k, curve in enumerate(plot.curves):
+        axes.plot(
+            curve.x,
+            curve.y,
+            label=curve.name,
+            color=[part / 255 for part in _COLOURS[k % len(_COLOURS)]],
+            linestyle="--" if curve.dashed else "-",
+            linewidth=1.4 + wider * (count - 1 - k),
+            marker="osD^vPX*"[k % 8] if len(curve.x) <= 40 else "",
+            markersize=4 + wider * (count - 1 - k),
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+        )
+    if plot.chance is not None:
+        axes.axhline(
+            plot.chance, color="0.4", linestyle=":", linewidth=1.2, label=f"chance, {plot.chance:.3g}"
+        )
+    axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
+    if min(values) >= 0:
+        axes.set_ylim(bottom=0, top=plot.top)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize="small")

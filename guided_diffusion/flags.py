@@ -26,9 +26,7 @@ SAMPLERS = ("ddpm", "ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc")
 AGGREGATIONS = ("bump", "late", "paper-normalized", "constant", "paper")
 OWN_FOLDER = "$OPENAI_LOGDIR, or runs/DATE-NAME"  # where joint models' programs write without --log_dir
 LARGEST = 2**63 - 1  # of a whole number without another limit: an int64
-GROUPS = (
-    "data model classifier diffusion modalities sampling optimisation machine logging results options".split()
-)
+GROUPS = "data model classifier diffusion modalities sampling optimisation machine page logging results options".split()
 
 # ------------------------------------------------------------------------------------------------- what a flag is
 
@@ -308,6 +306,13 @@ FLAGS: dict[str, Flag] = {
         seed=Flag("of all random numbers: the same seed gives the same result", low=0, high=_SEED, kind=int),
     ),
     **_group(
+        "page",
+        host=Flag("address to listen on; 0.0.0.0: every network of this machine"),
+        port=Flag("port to listen on; 0: any free one", low=0, high=65535),
+        queue=Flag("drawings that may wait in line", low=0, high=10_000),
+        max_upload=Flag("MiB that one request may bring", low=0, above=True, high=1024),
+    ),
+    **_group(
         "logging",
         log_interval=Flag("steps between lines of the log", low=1),
         eval_interval=Flag("steps between validations", low=1),
@@ -326,6 +331,7 @@ FLAGS: dict[str, Flag] = {
             unset="$OPENAI_LOGDIR, or a new temporary folder as upstream",
         ),
         out=Flag("where the results go", path="folder"),
+        film=Flag("a .gif of the denoising, image and modalities at every step", path="file"),
         json=Flag("also write the numbers, and all they depend on, as JSON", path="file"),
         title=Flag("of the plot"),
     ),

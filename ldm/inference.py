@@ -161,16 +161,24 @@ def draw(
     guidance: float = 1.0,
     shape: tuple[int, int, int] | None = None,
     progress: bool = False,
+    watch: Callable | None = None,
     **directions,
 ) -> dict[str, torch.Tensor]:
     """What is wanted of n samples, by name, as every script draws it: images [n, C, H, W], probabilities, vectors.
 
-    directions: strength and absent, of a joint model; others as in JointLatentDiffusion.sample_joint. The weights are
+    directions: strength and absent, of a joint model; others, such as watch, as in JointLatentDiffusion.sample_joint. The weights are
     those in use.
     """
     if isinstance(model, JointLatentDiffusion):
         own = dict(
-            sampler=sampler, steps=steps, eta=eta, seed=seed, indices=indices, progress=progress, shape=shape
+            sampler=sampler,
+            steps=steps,
+            eta=eta,
+            seed=seed,
+            indices=indices,
+            progress=progress,
+            shape=shape,
+            watch=watch,
         )
         guide = dict(conditioning=conditioning, unconditional=unconditional, guidance=guidance, use_ema=False)
         return model.sample_joint(n, given, wanted, **own, **guide, **directions)
@@ -184,6 +192,7 @@ def draw(
         unconditional_guidance_scale=guidance,
         unconditional_conditioning=unconditional,
         random=PerSample.derived(seed, indices, model.device),
+        watch=watch,
     )
     return {model.first_stage_key: model.decode_first_stage(latents)}
 

@@ -1,6 +1,7 @@
 """Sample a model that main.py trained, in any direction: what scripts/sample_diffusion.py does with its flags."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,11 @@ def read_condition(source: str, model, config: dict):
 
 
 @torch.no_grad()
-def sample(args, model, given: dict, wanted: list[str], numbers: list[int]) -> dict[str, torch.Tensor]:
-    """What is wanted, by name, for the samples with these numbers; images [b, C, H, W] in [-1, 1]."""
+def sample(
+    args, model, given: dict, wanted: list[str], numbers: list[int], watch: Callable | None = None
+) -> dict[str, torch.Tensor]:
+    """What is wanted, by name, for the samples with these numbers; images [b, C, H, W] in [-1, 1]. watch: as in
+    guided_diffusion's `joint_sample`, of latents."""
     n, given = len(numbers), dict(given)
     conditioning = None
     if model.model.conditioning_key is not None:
@@ -114,6 +118,7 @@ def sample(args, model, given: dict, wanted: list[str], numbers: list[int]) -> d
         unconditional=free,
         guidance=args.scale,
         progress=dist_util.get_rank() == 0,
+        watch=watch,
         **({"strength": args.strength} if joint else {}),
     )
 
@@ -147,7 +152,7 @@ def finish(
     labels = [array[:SHEET].argmax(1) for name, array in arrays.items() if name not in model.standards]
     captions = label_captions(labels, class_names)
     rows = [
-        Row(f"{name} (given)", to_uint8(inference.take(value, list(range(min(SHEET, count))))))
+        Row(name, to_uint8(inference.take(value, list(range(min(SHEET, count))))), mark="given")
         for name, value in given.items()
         if isinstance(value, torch.Tensor) and value.ndim == 4
     ]
@@ -155,7 +160,7 @@ def finish(
         if name in arrays:
             continue
         images = inference.read_images(out / folder_of(name, model), range(count))
-        rows.append(Row(name, images[:SHEET], captions))
+        rows.append(Row(name, images[:SHEET], captions, "generated"))
         if name == model.first_stage_key:
             (out / "numpy").mkdir(exist_ok=True)
             np.savez(out / "numpy" / f"{'x'.join(map(str, images.shape))}-samples.npz", images)

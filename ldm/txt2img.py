@@ -192,7 +192,7 @@ def sheet_rows(args, drawings: Sequence[Drawing], prompts: list[str], numbers: r
     for_each = args.n_iter * args.n_samples
     columns = args.n_rows or for_each
     rows = [
-        Row(f"{name} (given)", to_uint8(inference.take(value, range(min(columns, len(numbers))))))
+        Row(name, to_uint8(inference.take(value, range(min(columns, len(numbers))))), mark="given")
         for name, value in drawings[0].given.items()
         if value.ndim == 4
     ]

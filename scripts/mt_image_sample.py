@@ -8,7 +8,7 @@
 
 The model's configuration is in the checkpoint. The same seed gives the same images for any batch size and number
 of ranks. In the log's folder: samples_NxHxWxC.npz (arr_0 = uint8 images as ADM writes them, every modality under its
-name, arr_1 = classes that were drawn or guided to) and samples.png.
+name, arr_1 = classes that were drawn or guided to) and samples.png. --film FILE.gif shows the denoising of the first samples.
 """
 
 from guided_diffusion import flags
@@ -56,6 +56,7 @@ def parser() -> flags.Parser:
         "--num_classes", default=0, help="of the classifier where the model has no labels; 0: the model's"
     )
     own.add_flags(flags.classifier_flags())
+    own.add("--film", default="")
     own.add("--log_dir", unset=flags.OWN_FOLDER)
     return own
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch as th
+from PIL import Image
 
-from guided_diffusion.figures import Row, contact_sheet, to_uint8
+from guided_diffusion.figures import MARKS, Row, contact_sheet, is_frame, save_film, to_uint8
 
 
 def plain(value, count=3, size=8, channels=3):
@@ -79,3 +80,37 @@ def test_empty_rows_are_left_out_and_a_sheet_of_nothing_refused():
     assert contact_sheet([Row("", plain(0)), Row("none", plain(0, count=0))]).size == one.size
     with pytest.raises(ValueError, match="at least one image"):
         contact_sheet([Row("none", plain(0, count=0))])
+
+
+def test_a_wide_sheet_goes_on_below_with_all_its_rows():
+    rows = [Row("image", plain(10, count=40)), Row("masked", plain(90, count=40), mark="given")]
+    sheet = contact_sheet(rows, width=800)
+    assert sheet.width <= 800
+    pixels = np.asarray(sheet)
+    # All tiles are there, those of both rows in turn.
+    for value in (10, 90):
+        assert (pixels == value).all(axis=-1).sum() == 40 * 64 * 64
+    down = [int(v) for v in pixels[:, 6 + 32, 0] if v in (10, 90)]
+    assert [v for k, v in enumerate(down) if not k or down[k - 1] != v] == [10, 90] * 4
+
+
+def test_marks_have_their_colours_and_long_captions_do_not_collide():
+    given, true = (np.asarray(contact_sheet([Row("x", plain(255), mark=m)])) for m in ("given", "true"))
+    for sheet, mark in ((given, "given"), (true, "true")):
+        assert (np.abs(sheet.astype(int) - MARKS[mark]).max(axis=-1) < 40).any()
+    wide = contact_sheet([Row("", plain(255), ["a rather long class name"] * 3)])
+    ink = (np.asarray(wide)[24 + 64 :] < 128).any(axis=(0, 2))
+    gaps = [len(run) for run in "".join("x" if dark else " " for dark in ink).strip().split("x")]
+    assert wide.width > 400 and sum(gap >= 6 for gap in gaps) >= 2
+
+
+@pytest.mark.parametrize("total", [1, 7, 48, 49, 1000])
+def test_a_film_has_few_frames_and_the_last_step(total, tmp_path):
+    shown = [k for k in range(1, total + 1) if is_frame(k, total)]
+    assert (
+        shown[-1] == total and len(shown) == min(total, len(shown)) <= 48 and len(shown) > min(total, 24) - 1
+    )
+    frames = [contact_sheet([Row("", plain(k % 256, count=1))]) for k in shown]
+    save_film(frames, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == len(frames) and film.size == frames[0].size

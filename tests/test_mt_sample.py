@@ -393,3 +393,26 @@ def test_bound_of_bad_input_is_refused_in_one_line(trained, tmp_path, capsys):
     ):
         line = refusal(capsys, "mt_image_nll", "--model_path", trained, "--log_dir", tmp_path / "out", *flags)
         assert message in line, (flags, line)
+
+
+def test_the_denoising_is_filmed(trained, data, tmp_path, capsys):
+    film = tmp_path / "film.gif"
+    sample(trained, tmp_path / "out", "--num_samples", 2, "--film", film)
+    with Image.open(film) as frames:
+        assert frames.n_frames == 5  # one for each step
+        first = np.asarray(frames.convert("RGB"))
+        frames.seek(4)
+        last = np.asarray(frames.convert("RGB"))
+    assert first.shape == last.shape and (first != last).any()
+    assert last.shape[0] > 2 * 96 and last.shape[1] > 2 * 96  # two samples across, the masked image below
+    given = (
+        "--model_path",
+        trained,
+        "--log_dir",
+        tmp_path / "no",
+        "--given",
+        f"image={data}",
+        "--film",
+        film,
+    )
+    assert "nothing is denoised" in refusal(capsys, "mt_image_sample", *given)

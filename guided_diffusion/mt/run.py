@@ -1,15 +1,16 @@
 """What the programs of joint models do once their flags are read: train, sample in any direction, measure the bound."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch as th
 import torch.distributed as dist
+from PIL import Image
 
 from .. import checkpoint_util, cli, dist_util, logger
 from ..errors import UserError, UserValueError
-from ..figures import Row, contact_sheet, label_captions, to_uint8
+from ..figures import Row, contact_sheet, is_frame, label_captions, save_film, to_uint8
 from ..flags import model_and_diffusion_defaults, mt_defaults
 from ..image_datasets import SquareImages, classes_of, hold_out, load_stream, open_dataset
 from ..image_files import are_numbers
@@ -26,6 +27,10 @@ from .training import JointTrainLoop
 
 GRID = 12  # samples drawn at every save of a training
 SHEET = 16  # samples in the sheet of a sampling
+FILMED, FILM_TILE = 8, 96  # samples in a film, and pixels of one
+
+# Told of a step of sampling: its number from 1, their count, the predicted images [B, C, H, W] and modalities by name.
+Watch = Callable[[int, int, th.Tensor, dict[str, th.Tensor]], None]
 
 # ----------------------------------------------------------------------------------------------------------- training
 
@@ -269,14 +274,17 @@ def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
             log.writer.add_image("samples", np.asarray(sheet), number, dataformats="HWC")
 
 
+def names_of_classes(model: JointModel, label: Modality) -> Sequence[str]:
+    """The names of a label's classes, () where they have none."""
+    return model.class_names if label.data_key == "y" else label.class_names
+
+
 def _captions(model, values):
     """The most probable labels among `values` [N, ...], by name."""
     rows = []
     for m in model.modalities:
         if m.name in values and (classes := m.classes(values[m.name])) is not None:
-            rows.append(
-                label_captions([classes.tolist()], model.class_names if m.data_key == "y" else m.class_names)
-            )
+            rows.append(label_captions([classes.tolist()], names_of_classes(model, m)))
     return [" ".join(words) for words in zip(*rows, strict=True)]
 
 
@@ -311,7 +319,10 @@ def sample(args) -> None:
             {name: value[th.tensor(numbers) % len(value)].to(dist_util.dev()) for name, value in some.items()}
             for some in (given, holes)
         )
-        made = sample_batch(args, model, guidance, absent, drawn, part, part_holes, numbers)
+        film = Film(args.film, model, given) if args.film and not rows and dist_util.get_rank() == 0 else None
+        made = sample_batch(args, model, guidance, absent, drawn, part, part_holes, numbers, film)
+        if film is not None:
+            film.save()
         kept = {"image", "classes", *wanted, *given}
         directions.store(rows, numbers, {name: value for name, value in made.items() if name in kept})
     arrays = directions.gathered(rows)
@@ -362,9 +373,10 @@ def sample_batch(
     given: dict,
     holes: dict,
     indices: list[int],
+    watch: Watch | None = None,
 ) -> dict[str, th.Tensor]:
     """Images and modalities [b, ...] of the samples with the given indices; `classes` [b], where they were
-    drawn or guided to."""
+    drawn or guided to. watch: see `Watch`."""
     random = PerSample.derived(args.seed, indices, dist_util.dev())
     if "image" in given and "image" not in holes:
         if guidance is not None or args.guidance_scale != 1 or absent:
@@ -405,8 +417,71 @@ def sample_batch(
         guidance=args.guidance_scale,
         absent=absent,
         progress=dist_util.get_rank() == 0,
+        on_step=watch and stepwise(watch, model.respaced(args.steps).num_timesteps, known),
     )
     return {"image": result.images, **result.values, **extra}
+
+
+def stepwise(watch: Watch, total: int, known: Known | None = None) -> Callable[[int, dict], None]:
+    """`watch` as `on_step` of `joint_sample`, known pixels in their place."""
+
+    def on_step(k, out):
+        if k >= 0:
+            images = out["pred_xstart"]
+            if known is not None:
+                images = th.where(known.where, known.values, images)
+            watch(k + 1, total, images, dict(out["joint"].values) if "joint" in out else {})
+
+    return on_step
+
+
+def mark_of(name: str, given: Collection[str], holes: Collection[str] = ()) -> str:
+    """How a sheet marks the row of `name`; what has holes is generated there."""
+    return "given" if name in given and name not in holes else "generated"
+
+
+class Film:
+    """The denoising of the first FILMED samples: at each of its steps the predicted image above the modalities'
+    estimates. An object of it is a `Watch`."""
+
+    def __init__(self, path: str, model: JointModel, given: Collection[str] = ()):
+        self.path, self.model, self.given, self.frames = path, model, given, []
+
+    def __call__(self, done: int, total: int, images: th.Tensor, values: dict) -> None:
+        if is_frame(done, total):
+            self.frames.append(self.frame(images, values, f"step {done} of {total}"))
+
+    def frame(self, images: th.Tensor, values: dict, title: str) -> Image.Image:
+        """One image of the film."""
+        images, values = (
+            images[:FILMED].float().cpu(),
+            {n: v[:FILMED].float().cpu() for n, v in values.items()},
+        )
+        told = label_chances(self.model, values)
+        rows = [Row(f"image, {title}", to_uint8(images.clamp(-1, 1)), told, "generated")]
+        for m in self.model.modalities:
+            pixels = m.pixels(values[m.name]) if m.name in values else None
+            if pixels is not None:
+                rows.append(Row(m.name, pixels, mark=mark_of(m.name, self.given)))
+        return contact_sheet(rows, tile=FILM_TILE)
+
+    def save(self) -> None:
+        """Write the film. UserValueError where nothing was denoised."""
+        if not self.frames:
+            raise UserValueError("--film: the image is given, and nothing is denoised")
+        save_film(self.frames, self.path)
+        logger.log(f"saved {self.path}, {len(self.frames)} frames")
+
+
+def label_chances(model: JointModel, values: dict) -> list[str]:
+    """The likeliest class of every label with its probability, as captions [N]; [] where there is no label."""
+    told = []
+    for m in model.modalities:
+        if m.name in values and m.classes(values[m.name]) is not None:
+            chance, number = values[m.name].max(dim=1)
+            names = label_captions([number.tolist()], names_of_classes(model, m))
+            told.append([f"{name} {part:.0%}" for name, part in zip(names, chance.tolist(), strict=True)])
+    return [" ".join(parts) for parts in zip(*told, strict=True)]
 
 
 def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: JointModel) -> None:
@@ -434,8 +509,7 @@ def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: Join
             if getattr(m, "class_names", None) and not are_numbers(m.class_names):
                 stored[f"{name}_class_names"] = np.array(m.class_names)
         if pixels is not None:
-            told = f"{name} ({'given' if name in given else 'generated'})"
-            rows.append(Row(told, pixels[:SHEET], captions))
+            rows.append(Row(name, pixels[:SHEET], captions, mark_of(name, given, holes)))
     if "classes" in arrays:
         stored["arr_1"] = arrays["classes"].astype(np.int64)  # ADM's name for the labels
     if not are_numbers(model.class_names):

@@ -6,7 +6,7 @@ diffuses the image's latents, shifted by theirs, and predicts both. Vectors come
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -349,6 +349,7 @@ class JointLatentDiffusion(LatentDiffusion):
         shape: tuple[int, int, int] | None = None,
         use_ema: bool = True,
         progress: bool = False,
+        watch: Callable | None = None,
     ) -> dict[str, torch.Tensor]:
         """n samples of what is wanted (default: everything that is not given), by name: images [n, C, H, W]
         (not clipped), class probabilities, vectors.
@@ -357,7 +358,7 @@ class JointLatentDiffusion(LatentDiffusion):
         int64 [n] or probabilities, vectors [n, D] or images [n, 3, H, W] to read them off. If the image is given, see
         `predict`. sampler, steps, eta: see `Sampler.sample`; seed, indices: sample k is number indices[k] (default
         k) of the seed, whatever n; conditioning, unconditional: learned, and what guidance leads away from; guidance,
-        strength, absent: see JointDenoiser; shape: of the latents. UserValueError for unknown names.
+        strength, absent: see JointDenoiser; shape: of the latents; watch: see Sampler.sample. UserValueError for unknown names.
         """
         if sampler not in SAMPLERS:
             raise UserValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -383,6 +384,7 @@ class JointLatentDiffusion(LatentDiffusion):
                     given=values,
                     strength=strength,
                     absent=absent,
+                    watch=watch,
                 )
                 out = {self.first_stage_key: latents, **way.get("values", {})}
         return self.decoded({name: out[name] for name in wanted})

@@ -267,6 +267,7 @@ class Sampler:
         unconditional_guidance_scale=1.0,
         unconditional_conditioning=None,
         random: PerSample | None = None,
+        watch: Callable | None = None,
         **directions,
     ) -> tuple[torch.Tensor, dict]:
         """Latents [batch_size, *shape] in S steps (None: the whole process, down to the image), and what lay on
@@ -276,7 +277,7 @@ class Sampler:
         eta: 0 deterministic, 1 as noisy as DDPM; mask [B, 1, h, w]: 1 where latents x0 are kept; quantize_x0: round
         predicted latents to the codebook; temperature, noise_dropout: of each step's noise; callback(i),
         img_callback(pred_x0, i): called after step i; log_every_t: every so many indices `x_inter` and `pred_x0` are
-        kept; random: one generator per sample (None: the global one); directions: what else the model's `network`
+        kept; random: one generator per sample (None: the global one); watch: `Watch` of mt/run.py, of latents; directions: what else the model's `network`
         takes. Of a joint model `values` has the modalities. UserValueError for options that do not go together.
         """
         unknown = sorted(set(directions) - set(self.model.directions))
@@ -296,6 +297,9 @@ class Sampler:
                 callback(i)
             if img_callback is not None:
                 img_callback(out["pred_xstart"], i)
+            if watch is not None:
+                joint = out.get("joint")
+                watch(i + 1, last + self._to_image, out["pred_xstart"], dict(joint.values) if joint else {})
 
         noise, last = Noise(random, temperature, noise_dropout), self.diffusion.num_timesteps - 1
         z = noise.randn((batch_size, *shape), self.model.device) if x_T is None else x_T.to(self.model.device)
