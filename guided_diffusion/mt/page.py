@@ -36,7 +36,7 @@ from ..figures import is_frame, save_film, to_uint8
 from ..flags import FLAGS, SAMPLERS
 from . import directions
 from .model import JointModel
-from .run import Film, read_given, sample_batch
+from .run import Film, names_of_classes, read_given, sample_batch
 
 PAGE = Path(__file__).with_suffix(".html")
 MOST_SAMPLES = 16
@@ -53,7 +53,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that a model knows: the image or a modality. kind: image, label, vector or text."""
+    """One thing that a model knows: the image or a modality. kind: image, map (of classes), label, vector or text."""
 
     name: str
     kind: str
@@ -64,6 +64,8 @@ class Part:
     width: int = 0
     channels: int = 0
     classes: Sequence[str] = field(default_factory=tuple)
+    colors: Sequence[Sequence[int]] = field(default_factory=tuple)  # of a map's classes
+    numbered: bool = False  # is a map read as numbers of classes, not as colours?
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,18 @@ class PixelStudio(Studio):
         self.title, self.timesteps = Path(path).name, self.model.diffusion.num_timesteps
         channels, height, width = self.model.shape
         size = dict(height=height, width=width, channels=channels)
-        names = self.model.class_names
         self.parts = [Part("image", "image", holes=True, **size)]
         for m in self.model.modalities:
             own = {}
             if m.kind == "image":
-                own = size | dict(holes=m.derive is not None)
+                own = size | dict(channels=m.shape[0], holes=m.derive is not None)
             elif m.kind == "label":
-                own = dict(classes=tuple(names) or tuple(map(str, range(m.shape[0]))))
+                own = dict(classes=names_of_classes(self.model, m) or tuple(map(str, range(m.shape[0]))))
+            elif m.kind == "map":
+                names = tuple(map(str, range(m.shape[0]))) if m.palette is None else tuple(m.palette.classes)
+                own = size | dict(
+                    channels=3, classes=names, colors=m.colors().tolist(), numbered=m.palette is None
+                )
             self.parts.append(Part(m.name, m.kind, drawable=m.head != "none", **own))
 
     def draw(self, wish, watch):
@@ -319,16 +325,26 @@ def _source_of(part: Part, value, folder: Path) -> str:
         raise UserValueError(f"{part.name}: the file did not arrive whole") from None
     path = folder / f"{part.name}{'.npy' if part.kind == 'vector' else '.png'}"
     path.write_bytes(content)
-    if part.kind == "image":
+    if part.kind in ("image", "map"):
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 size = image.size
+                painted = np.asarray(image.convert("RGB"), np.int64) if max(size) <= 4096 else None
         except OSError:
             raise UserValueError(f"{part.name}: that is no PNG image") from None
         if size != (part.width, part.height):
             raise UserValueError(
                 f"{part.name} must have {part.width}x{part.height} pixels, not {size[0]}x{size[1]}"
             )
+    if part.kind == "map":  # the class of the nearest colour
+        colors = np.asarray(part.colors)
+        number = np.abs(painted[..., None, :] - colors).sum(-1).argmin(-1)
+        pixels = (
+            number.astype(np.uint8 if len(colors) <= 256 else np.uint16)
+            if part.numbered
+            else colors[number].astype(np.uint8)
+        )
+        Image.fromarray(pixels).save(path)
     return str(path)
 
 
