@@ -38,6 +38,7 @@ from .errors import UserError, UserFileError, machine_error
 
 FORMAT = "mt-diffusion-checkpoint"
 METADATA = "mt_diffusion"  # of a safetensors file, under which it describes its model
+HUB_WEIGHTS = "model.safetensors"  # in a folder that is shared
 VERSION = 1
 _COMPLETE = re.compile(r"checkpoint(\d{6,})\.pt")
 _AVERAGE = re.compile(r"ema_([\d.]+)_(\d{6,})\.pt")
@@ -219,6 +220,7 @@ def config_of(path: str | os.PathLike) -> dict:
         return {}
     folder = path if path.is_dir() else path.parent
     beside = (path.with_suffix(".flags"), path.with_suffix(".yaml"), folder / "config.yaml")
+    beside = (*beside, *([folder / HUB_WEIGHTS] if path.is_dir() else []))
     for source in (path, *beside, *map(Path, reversed(complete_checkpoints(folder)))):
         with contextlib.suppress(OSError, UserError, yaml.YAMLError, RuntimeError, pickle.UnpicklingError):
             if found := _flags_in(source):

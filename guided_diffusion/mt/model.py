@@ -24,6 +24,7 @@ from ..unet import UNetModel
 from .aggregation import Aggregation
 from .bound import Bound, multitask_bound
 from .denoiser import predict_modalities
+from .hub import HubModel, training_of
 from .losses import JointLosses, multitask_losses
 from .modalities import Modality, parse_modalities
 from .modality_set import Batch, ModalitySet, Values, derive_values, peaks, with_peaks
@@ -38,18 +39,20 @@ REPORTED = (50, 200, 500, 800)  # of 1000: timesteps at which the start-up repor
 FORMER = dict(detectability=0.0, presence=False, unshifted_probability=0.0, code_interval=1)
 
 
-class JointModel:
+class JointModel(HubModel):
     """Modalities, aggregation, network and diffusion, made together.
 
     modalities: the set, which owns the full process; network: module or callable that `ModalitySet.apply` calls;
     diffusion: what it is sampled with by default, the full process or a respaced one; flags: those of
-    `mt_defaults`, as plain values, where it was made of them.
+    `mt_defaults`, as plain values, where it was made of them. Models are shared by `save_pretrained`, `push_to_hub`
+    and `from_pretrained` (hub.py).
     """
 
     def __init__(self, modalities: ModalitySet, network, diffusion=None, flags: Mapping | None = None):
         self.modalities, self.network = modalities, network
         self.diffusion = diffusion or modalities.process
         self.flags = dict(flags or {})
+        self.training: dict = {}  # what is known of how it was trained
 
     @classmethod
     def from_flags(cls, flags: Mapping) -> "JointModel":
@@ -94,8 +97,8 @@ class JointModel:
         """The model of a checkpoint, in evaluation mode on the CPU; its configuration is in the file or
         beside it.
 
-        path: a complete checkpoint (checkpoint*.pt), a run folder (its newest one), or ADM's model*.pt or
-        ema_*.pt beside the run's config.yaml. weights: of a complete checkpoint, `ema` (the first rate), one
+        path: a complete checkpoint (checkpoint*.pt), a run folder (its newest one), a .safetensors that describes
+        itself or a folder of `save_pretrained`, or ADM's model*.pt or ema_*.pt beside the run's config.yaml. weights: of a complete checkpoint, `ema` (the first rate), one
         rate such as `0.9999`, or `model`. UserError if something is missing or does not fit.
         """
         state, flags, source = _read(path, weights)
@@ -104,6 +107,7 @@ class JointModel:
         checkpoint_util.load_weights(model.network, state, source)
         model.network.dtype = th.float32  # of the weights, also where they were trained with use_fp16
         model.network.eval()
+        model.training = training_of(flags)
         return model
 
     @property
@@ -279,10 +283,15 @@ def _parts(names):
 def _read(path, weights):
     """(state dict, flags, file name) of what `path` means."""
     if os.path.isdir(path):
-        found = checkpoint_util.find_complete_checkpoint(path)
+        shared = os.path.join(path, checkpoint_util.HUB_WEIGHTS)
+        found = shared if os.path.isfile(shared) else checkpoint_util.find_complete_checkpoint(path)
         if found is None:
             raise UserFileError(f"no complete checkpoint (checkpoint*.pt) in {path}")
         path = found
+    if str(path).endswith(".safetensors"):
+        about = checkpoint_util.read_metadata(path, checkpoint_util.METADATA)
+        if about.get("kind") == "joint":
+            return checkpoint_util.read_weights(path), about["flags"], path
     content = checkpoint_util.read(path)
     if not (isinstance(content, dict) and content.get("format") == checkpoint_util.FORMAT):
         beside = Path(path).parent / CONFIG_NAME
