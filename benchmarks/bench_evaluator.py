@@ -33,6 +33,8 @@ from evaluations.images import open_images
 from evaluations.inception import Inception
 from evaluations.inception_weights import ARCHITECTURE, InceptionWeights, seeded_weights
 from evaluations.precision_recall import precision_recall
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.flags import Parser
 
 PEER_BATCHES = (8, 50)  # 50 is pytorch-fid's default
 
@@ -217,21 +219,29 @@ def machine(device: torch.device) -> dict:
     }
 
 
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    many = dict(low=1, high=10_000_000, group="data")
+    own.add("--num_images", default=200, help="images of 64x64 per pass", **many)
+    own.add("--repetitions", default=3, low=1, high=10_000, group="results", help="passes")
+    own.add("--batch_size", default=64)
+    own.add("--threads", kind=int, low=1, high=4096, group="machine", unset="all", help="of the CPU")
+    own.add(
+        "--metrics",
+        action="store_true",
+        group="results",
+        help="measure FID, precision and recall instead of features",
+    )
+    own.add("--references", default=10_000, help="with --metrics", **many | dict(low=4))
+    own.add("--samples", default=50_000, help="with --metrics", **many | dict(low=4))
+    own.add("--json")
+    return own
+
+
+@exit_on_user_error()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--num_images", type=int, default=200, help="images of 64x64 per pass")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--threads", type=int, help="of the CPU; all by default")
-    parser.add_argument(
-        "--metrics", action="store_true", help="measure FID, precision and recall instead of features"
-    )
-    parser.add_argument("--references", type=int, default=10_000, help="with --metrics")
-    parser.add_argument("--samples", type=int, default=50_000, help="with --metrics")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers")
-    args = parser.parse_args()
+    args = parser().parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

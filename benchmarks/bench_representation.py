@@ -8,7 +8,6 @@ once more, without gradient, on every representation. The three take turns, so t
 of them; prints medians and their ratios to the single-task step of the same run.
 """
 
-import argparse
 import platform
 import statistics
 import sys
@@ -22,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from guided_diffusion.config_file import load_with_bases  # noqa: E402
+from guided_diffusion.errors import exit_on_user_error  # noqa: E402
+from guided_diffusion.flags import Parser  # noqa: E402
 from guided_diffusion.seeding import PerSample  # noqa: E402
 from ldm.util import instantiate_from_config  # noqa: E402
 
@@ -36,15 +37,13 @@ class States(torch.nn.Module):
         return torch.randn(len(captions), 32, 128, generator=torch.Generator().manual_seed(0))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of this script."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    flags.add_argument("--batch_size", type=int, default=32)
-    flags.add_argument("--repetitions", type=int, default=15)
-    flags.add_argument("--threads", type=int, default=1)
-    return flags
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("--batch_size", default=32)
+    own.add("--repetitions", default=15, low=1, high=10_000, group="results", help="updates that are timed")
+    own.add("--threads", default=1, low=1, high=4096, group="machine", help="of the CPU")
+    return own
 
 
 def make(joint: bool, **modality):
@@ -77,6 +76,7 @@ def step(model, optimizer, batch) -> float:
     return time.perf_counter() - started
 
 
+@exit_on_user_error()
 def main():
     args = parser().parse_args()
     torch.set_num_threads(args.threads)

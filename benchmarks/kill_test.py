@@ -9,7 +9,6 @@ whole. At the end weights, averages, optimizer, random state and position are co
 Prints one line; exit code 1 where anything differed.
 """
 
-import argparse
 import os
 import random
 import re
@@ -29,6 +28,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.flags import Parser
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY = 40, 4  # of a run, and between two checkpoints
 SLOW = 0.05  # seconds that a checkpoint's write stays half done
@@ -43,15 +45,19 @@ PIXEL = ("step", "seed", "model", "ema", "optimizer", "rng", "schedule_sampler",
 LATENT = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "DataModuleFromConfig")
 
 
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("--kills", default=30, low=1, high=100_000, group="results", help="how often to kill")
+    own.add("--ranks", default=1, low=1, high=1024, group="machine", help="processes of a run")
+    own.add("--latent", action="store_true", group="model", help="train a latent diffusion model by main.py")
+    own.add("--seed", default=0, help="of the moments")
+    return own
+
+
+@exit_on_user_error()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--latent", action="store_true", help="train a latent diffusion model by main.py")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    args = parser.parse_args()
+    args = parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         test = KillTest(Path(folder), args.ranks, args.latent, args.seed)
         failed = test.run(args.kills)

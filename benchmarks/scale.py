@@ -6,7 +6,6 @@ Every model is made of its configuration on torch's meta device, where tensors h
 nothing is measured. The page that this writes says how every number is obtained.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.step_cost import FULL, HALF, Step, Work, count_step, inference
-from guided_diffusion.flags import mt_training_defaults, read_config
+from guided_diffusion.errors import exit_on_user_error
+from guided_diffusion.flags import Parser, mt_training_defaults, read_config
 from guided_diffusion.mt.modalities import Modality
 from guided_diffusion.mt.model import JointModel
 from guided_diffusion.mt.training import code_interval
@@ -310,10 +310,10 @@ def page() -> str:
     return PAGE.format(flops=flops_table(), scales=scales, data=data_table(), **rates)
 
 
+@exit_on_user_error()
 def main():
     """Print the page."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.parse_args()
+    Parser(__doc__).parse_args()
     print(page(), end="")
 
 

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
-from evaluations.features import BATCH_SIZE
 from guided_diffusion.flags import Parser
+
+BATCH_SIZE = 64
+STRENGTH = 0.5  # of SDEdit
+NETS = ("alex", "vgg", "squeeze")  # of LPIPS
 
 
 def add_json_option(parser: Parser) -> None:

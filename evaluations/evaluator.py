@@ -8,6 +8,34 @@ Both files hold uint8 images [N, H, W, 3] under arr_0; a folder of images does a
 `sigma`, `mu_s`, `sigma_s`) are used for FID and sFID, as ADM does it.
 """
 
+from evaluations.arguments import add_json_option, add_network_options
+from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser, answer_early
+
+
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("ref_batch", path="source", help="reference batch: .npz or folder")
+    own.add("sample_batch", path="source", help="samples: .npz or folder")
+    add_network_options(own)
+    add_json_option(own)
+    own.add(
+        "--bootstrap",
+        default=0,
+        low=1,
+        high=1_000_000,
+        group="results",
+        help="95 % intervals of FID and sFID from so many draws",
+    )
+    own.add("--seed", default=0, help="of the bootstrap and of the bias estimate")
+    return own
+
+
+if __name__ == "__main__":
+    answer_early(parser)  # before the slow imports
+
+
 import argparse
 import dataclasses
 import functools
@@ -19,7 +47,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluations.arguments import add_json_option, add_network_options
 from evaluations.features import BATCH_SIZE, extract_features
 from evaluations.frechet import (
     Gaussian,
@@ -35,8 +62,6 @@ from evaluations.inception import RESIZE_MODE, Inception, load_inception
 from evaluations.precision_recall import precision_recall
 from evaluations.scores import inception_score
 from guided_diffusion import dist_util
-from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
-from guided_diffusion.flags import Parser
 
 FEW = 2048  # images: below the number of features, FID's covariance is singular and its bias large
 META = "meta"  # key of an .npz written by make_reference.py: JSON that says how its statistics were computed
@@ -216,25 +241,6 @@ def _say(text: str) -> None:
 def _note(text: str) -> None:
     if dist_util.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
-
-
-def parser() -> Parser:
-    """The flags of this program."""
-    own = Parser(__doc__)
-    own.add("ref_batch", path="source", help="reference batch: .npz or folder")
-    own.add("sample_batch", path="source", help="samples: .npz or folder")
-    add_network_options(own)
-    add_json_option(own)
-    own.add(
-        "--bootstrap",
-        default=0,
-        low=1,
-        high=1_000_000,
-        group="results",
-        help="95 % intervals of FID and sFID from so many draws",
-    )
-    own.add("--seed", default=0, help="of the bootstrap and of the bias estimate")
-    return own
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluations import distributed
+from evaluations.arguments import BATCH_SIZE
 from evaluations.images import Images, prefetch
 from evaluations.inception import Inception, InceptionOutput
 from guided_diffusion import dist_util
-
-BATCH_SIZE = 64
+from guided_diffusion.progress import tqdm
 
 
 @dataclass(frozen=True)

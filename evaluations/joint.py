@@ -10,6 +10,45 @@ representations, floats [N, D]. Prints the joint Frechet distance, how often lab
 and with --conditional how far pairs drawn jointly are from images drawn for given partners: see docs/evaluation.md.
 """
 
+from evaluations.arguments import add_json_option, add_network_options
+from guided_diffusion.errors import UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser, answer_early
+
+
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("ref_batch", path="source", help="real pairs, .npz")
+    own.add("sample_batch", path="source", help="jointly generated pairs, .npz")
+    own.add("--modality", default="arr_1", group="data", help="array with the other half of the pairs")
+    own.add("--ref_modality", group="data", unset="as --modality", help="its name in the reference")
+    own.add(
+        "--conditional",
+        path="source",
+        group="data",
+        help="pairs whose images were generated for given partners",
+    )
+    own.add(
+        "--predicted",
+        path="source",
+        group="data",
+        help="labels or maps (arr_0) found in the generated images",
+    )
+    own.add(
+        "--palette",
+        group="data",
+        help="of segmentation maps: cityscapes, camvid, or a file with `R G B name` lines",
+    )
+    add_network_options(own)
+    add_json_option(own)
+    own.add("--seed", default=0, help="of the regroupings")
+    return own
+
+
+if __name__ == "__main__":
+    answer_early(parser)  # before the slow imports
+
+
 import argparse
 import dataclasses
 import json
@@ -21,7 +60,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluations.arguments import add_json_option, add_network_options
 from evaluations.features import BATCH_SIZE, extract_features
 from evaluations.frechet import frechet_distance
 from evaluations.images import ArrayImages, NpzImages, class_names, load_array
@@ -36,8 +74,6 @@ from evaluations.joint_metrics import (
     regrouped_frechet,
 )
 from guided_diffusion import dist_util
-from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.flags import Parser
 from guided_diffusion.image_files import check_labels, renumber
 from guided_diffusion.palettes import Palette, load_palette, to_indices
 
@@ -241,36 +277,6 @@ def evaluate_joint(
         weights=network.source,
         weights_sha256=network.sha256,
     )
-
-
-def parser() -> Parser:
-    """The flags of this program."""
-    own = Parser(__doc__)
-    own.add("ref_batch", path="source", help="real pairs, .npz")
-    own.add("sample_batch", path="source", help="jointly generated pairs, .npz")
-    own.add("--modality", default="arr_1", group="data", help="array with the other half of the pairs")
-    own.add("--ref_modality", group="data", unset="as --modality", help="its name in the reference")
-    own.add(
-        "--conditional",
-        path="source",
-        group="data",
-        help="pairs whose images were generated for given partners",
-    )
-    own.add(
-        "--predicted",
-        path="source",
-        group="data",
-        help="labels or maps (arr_0) found in the generated images",
-    )
-    own.add(
-        "--palette",
-        group="data",
-        help="of segmentation maps: cityscapes, camvid, or a file with `R G B name` lines",
-    )
-    add_network_options(own)
-    add_json_option(own)
-    own.add("--seed", default=0, help="of the regroupings")
-    return own
 
 
 def main(arguments: list[str] | None = None) -> None:

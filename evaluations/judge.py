@@ -9,18 +9,52 @@ image out and prints the accuracy there. `score` prints Frechet distance, precis
 features, the Inception Score formula, and with --labels how often a generated label is the one that the judge sees.
 """
 
+from pathlib import Path
+
+from evaluations.arguments import add_json_option, add_label_option, add_size_option
+from guided_diffusion.errors import UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser, answer_early
+
+
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    commands = own.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a judge on labelled images")
+    train.add("data", path="source", help="folder of images, or .npz with arr_0 and arr_1")
+    train.add("judge", kind=Path, path="file", help="the file to write")
+    add_label_option(train)
+    train.add("--epochs", default=6, low=1, high=100_000, group="optimisation", help="passes over the images")
+    judge = commands.add_parser("score", help="judge samples")
+    judge.add("judge", path="source", help="the file of `train`")
+    judge.add("reference", path="source", help="folder of images, or .npz with arr_0")
+    judge.add("samples", path="source", help=".npz with arr_0")
+    judge.add(
+        "--num_images", kind=int, low=1, group="data", unset="all", help="of the reference, drawn by --seed"
+    )
+    judge.add("--labels", metavar="KEY", group="data", help="the array of the samples' generated labels")
+    add_json_option(judge)
+    for command in (train, judge):
+        command.add("--device")
+        add_size_option(command)
+        command.add("--seed", default=0)
+    return own
+
+
+if __name__ == "__main__":
+    answer_early(parser)  # before the slow imports
+
+
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from evaluations.arguments import add_json_option, add_label_option, add_size_option
+from evaluations.distributed import choose_device
 from evaluations.frechet import frechet_bias, frechet_distance
 from evaluations.images import load_array
 from evaluations.joint_metrics import label_agreement
@@ -30,8 +64,7 @@ from evaluations.scores import inception_score
 from evaluations.weights import existing_file, sha256_of
 from guided_diffusion import dist_util, image_files
 from guided_diffusion.checkpoint_util import load_weights, save_atomic
-from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.flags import Parser
+from guided_diffusion.progress import tqdm
 
 FEATURES = 256
 BATCH_SIZE = 128
@@ -235,35 +268,10 @@ def _labels(path: str, key: str) -> np.ndarray:
     return image_files.check_labels(array, len(array), f"{key} of {path}")
 
 
-def parser() -> Parser:
-    """The flags of this program."""
-    own = Parser(__doc__)
-    commands = own.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a judge on labelled images")
-    train.add("data", path="source", help="folder of images, or .npz with arr_0 and arr_1")
-    train.add("judge", kind=Path, path="file", help="the file to write")
-    add_label_option(train)
-    train.add("--epochs", default=6, low=1, high=100_000, group="optimisation", help="passes over the images")
-    judge = commands.add_parser("score", help="judge samples")
-    judge.add("judge", path="source", help="the file of `train`")
-    judge.add("reference", path="source", help="folder of images, or .npz with arr_0")
-    judge.add("samples", path="source", help=".npz with arr_0")
-    judge.add(
-        "--num_images", kind=int, low=1, group="data", unset="all", help="of the reference, drawn by --seed"
-    )
-    judge.add("--labels", metavar="KEY", group="data", help="the array of the samples' generated labels")
-    add_json_option(judge)
-    for command in (train, judge):
-        command.add("--device")
-        add_size_option(command)
-        command.add("--seed", default=0)
-    return own
-
-
 def main() -> None:
     with exit_on_user_error():
         args = parser().parse_args()
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = str(choose_device(args.device))
         if args.command == "train":
             images, labels, names = _images(args.data, args.image_size, label_from=args.label_from)
             if labels is None:

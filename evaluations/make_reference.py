@@ -11,16 +11,53 @@ the first underscore, else the folder; --label_from says which); of an .npz it i
 the classes' names too, as `class_names`. `meta` says how all this was computed, as JSON.
 """
 
+from pathlib import Path
+
+from evaluations.arguments import add_label_option, add_network_options, add_size_option
+from guided_diffusion.errors import UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser, answer_early
+
+NUM_IMAGES = 10_000  # that ADM's reference batches keep
+
+
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("source", path="source", help="folder of images, or .npz with arr_0")
+    own.add("output", kind=Path, path="file", help="the .npz to write")
+    add_size_option(own)
+    own.add("--num_images", default=NUM_IMAGES, low=1, group="data", help="images kept in arr_0")
+    own.add(
+        "--classes",
+        path="source",
+        group="data",
+        unset="all",
+        help="only these: a text file, one name per line",
+    )
+    own.add(
+        "--labels",
+        action="store_true",
+        group="results",
+        help="also write the labels of the kept images, as arr_1",
+    )
+    add_label_option(own)
+    own.add("--seed", default=0, help="of the choice of the images kept")
+    add_network_options(own)
+    return own
+
+
+if __name__ == "__main__":
+    answer_early(parser)  # before the slow imports
+
+
 import argparse
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
 from evaluations import distributed
-from evaluations.arguments import add_label_option, add_network_options, add_size_option
 from evaluations.evaluator import META
 from evaluations.features import BATCH_SIZE, stream_features
 from evaluations.frechet import RunningStatistics, Statistics
@@ -36,11 +73,8 @@ from evaluations.images import (
 )
 from evaluations.inception import RESIZE_MODE, Inception, load_inception
 from guided_diffusion import dist_util, image_files
-from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.flags import Parser
 from guided_diffusion.text_files import read_lines
 
-NUM_IMAGES = 10_000  # that ADM's reference batches keep
 CROP_MODE = "box-halving-bicubic-center"  # of center_crop_arr
 
 
@@ -181,32 +215,6 @@ def write_reference(
     with open(unfinished, "wb") as file:
         np.savez(file, **arrays, **{META: np.array(json.dumps(asdict(meta)))})
     os.replace(unfinished, path)
-
-
-def parser() -> Parser:
-    """The flags of this program."""
-    own = Parser(__doc__)
-    own.add("source", path="source", help="folder of images, or .npz with arr_0")
-    own.add("output", kind=Path, path="file", help="the .npz to write")
-    add_size_option(own)
-    own.add("--num_images", default=NUM_IMAGES, low=1, group="data", help="images kept in arr_0")
-    own.add(
-        "--classes",
-        path="source",
-        group="data",
-        unset="all",
-        help="only these: a text file, one name per line",
-    )
-    own.add(
-        "--labels",
-        action="store_true",
-        group="results",
-        help="also write the labels of the kept images, as arr_1",
-    )
-    add_label_option(own)
-    own.add("--seed", default=0, help="of the choice of the images kept")
-    add_network_options(own)
-    return own
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,6 +10,83 @@ images themselves. Masks are training's: grey squares that may overlap and end a
 same masks whatever else is in the set. `table` also takes other methods' results: --row "Name=folder/name_{m}.npz".
 """
 
+from evaluations.arguments import NETS, STRENGTH, add_json_option, add_size_option
+from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser, answer_early, args_to_dict, model_and_diffusion_defaults
+
+MASKS = (5, 10, 15, 20)
+MASK_SIZE = 16  # pixels
+
+
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    commands = own.add_subparsers(dest="command", required=True)
+
+    mask = commands.add_parser("mask", help="cut holes into clean images")
+    mask.add("source", path="source", help="folder of images, or .npz with arr_0")
+    mask.add("folder", path="folder", help="where to write holes_M.npz")
+    mask.add(
+        "--masks",
+        kind=int,
+        low=0,
+        high=100_000,
+        nargs="+",
+        default=list(MASKS),
+        group="data",
+        help="numbers of masks",
+    )
+    mask.add(
+        "--mask_size", default=MASK_SIZE, low=1, high=4096, group="data", help="pixels of an edge of a mask"
+    )
+    add_size_option(mask)
+    mask.add("--num_images", kind=int, low=1, group="data", unset="all", help="how many, drawn by --seed")
+    mask.add("--seed", default=0)
+
+    edit = commands.add_parser("sdedit", help="restore the holes by SDEdit with a single-task model")
+    edit.add("folder", path="source", help="with holes_M.npz; sdedit_M.npz are written beside them")
+    edit.add("--model_path", required=True, help="weights of the model; its flags are those of training")
+    edit.add(
+        "--strength", default=STRENGTH, low=0, high=1, help="share of the steps that are noised and denoised"
+    )
+    edit.add(
+        "--keep_known", action="store_true", group="sampling", help="put the known pixels back at the end"
+    )
+    edit.add("--use_ddim", action="store_true")
+    edit.add("--batch_size", default=64, help="images of a step of the network")
+    edit.add("--seed", default=0)
+    edit.add("--device")
+    edit.add_flags(model_and_diffusion_defaults())
+
+    table = commands.add_parser("table", help="print Table 1")
+    table.add("folder", path="source", help="with holes_M.npz and the restored images")
+    table.add(
+        "--row",
+        action="append",
+        default=[],
+        metavar="NAME=PATTERN",
+        group="results",
+        help="a further method; {m}: masks",
+    )
+    table.add("--net", choices=NETS, default="alex", group="model", help="of LPIPS")
+    table.add(
+        "--lpips_weights",
+        nargs="+",
+        metavar="FILE",
+        path="source",
+        group="model",
+        unset="downloaded",
+        help="local weights",
+    )
+    add_json_option(table)
+    table.add("--device")
+    return own
+
+
+if __name__ == "__main__":
+    answer_early(parser)  # before the slow imports
+
+
 import argparse
 import dataclasses
 import json
@@ -19,19 +96,14 @@ from pathlib import Path
 import numpy as np
 
 from evaluations import distributed
-from evaluations.arguments import add_json_option, add_size_option
 from evaluations.images import class_names, load_array, npz_keys
-from evaluations.lpips import BACKBONES, LPIPS, load_lpips, lpips_distances
+from evaluations.lpips import LPIPS, load_lpips, lpips_distances
 from evaluations.make_reference import pick, select
-from evaluations.sdedit import STRENGTH, labels_of_model, load_single_task, restore
+from evaluations.sdedit import labels_of_model, load_single_task, restore
 from guided_diffusion import dist_util
-from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
-from guided_diffusion.flags import Parser, args_to_dict, model_and_diffusion_defaults
 from guided_diffusion.mt.masks import RandomPatches
 from guided_diffusion.seeding import PerSample, derive_seed
 
-MASKS = (5, 10, 15, 20)
-MASK_SIZE = 16  # pixels
 MASK_COLOR = 128  # of 255: the middle of the range, as the model is trained with
 MASKED_ROW, SDEDIT_ROW, MT_ROW = "clean-masked", "SDEdit", "MT-Diffusion-X"
 SDEDIT_FILE, MT_FILE = "sdedit_{m}.npz", "mt_{m}"  # in the folder of the holes
@@ -172,71 +244,6 @@ def format_table(table: Table) -> list[str]:
             " ".join([f"{method:<{width}}", *(f"{values.get((method, m), '-'):>16}" for m in masks)])
         )
     return lines
-
-
-def parser() -> Parser:
-    """The flags of this program."""
-    own = Parser(__doc__)
-    commands = own.add_subparsers(dest="command", required=True)
-
-    mask = commands.add_parser("mask", help="cut holes into clean images")
-    mask.add("source", path="source", help="folder of images, or .npz with arr_0")
-    mask.add("folder", path="folder", help="where to write holes_M.npz")
-    mask.add(
-        "--masks",
-        kind=int,
-        low=0,
-        high=100_000,
-        nargs="+",
-        default=list(MASKS),
-        group="data",
-        help="numbers of masks",
-    )
-    mask.add(
-        "--mask_size", default=MASK_SIZE, low=1, high=4096, group="data", help="pixels of an edge of a mask"
-    )
-    add_size_option(mask)
-    mask.add("--num_images", kind=int, low=1, group="data", unset="all", help="how many, drawn by --seed")
-    mask.add("--seed", default=0)
-
-    edit = commands.add_parser("sdedit", help="restore the holes by SDEdit with a single-task model")
-    edit.add("folder", path="source", help="with holes_M.npz; sdedit_M.npz are written beside them")
-    edit.add("--model_path", required=True, help="weights of the model; its flags are those of training")
-    edit.add(
-        "--strength", default=STRENGTH, low=0, high=1, help="share of the steps that are noised and denoised"
-    )
-    edit.add(
-        "--keep_known", action="store_true", group="sampling", help="put the known pixels back at the end"
-    )
-    edit.add("--use_ddim", action="store_true")
-    edit.add("--batch_size", default=64, help="images of a step of the network")
-    edit.add("--seed", default=0)
-    edit.add("--device")
-    edit.add_flags(model_and_diffusion_defaults())
-
-    table = commands.add_parser("table", help="print Table 1")
-    table.add("folder", path="source", help="with holes_M.npz and the restored images")
-    table.add(
-        "--row",
-        action="append",
-        default=[],
-        metavar="NAME=PATTERN",
-        group="results",
-        help="a further method; {m}: masks",
-    )
-    table.add("--net", choices=tuple(BACKBONES), default="alex", group="model", help="of LPIPS")
-    table.add(
-        "--lpips_weights",
-        nargs="+",
-        metavar="FILE",
-        path="source",
-        group="model",
-        unset="downloaded",
-        help="local weights",
-    )
-    add_json_option(table)
-    table.add("--device")
-    return own
 
 
 def main(arguments: list[str] | None = None) -> None:

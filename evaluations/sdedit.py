@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluations import distributed
+from evaluations.arguments import STRENGTH
 from guided_diffusion import dist_util, image_files
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.image_files import to_uint8
-
-STRENGTH = 0.5
+from guided_diffusion.progress import tqdm
 
 
 @torch.no_grad()

@@ -9,6 +9,30 @@ count; a prediction of void counts as a miss, and against no other class (Citysc
 guided_diffusion/palettes, or a file of that form.
 """
 
+from evaluations.arguments import add_json_option
+from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
+from guided_diffusion.flags import Parser, answer_early
+
+
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("truth", path="source", help="folder or .npz")
+    own.add("predictions", path="source", help="folder or .npz")
+    own.add(
+        "--palette",
+        default="cityscapes",
+        group="data",
+        help="cityscapes, camvid, or a file with `R G B name` lines",
+    )
+    add_json_option(own)
+    return own
+
+
+if __name__ == "__main__":
+    answer_early(parser)  # before the slow imports
+
+
 import argparse
 import dataclasses
 import json
@@ -18,11 +42,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluations.arguments import add_json_option
 from evaluations.images import list_images, load_array
-from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
-from guided_diffusion.flags import Parser
-from guided_diffusion.image_files import read_image, to_channels
+from guided_diffusion.image_files import read_image, read_pixels
 from guided_diffusion.palettes import NUMBERS, VOID_NUMBER, Palette, load_palette, to_indices
 
 # Cityscapes names the same image differently in each of its folders.
@@ -114,7 +135,12 @@ def open_maps(path: str | Path) -> dict[str, np.ndarray | Path]:
     if path.is_dir():
         files = list_images(path)
         return {_pair_name(file.relative_to(path)): file for file in files}
-    return {str(number): image for number, image in enumerate(load_array(path, "arr_0"))}
+    maps = load_array(path, "arr_0")
+    if maps.ndim not in (3, 4):
+        raise UserValueError(
+            f"arr_0 of {path} must be maps [N, H, W] or [N, H, W, 3], not {list(maps.shape)}"
+        )
+    return {str(number): image for number, image in enumerate(maps)}
 
 
 def paired_maps(
@@ -142,7 +168,7 @@ def _read_map(given: np.ndarray | Path, palette: Palette) -> np.ndarray:
         return given
     image = read_image(given)
     if image.mode not in NUMBERS:
-        return _colours(given, np.asarray(to_channels(image, 3)), palette)
+        return _colours(given, np.asarray(read_pixels(given)), palette)
     try:  # a palette image ("P") or a grey one holds the class indices themselves
         if not given.stem.endswith("_labelIds"):
             return palette.numbers(np.asarray(image))
@@ -160,21 +186,6 @@ def _colours(path: Path, pixels: np.ndarray, palette: Palette) -> np.ndarray:
         except UserError as error:
             raise UserValueError(f"{path}: {error}") from None
     return pixels
-
-
-def parser() -> Parser:
-    """The flags of this program."""
-    own = Parser(__doc__)
-    own.add("truth", path="source", help="folder or .npz")
-    own.add("predictions", path="source", help="folder or .npz")
-    own.add(
-        "--palette",
-        default=CITYSCAPES.name,
-        group="data",
-        help="cityscapes, camvid, or a file with `R G B name` lines",
-    )
-    add_json_option(own)
-    return own
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,6 +4,23 @@ and the Frechet distance of its samples to the training digits. Seven minutes on
 Writes aggregations.md and aggregations.png into --out; docs/walkthrough.md shows what it measured.
 """
 
+from guided_diffusion import flags
+from guided_diffusion.errors import UserValueError, exit_on_user_error
+
+
+def parser() -> flags.Parser:
+    """The flags of this script."""
+    own = flags.Parser(__doc__)
+    own.add("--out", default="runs/aggregations", path="", help="where the runs and the table go")
+    own.add("--iterations", default=600, low=1, help="steps of training, for each")
+    own.add("--modalities", default="masked:U,label:U")
+    return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
 import sys
 import time
 
@@ -11,10 +28,9 @@ import numpy as np
 import quickstart
 
 from evaluations.frechet import fit, frechet_distance
-from guided_diffusion import flags
-from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import Row, contact_sheet
 from guided_diffusion.mt.aggregation import SCHEDULES
+from guided_diffusion.mt.modalities import parse_modalities
 
 SAMPLES = 500
 SHOWN = 16
@@ -29,23 +45,15 @@ FLAGS = dict(  # over configs/quickstart.yaml
 )
 
 
-def parser() -> flags.Parser:
-    """The flags of this script."""
-    own = flags.Parser(__doc__)
-    own.add("--out", default="runs/aggregations", path="", help="where the runs and the table go")
-    own.add("--iterations", default=600, low=1, help="steps of training, for each")
-    own.add("--modalities", default="masked:U,label:U")
-    return own
-
-
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
+    parse_modalities(args.modalities, (1, 8, 8), 10)  # a mistake is told before the judge is trained
     out = quickstart.ROOT / args.out
     if out.exists() and any(out.iterdir()):
         raise UserValueError(f"{out} is not empty: name another --out, or remove it")
     arrays, labels = quickstart.digits(out / "data")
-    network = quickstart.judge(arrays["train"], labels["train"])[:-1]
+    network = quickstart.judge(arrays["train"], labels["train"], seed=0)[:-1]
 
     def features(images):
         return fit(network(quickstart.as_tensor(images)).detach())

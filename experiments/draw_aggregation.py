@@ -2,12 +2,25 @@
 docs/images/aggregation.png, and the same as .pdf beside it.
 """
 
+from guided_diffusion import flags
+from guided_diffusion.errors import exit_on_user_error
+
+
+def parser() -> flags.Parser:
+    """The flags of this script."""
+    own = flags.Parser(__doc__)
+    own.add("--out", default="docs/images/aggregation.png", path="image", help="the image, also as .pdf")
+    return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
 import logging
 
 import numpy as np
 
-from guided_diffusion import flags
-from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.figures import Curve, Plot, save_plots
 from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.mt.aggregation import SCHEDULES, Aggregation
@@ -30,13 +43,6 @@ def curves(noise_schedule: str) -> list[Curve]:
         drawn.append(Curve(name, steps, np.where(row <= TOP, row, np.nan)))
     signal = Curve("sqrt(abar), the image", steps, np.sqrt(abar), dashed=True)
     return [*drawn, signal, Curve("sqrt(1 - abar), the noise", steps, np.sqrt(1 - abar), dashed=True)]
-
-
-def parser() -> flags.Parser:
-    """The flags of this script."""
-    own = flags.Parser(__doc__)
-    own.add("--out", default="docs/images/aggregation.png", path="file", help="the image, also as .pdf")
-    return own
 
 
 @exit_on_user_error()

@@ -10,16 +10,8 @@ Writes OUT/KEY/000000.png, ... for every key of the dataset in the configuration
 entry of the configuration.
 """
 
-from pathlib import Path
-
-from PIL import Image
-from tqdm import tqdm
-
 from guided_diffusion import flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.image_files import stored_pixels
-from ldm import inference
-from ldm.data.latents import open_images
 
 
 def parser() -> flags.Parser:
@@ -33,6 +25,20 @@ def parser() -> flags.Parser:
     own.add("--num_samples", kind=int, unset="all", help="only so many, the first ones")
     own.add("changes", nargs="*", metavar="name=value", help="entries of the configuration")
     return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
+from pathlib import Path
+
+from PIL import Image
+
+from guided_diffusion.image_files import stored_pixels
+from guided_diffusion.progress import tqdm
+from ldm import inference
+from ldm.data.latents import open_images
 
 
 @exit_on_user_error()

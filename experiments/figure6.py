@@ -6,12 +6,8 @@ Each run is a log folder with its progress.csv. Draws top-1 (solid) and top-5 (d
 validation data (--prefix train: of the training data) to figure6.png, and writes the numbers to figure6.csv.
 """
 
-import csv
-import os
-
 from guided_diffusion import flags
 from guided_diffusion.errors import UserError, UserFileError, UserValueError, exit_on_user_error
-from guided_diffusion.figures import Curve, Plot, save_plots
 
 
 def parser() -> flags.Parser:
@@ -30,8 +26,18 @@ def parser() -> flags.Parser:
     own.add(
         "--classes", default=0, low=0, group="results", help="of the data, for the line of chance; 0: no line"
     )
-    own.add("--out", default="figure6.png", path="file", help="the plot, also as .pdf")
+    own.add("--out", default="figure6.png", path="image", help="the plot, also as .pdf")
     return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
+import csv
+import os
+
+from guided_diffusion.figures import Curve, Plot, save_plots
 
 
 def read_run(name: str, folder: str, prefix: str) -> list[tuple[int, float, float]]:
@@ -40,11 +46,11 @@ def read_run(name: str, folder: str, prefix: str) -> list[tuple[int, float, floa
     if not os.path.isfile(path):
         raise UserFileError(f"{name}: no progress.csv in {folder} (a log folder of classifier_train.py)")
     columns = ("step", f"{prefix}_acc@1", f"{prefix}_acc@5")
-    with open(path, newline="") as file:
-        rows = [[row.get(column) for column in columns] for row in csv.DictReader(file)]
     try:
+        with open(path, newline="") as file:
+            rows = [[row.get(column) for column in columns] for row in csv.DictReader(file)]
         points = [(int(float(s)), float(a), float(b)) for s, a, b in rows if s and a and b]
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not points:
         hint = ": train with --val_data_dir" if prefix == "val" else ""

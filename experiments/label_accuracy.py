@@ -9,20 +9,8 @@ With the training's own --data_dir and --seed, and --num_samples up to its --hel
 the training did not see.
 """
 
-import csv
-import json
-import os
-
-import numpy as np
-import torch as th
-
-from guided_diffusion import cli, dist_util, flags
+from guided_diffusion import flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.figures import Curve, Plot, save_plots
-from guided_diffusion.image_datasets import classes_of, hold_out, open_dataset
-from guided_diffusion.mt.guidance import load_classifier
-from guided_diffusion.mt.model import JointModel
-from guided_diffusion.seeding import PerSample
 
 
 def parser() -> flags.Parser:
@@ -48,8 +36,27 @@ def parser() -> flags.Parser:
     own.add("--seed", default=0)
     own.add("--classifier_path", default="", help="a classifier of noised images to compare with")
     own.add("--title", default="Accuracy of the label read from the noised image")
-    own.add("--out", default="label_accuracy.png", path="file", help="the plot")
+    own.add("--out", default="label_accuracy.png", path="image", help="the plot")
     return own.add_flags(flags.classifier_flags())
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
+import csv
+import json
+import os
+
+import numpy as np
+import torch as th
+
+from guided_diffusion import cli, dist_util
+from guided_diffusion.figures import Curve, Plot, save_plots
+from guided_diffusion.image_datasets import classes_of, hold_out, open_dataset
+from guided_diffusion.mt.guidance import load_classifier
+from guided_diffusion.mt.model import JointModel
+from guided_diffusion.seeding import PerSample
 
 
 @exit_on_user_error()

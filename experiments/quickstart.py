@@ -5,35 +5,8 @@ A single-task model of equal training stands beside it. Everything goes through 
 type; they are printed. Results: runs/quickstart/results.md (the table), results.json and sheet.png.
 """
 
-import json
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
-
-import numpy as np
-import torch as th
-import torch.nn as nn
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
-
-from evaluations.frechet import fit, frechet_distance
 from guided_diffusion import flags
 from guided_diffusion.errors import UserError, exit_on_user_error
-from guided_diffusion.figures import Row, contact_sheet
-from guided_diffusion.mt.modalities import RandomPatches
-from guided_diffusion.seeding import PerSample
-
-ROOT = Path(__file__).resolve().parents[1]
-HELD_OUT = 360  # of 1,797 digits
-SAMPLES = 500  # for the Frechet distance
-JUDGES = 3  # whose numbers are averaged
-PER_CLASS = 20  # generated for each given label
-STRENGTH = 2  # of conditioning on the label; 1 is Bayes' rule, more is surer
-SHOWN = 20  # columns of the sheet
 
 
 def parser() -> flags.Parser:
@@ -50,6 +23,39 @@ def parser() -> flags.Parser:
         help="delete what an earlier quickstart left; otherwise continue",
     )
     return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch as th
+import torch.nn as nn
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+
+from evaluations.frechet import fit, frechet_distance
+from guided_diffusion.figures import Row, contact_sheet
+from guided_diffusion.mt.modalities import RandomPatches
+from guided_diffusion.seeding import PerSample
+
+ROOT = Path(__file__).resolve().parents[1]
+HELD_OUT = 360  # of 1,797 digits
+SAMPLES = 500  # for the Frechet distance
+JUDGES = 3  # whose numbers are averaged
+PER_CLASS = 20  # generated for each given label
+STRENGTH = 2  # of conditioning on the label; 1 is Bayes' rule, more is surer
+SHOWN = 20  # columns of the sheet
 
 
 @exit_on_user_error()

@@ -11,27 +11,8 @@ Measures, by the model's own extractor:
 Writes OUT/metrics.json; docs/evaluation.md says what its numbers are.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-
-from guided_diffusion import dist_util, flags, logger
+from guided_diffusion import flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.figures import Curve, Plot, Row, contact_sheet, save_plots, to_uint8
-from guided_diffusion.mt import directions
-from guided_diffusion.mt.modality_set import UNetEncoder
-from ldm import inference
-from ldm.data.captions import CaptionFolder
-from ldm.models.diffusion.joint import JointLatentDiffusion
-from ldm.models.diffusion.sampling import Denoiser
-from ldm.modules.encoders.base import import_transformers, load_pretrained, reading
-
-SHEET = 10  # images in a row
 
 
 def parser() -> flags.Parser:
@@ -68,6 +49,32 @@ def parser() -> flags.Parser:
     own.add("--seed", default=0)
     own.add("--out", required=True)
     return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.figures import Curve, Plot, Row, contact_sheet, save_plots, to_uint8
+from guided_diffusion.mt import directions
+from guided_diffusion.mt.modality_set import UNetEncoder
+from ldm import inference
+from ldm.data.captions import CaptionFolder
+from ldm.models.diffusion.joint import JointLatentDiffusion
+from ldm.models.diffusion.sampling import Denoiser
+from ldm.modules.encoders.base import import_transformers, load_pretrained, reading
+
+SHEET = 10  # images in a row
 
 
 @exit_on_user_error()

@@ -10,32 +10,7 @@ would now, is refused until --again asks for it. configs/tables/NAME.yaml declar
 (pydoit.org) orders and runs them. Results: OUT/table.md, OUT/results.json, and a folder for every step.
 """
 
-import contextlib
-import fcntl
-import hashlib
-import json
-import os
-import platform
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
-
-from doit.control import TaskControl
-from doit.dependency import Dependency, JsonDB
-from doit.exceptions import TaskFailed
-from doit.reporter import ZeroReporter
-from doit.runner import MThreadRunner
-from doit.task import dict_to_task
-from omegaconf import OmegaConf
-from tables import ROOT, Job, Plan, relative
-
 from guided_diffusion import flags
-from guided_diffusion.config_file import load_with_bases
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 
 
@@ -84,6 +59,37 @@ def parser() -> flags.Parser:
     )
     own.add("--dry_run", action="store_true", help="only print the commands", **run)
     return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from doit.control import TaskControl
+from doit.dependency import Dependency, JsonDB
+from doit.exceptions import TaskFailed
+from doit.reporter import ZeroReporter
+from doit.runner import MThreadRunner
+from doit.task import dict_to_task
+from omegaconf import OmegaConf
+from tables import ROOT, Job, Plan, relative
+
+from guided_diffusion.config_file import load_with_bases
 
 
 @exit_on_user_error()

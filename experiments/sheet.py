@@ -7,14 +7,8 @@ Rows whose folders have the same names show the same scenes (every k-th, so that
 with other names, such as samples from nothing, shows its own first ones.
 """
 
-from pathlib import Path
-
-import numpy as np
-
 from guided_diffusion import flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
-from guided_diffusion.figures import Row, contact_sheet
-from guided_diffusion.image_files import list_images, read_pixels
 
 
 def parser() -> flags.Parser:
@@ -22,8 +16,20 @@ def parser() -> flags.Parser:
     own = flags.Parser(__doc__)
     own.add("rows", nargs="+", metavar="TITLE=FOLDER", help="rows of the sheet")
     own.add("--columns", default=8, low=1, high=1000, group="results", help="images in a row")
-    own.add("--out", required=True, path="file", help="the image")
+    own.add("--out", required=True, path="image", help="the image")
     return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
+from pathlib import Path
+
+import numpy as np
+
+from guided_diffusion.figures import Row, contact_sheet
+from guided_diffusion.image_files import list_images, read_pixels
 
 
 @exit_on_user_error()

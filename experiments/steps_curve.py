@@ -6,8 +6,6 @@ Each table has one method for every number of steps, in their order, after the m
 error, and the masked images' own as a line.
 """
 
-import json
-
 from guided_diffusion import flags
 from guided_diffusion.errors import UserError, UserFileError, UserValueError, exit_on_user_error
 
@@ -34,6 +32,13 @@ def parser() -> flags.Parser:
     )
     own.add("--out", default="curve.png", path="file", help="the plot")
     return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
+import json
 
 
 def read_table(spec: str, count: int) -> tuple[str, list[dict]]:

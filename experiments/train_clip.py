@@ -9,40 +9,10 @@ OUT can be read by transformers, and by ldm's FrozenCLIPEmbedder, FrozenOpenCLIP
 FrozenOpenCLIPImageEmbedder (version: OUT, max_length: --max_length). The same seed gives the same weights.
 """
 
-import dataclasses
-import json
-import math
-import random
-from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
-from transformers import CLIPTokenizer
 
 from guided_diffusion import flags
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
-from guided_diffusion.image_files import stored_pixels
-from ldm.data.captions import CaptionFolder
-from ldm.modules.encoders.small_clip import (
-    Retrieval,
-    chance,
-    embed,
-    make_clip,
-    retrieval,
-    save_clip,
-    train_tokenizer,
-)
-
-MARGIN = 1.25  # images are kept this much larger than they are trained on
-SMALLEST = 0.6  # part of a kept image's side that is cut out
-EVALUATIONS = 20  # in a training
-AVERAGED = 0.99  # decay of the mean of the weights
-SHARPEST = math.log(100)  # of the scale of likenesses, as in CLIP
 
 
 def parser() -> flags.Parser:
@@ -91,6 +61,43 @@ def parser() -> flags.Parser:
     own.add("--device")
     own.add("--progress", action="store_true", help="show a bar, and every measurement")
     return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
+
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPTokenizer
+
+from guided_diffusion.image_files import stored_pixels
+from guided_diffusion.progress import tqdm
+from ldm.data.captions import CaptionFolder
+from ldm.modules.encoders.small_clip import (
+    Retrieval,
+    chance,
+    embed,
+    make_clip,
+    retrieval,
+    save_clip,
+    train_tokenizer,
+)
+
+MARGIN = 1.25  # images are kept this much larger than they are trained on
+SMALLEST = 0.6  # part of a kept image's side that is cut out
+EVALUATIONS = 20  # in a training
+AVERAGED = 0.99  # decay of the mean of the weights
+SHARPEST = math.log(100)  # of the scale of likenesses, as in CLIP
 
 
 @exit_on_user_error()

@@ -20,6 +20,10 @@ _MACHINE = {
     errno.ENFILE: "the machine has no file handle left: close other programs",
 }
 
+_PATHS = {
+    getattr(errno, f"E{name}") for name in "NOENT NOTDIR ISDIR ACCES PERM EXIST LOOP NAMETOOLONG".split()
+}
+
 # How torch says so: on the CPU, and on a GPU.
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|Cannot allocate memory")
 
@@ -81,6 +85,13 @@ def machine_error(error: BaseException | None) -> str | None:
     return None
 
 
+def _of_a_path(error: BaseException) -> str | None:
+    """What is wrong with the file or folder that the system names, where it is the user's to mend."""
+    if isinstance(error, OSError) and error.errno in _PATHS and isinstance(error.filename, str):
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError` into `error: <one line>` on stderr and exit code 2; also what the machine lacks (disk,
@@ -91,7 +102,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        line = one_line(error) if isinstance(error, UserError) else machine_error(error)
+        line = one_line(error) if isinstance(error, UserError) else machine_error(error) or _of_a_path(error)
         if line is None:
             raise
         end_job(lambda: print(f"error: {line}", file=sys.stderr, flush=True), EXIT_CODE)

@@ -8,12 +8,13 @@ and reports a mistake in one line.
 import argparse
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .errors import UserError, UserFileError, UserValueError, closest
+from .errors import UserError, UserFileError, UserValueError, closest, exit_on_user_error
 
 NUM_CLASSES = 1000
 NOISE_SCHEDULES = ("linear", "cosine")
@@ -25,6 +26,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 SAMPLERS = ("ddpm", "ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc")
 AGGREGATIONS = ("bump", "late", "paper-normalized", "constant", "paper")
 OWN_FOLDER = "$OPENAI_LOGDIR, or runs/DATE-NAME"  # where joint models' programs write without --log_dir
+WRITTEN = (".png", ".jpg", ".jpeg", ".webp")  # kinds of images
 LARGEST = 2**63 - 1  # of a whole number without another limit: an int64
 GROUPS = "data model classifier diffusion modalities sampling optimisation machine page logging results options".split()
 
@@ -53,12 +55,20 @@ def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def device_name(text: str) -> str:
+    """cpu, cuda, cuda:N or mps: a type for flags."""
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", text):
+        raise ValueError
+    return text
+
+
 _KINDS = {
     int: ("a whole number", "N"),
     float: ("a number", "X"),
     str2bool: ("true or false", "BOOL"),
     integers: ("whole numbers separated by commas", "N,..."),
     numbers: ("numbers separated by commas", "X,..."),
+    device_name: ("cpu, mps, cuda or cuda:N", "DEVICE"),
 }
 
 
@@ -68,7 +78,7 @@ class Flag:
 
     kind: the type of a value (None: that of the default). low, high: the range of numbers, without its ends where
     `above` or `below`. also: values outside it that have a meaning. choices: all values. path: `source` (must
-    exist), `file` or `folder` (to be written). unset: what the defaults None and "" mean.
+    exist), `file`, `image` or `folder` (to be written). unset: what the defaults None and "" mean.
     """
 
     help: str = ""
@@ -127,7 +137,9 @@ class Flag:
                 if not os.path.exists(one):
                     raise UserFileError(f"{label} not found: {one!r} does not exist")
                 continue
-            if self.path == "file" and os.path.isdir(one):
+            if self.path == "image" and not one.lower().endswith(WRITTEN):
+                raise UserValueError(f"{label} must end in one of {', '.join(WRITTEN)}, not {one!r}")
+            if self.path in ("file", "image") and os.path.isdir(one):
                 raise UserFileError(f"{label} {one} is a folder: name a file")
             folder = os.path.abspath(one) if self.path == "folder" else os.path.dirname(os.path.abspath(one))
             there = folder
@@ -137,8 +149,11 @@ class Flag:
                 raise UserFileError(f"{label}: {there} is a file, not a folder")
             if not os.access(there, os.W_OK | os.X_OK):
                 raise UserFileError(f"{label}: {there} is not writable")
-            if self.path == "file":
-                os.makedirs(folder, exist_ok=True)
+            if self.path in ("file", "image"):
+                try:
+                    os.makedirs(folder, exist_ok=True)
+                except OSError as error:
+                    raise UserFileError(f"{label}: {folder} cannot be made: {error.strerror}") from None
 
     def told(self, default, required: bool = False) -> str:
         """The line of --help."""
@@ -302,7 +317,7 @@ FLAGS: dict[str, Flag] = {
         precision=Flag("number format of the network", choices=PRECISIONS),
         compile=Flag("torch.compile the model"),
         num_workers=Flag("processes that read images, on every rank", low=0, high=1024),
-        device=Flag("such as cpu, cuda or cuda:1", unset="the GPU where there is one"),
+        device=Flag("such as cpu, cuda or cuda:1", kind=device_name, unset="the GPU where there is one"),
         seed=Flag("of all random numbers: the same seed gives the same result", low=0, high=_SEED, kind=int),
     ),
     **_group(
@@ -384,7 +399,7 @@ class Parser(argparse.ArgumentParser):
                 options["type"] = _reader(label, kind)
                 options.setdefault("metavar", _KINDS.get(kind, ("", None))[1])
             if flagged and options.get("metavar") is None:
-                words = {"source": "PATH", "file": "FILE", "folder": "FOLDER"}
+                words = {"source": "PATH", "file": "FILE", "image": "FILE", "folder": "FOLDER"}
                 options["metavar"] = words.get(flag.path, "CHOICE" if flag.choices else "TEXT")
         if flagged:
             options["required"] = required
@@ -472,6 +487,12 @@ def make_parser(doc: str, *defaults: Mapping[str, object], **changes: Mapping) -
     parser.add("--seed", unset="a fresh one")
     parser.add("--log_dir")
     return parser
+
+
+def answer_early(make: Callable[[], Parser]) -> None:
+    """Answer --help, and refuse a wrong command line, before a program whose parser is `make()` imports what takes long."""
+    with exit_on_user_error():
+        make().parse_args()
 
 
 def add_dict_to_argparser(parser, default_dict):

@@ -12,10 +12,10 @@ import math
 
 import numpy as np
 import torch as th
-from tqdm.auto import tqdm
 
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
+from .progress import tqdm
 
 
 def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):

@@ -18,7 +18,6 @@ import torch as th
 import torch.distributed as dist
 from torch.nn.parallel.distributed import DistributedDataParallel as DDP
 from torch.optim import AdamW
-from tqdm import tqdm
 
 from . import checkpoint_util, dist_util, logger
 from .checkpoint_util import (
@@ -33,6 +32,7 @@ from .errors import UserError, UserFileError, UserValueError
 from .flags import PRECISIONS
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
+from .progress import tqdm
 from .resample import LossAwareSampler, UniformSampler
 from .seeding import PerSample, derive_seed
 

@@ -7,7 +7,6 @@ fault, unless differences.yaml gives the reason. The last line is the verdict; e
 2 if the command cannot be carried out.
 """
 
-import argparse
 import fnmatch
 import json
 import os
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from guided_diffusion.errors import UserError, exit_on_user_error  # noqa: E402
+from guided_diffusion.flags import Parser  # noqa: E402
 
 TOLERANCE = 1e-4  # of the largest value of an array
 PARTS = ("names", "flags", "keys", "numbers")
@@ -183,25 +183,25 @@ def report(package: str, found: list[Finding], stand_ins: list[str], verbose: bo
     print(f"  stand-ins for what is not installed: {', '.join(stand_ins) or 'none'}\n")
 
 
+def parser() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    data, shown = dict(group="data"), dict(group="results")
+    own.add("--upstream", path="source", metavar="PATH", help="a checkout of openai/guided-diffusion", **data)
+    own.add("--ldm", path="source", metavar="PATH", help="a checkout of CompVis/latent-diffusion", **data)
+    own.add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to compare", **shown)
+    own.add("--cases", nargs="+", default=[], unset="all", help="numerical cases, as unet.superres", **shown)
+    own.add(
+        "--verbose", action="store_true", help="also list what is the same, extended or accepted", **shown
+    )
+    own.add("--json", metavar="FILE", help="write all findings there")
+    return own
+
+
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> int:
     """Do what the flags say; the exit code."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    flags.add_argument("--upstream", metavar="PATH", help="a checkout of openai/guided-diffusion")
-    flags.add_argument("--ldm", metavar="PATH", help="a checkout of CompVis/latent-diffusion")
-    flags.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to compare (default: all)"
-    )
-    flags.add_argument(
-        "--cases", nargs="+", default=(), help="numerical cases, as unet.superres (default: all)"
-    )
-    flags.add_argument(
-        "--verbose", action="store_true", help="also list what is the same, extended or accepted"
-    )
-    flags.add_argument("--json", metavar="FILE", help="write all findings there")
-    args = flags.parse_args(argv)
+    args = parser().parse_args(argv)
     if not (args.upstream or args.ldm):
         raise UserError("give --upstream, --ldm, or both: checkouts to compare with")
     findings = []

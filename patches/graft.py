@@ -9,7 +9,6 @@ inserted, each marked at its end; no line is changed. The paper itself, guided_d
 What is not recognised is refused, and then nothing is written.
 """
 
-import argparse
 import ast
 import difflib
 import hashlib
@@ -23,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from guided_diffusion.errors import UserError, exit_on_user_error  # noqa: E402
+from guided_diffusion.flags import Parser  # noqa: E402
 
 MARK = "  # mt-diffusion"
 PACKAGE = "guided_diffusion"
@@ -39,7 +39,10 @@ CORE = (
     "solvers",
     "sampling",
 )
-COPIES = {f"{PACKAGE}/{name}.py": f"{PACKAGE}/{name}.py" for name in ("errors", "seeding", "mt/__init__")}
+COPIES = {
+    f"{PACKAGE}/{name}.py": f"{PACKAGE}/{name}.py"
+    for name in ("errors", "progress", "seeding", "mt/__init__")
+}
 COPIES |= {f"{PACKAGE}/mt/{name}.py": f"{PACKAGE}/mt/{name}.py" for name in CORE}
 COPIES |= {f"{PACKAGE}/mt/join.py": "patches/join.py"}
 
@@ -380,16 +383,19 @@ def diff(checkout: Path, changed: dict[str, bytes]) -> str:
     return "".join(parts)
 
 
+def flags() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("checkout", kind=Path, path="source", help="of openai/guided-diffusion, or a fork")
+    own.add("--remove", action="store_true", help="take the change out again", group="results")
+    own.add("--dry_run", action="store_true", help="print only", group="results")
+    return own
+
+
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     """Do what the flags say."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("checkout", type=Path, help="of openai/guided-diffusion, or a fork")
-    parser.add_argument("--remove", action="store_true", help="take the change out again")
-    parser.add_argument("--dry_run", action="store_true", help="print only")
-    args = parser.parse_args(argv)
+    args = flags().parse_args(argv)
     if args.remove:
         (changed, gone), new = removal(args.checkout), {}
     else:

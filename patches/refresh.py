@@ -7,7 +7,6 @@
 A patch keeps its header, and holds the files that it held. Lines may only be inserted.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from guided_diffusion.errors import UserError, exit_on_user_error  # noqa: E402
+from guided_diffusion.flags import Parser  # noqa: E402
 
 # In a copy of the project, so that the project itself, where it is installed, does not fill in what is missing.
 _NOT_INSTALLED = """import sys
@@ -125,15 +125,25 @@ def _diff(place, file):
     return re.sub(r"^index .*\n", "", text, flags=re.MULTILINE)
 
 
+def flags() -> Parser:
+    """The flags of this program."""
+    own = Parser(__doc__)
+    own.add("--multi_modal", action="store_true", help="the edits belong to the series", group="results")
+    own.add(
+        "--base",
+        kind=Path,
+        path="source",
+        metavar="FOLDER",
+        help="where the single-task files are",
+        group="data",
+    )
+    return own
+
+
 @exit_on_user_error()
 def main(argv: list[str] | None = None) -> None:
     """Do what the flags say."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--multi_modal", action="store_true", help="the edits belong to the series")
-    parser.add_argument("--base", type=Path, metavar="FOLDER", help="where the single-task files are")
-    args = parser.parse_args(argv)
+    args = flags().parse_args(argv)
     refresh(ROOT, args.multi_modal, args.base)
     print("\n".join(f"{patch.name}: {', '.join(files_of(patch))}" for patch in patches()))
 

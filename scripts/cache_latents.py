@@ -70,9 +70,8 @@ def parser() -> flags.Parser:
 @exit_on_user_error()
 def main():
     args = parser().parse_args()
-    from tqdm import tqdm
-
     from guided_diffusion import dist_util
+    from guided_diffusion.progress import tqdm
     from ldm import inference
     from ldm.data.cached_parts import open_extractors, open_first_stage
     from ldm.data.latent_cache import fill_cache

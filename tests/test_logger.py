@@ -207,3 +207,37 @@ def test_a_communicator_averages_over_ranks_by_count(capsys):
     assert logger.dumpkvs() == {"loss": 2.0, "only": 2.0}
     logger.set_comm(TwoRanks(1, gathered))
     assert logger.dumpkvs() == {"dummy": 1}
+
+
+def test_a_progress_bar_in_a_file_is_plain_lines(monkeypatch):
+    from guided_diffusion.progress import tqdm
+
+    monkeypatch.setattr("guided_diffusion.progress.INTERVAL", 0)
+    plain, terminal = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True
+    for file in (plain, terminal):
+        for _ in tqdm(range(3), file=file, unit="step", miniters=1, mininterval=0):
+            pass
+    lines = plain.getvalue().splitlines()
+    assert "\r" not in plain.getvalue() and plain.getvalue().endswith("\n") and len(lines) >= 2
+    assert lines[0].startswith("0%") and lines[-1].startswith("100%") and "3/3" in lines[-1]
+    assert terminal.getvalue().count("\r") >= 2
+
+
+def test_later_steps_are_cut_out_of_tensorboards_files(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first in (0, 3):  # the second run began again at step 3
+        logger.configure(dir=str(tmp_path), format_strs=["tensorboard"])
+        logger.drop_from(first)
+        for step in range(first, 6):
+            logger.logkv("step", step)
+            logger.logkv("loss", 10 * first + step)
+            logger.dumpkvs()
+        logger.reset()
+    older = min(tmp_path.glob("tb/events*"), key=lambda file: file.stat().st_size)
+    older.write_bytes(older.read_bytes() + b"\x20\0\0")  # a record that a killed process left half written
+    logger.drop_events_from(tmp_path / "tb", 6)
+    events = EventAccumulator(str(tmp_path / "tb"), purge_orphaned_data=False).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert sorted(found) == [(0, 0), (1, 1), (2, 2), (3, 33), (4, 34), (5, 35)]

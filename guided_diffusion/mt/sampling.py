@@ -12,10 +12,10 @@ from itertools import islice
 
 import numpy as np
 import torch as th
-from tqdm.auto import tqdm
 
 from ..errors import UserValueError
 from ..gaussian_diffusion import GaussianDiffusion
+from ..progress import tqdm
 from ..seeding import PerSample
 from .aggregation import encodings_of, from_frame, to_frame
 from .denoiser import JointDenoiser
