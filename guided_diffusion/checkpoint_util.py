@@ -248,15 +248,35 @@ def _flags_in(source: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def with_flags_of(path: str | os.PathLike, flags: Mapping, defaults: Mapping) -> dict:
+def with_flags_of(
+    path: str | os.PathLike,
+    flags: Mapping,
+    defaults: Mapping,
+    typed: Iterable[str] = (),
+    strict: bool = False,
+) -> dict:
     """`flags` in which those that describe the network, among `defaults`, are as in training (see `config_of`) where they
-    were left at their default. What is changed is logged."""
-    known, taken = config_of(path), {}
+    were left at their default. What is changed is logged.
+
+    typed: names that the user gave, which hold; strict: UserError where they contradict the training.
+    """
+    known, taken, wrong = config_of(path), {}, []
     for name, default in defaults.items():
-        if name in flags and name in known and name not in _NOT_SHAPE and flags[name] == default:
-            value = str(known[name]) if isinstance(default, str) else known[name]
-            if value != default and isinstance(value, bool) == isinstance(default, bool):
-                taken[name] = value
+        if name not in flags or name not in known or name in _NOT_SHAPE:
+            continue
+        value = str(known[name]) if isinstance(default, str) else known[name]
+        if isinstance(value, bool) != isinstance(default, bool):
+            continue
+        if name in typed:
+            if value not in ("", flags[name]):  # "": what follows from the others
+                wrong.append(f"{name} {value}, not {flags[name]}")
+        elif flags[name] == default and value != default:
+            taken[name] = value
+    if wrong and strict:
+        raise UserError(
+            f"{path} does not fit these flags: it was trained with {'; '.join(wrong)}. Leave them out, the checkpoint "
+            "says them"
+        )
     if taken:
         logger.log(f"as in {path}: " + ", ".join(f"{name} {value}" for name, value in taken.items()))
     return {**flags, **taken}

@@ -35,7 +35,8 @@ def start(args: argparse.Namespace) -> None:
     network = sr_model_and_diffusion_defaults() if "large_size" in args else model_and_diffusion_defaults()
     for flag, described in (("model_path", network), ("classifier_path", classifier_defaults())):
         if path := getattr(args, flag, ""):
-            vars(args).update(checkpoint_util.with_flags_of(path, vars(args), described))
+            typed = getattr(args, "typed", ())
+            vars(args).update(checkpoint_util.with_flags_of(path, vars(args), described, typed, strict=True))
     # Without this all ranks would draw the same noise: torch starts every process at one fixed seed.
     entropy = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     checkpoint_util.seed_everything(derive_seed(entropy, dist_util.get_rank()))

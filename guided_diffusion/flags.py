@@ -356,6 +356,18 @@ FLAGS: dict[str, Flag] = {
 # ------------------------------------------------------------------------------------------------------- the parser
 
 
+class Parsed(argparse.Namespace):
+    """The flags by name; typed: the names of those that stood on the command line, which `vars` leaves out."""
+
+    __slots__ = ("typed",)
+
+
+class Flags(dict):
+    """The flags by name; typed: the names of those that the user set, on the command line or in a file."""
+
+    typed: frozenset[str] = frozenset()
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=36, width=max(100, shutil.get_terminal_size().columns - 2))
@@ -428,7 +440,10 @@ class Parser(argparse.ArgumentParser):
         args = list(sys.argv[1:] if args is None else args)
         if self._subparsers is None:
             self._refuse_unknown(args)
-        parsed, rest = super().parse_known_args(args, namespace)
+        parsed, rest = super().parse_known_args(args, Parsed() if namespace is None else namespace)
+        if isinstance(parsed, Parsed):
+            actions = (self._option_string_actions.get(word.partition("=")[0]) for word in args)
+            parsed.typed = frozenset(action.dest for action in actions if action is not None)
         self.check(vars(parsed))
         return parsed, rest
 
@@ -546,7 +561,7 @@ def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> dict:
 
     A value in the file must have the type of the flag; a flag whose default is text also takes a mapping there.
     """
-    path = parser.parse_args(argv).config
+    path, values = parser.parse_args(argv).config, {}
     if path:
         defaults = {a.dest: a.declared for a in parser._actions if hasattr(a, "flag") and a.dest != "config"}
         config = read_config(path)
@@ -555,7 +570,9 @@ def parse_flags(parser: Parser, argv: Sequence[str] | None = None) -> dict:
         values = {name: _as_flag(name, value, defaults[name], path) for name, value in config.items()}
         parser.check(values, label=f"{path}: ")
         parser.set_defaults(**values)
-    flags = vars(parser.parse_args(argv))
+    parsed = parser.parse_args(argv)
+    flags = Flags(vars(parsed))
+    flags.typed = parsed.typed | set(values)
     del flags["config"]
     return flags
 

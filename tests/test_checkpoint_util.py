@@ -15,7 +15,7 @@ import torch as th
 from safetensors.torch import save_file
 
 from evaluations.judge import Judge, load_judge, save_judge
-from guided_diffusion import checkpoint_util, cli, dist_util, logger
+from guided_diffusion import checkpoint_util, cli, dist_util, flags, logger
 from guided_diffusion.checkpoint_util import fit_channels, load_weights, read, read_weights, save_atomic
 from guided_diffusion.errors import UserError, exit_on_user_error
 from guided_diffusion.mt import conversion
@@ -360,6 +360,28 @@ def test_the_networks_flags_are_found_in_and_beside_the_weights(tmp_path):
     save_atomic(WEIGHTS, tmp_path / "run" / "ema_0.9_000002.pt")
     for path in ("run", "run/checkpoint000002.pt", "run/ema_0.9_000002.pt"):
         assert found(tmp_path / path) == expected
+
+
+def test_flags_that_were_typed_hold_or_are_refused(tmp_path):
+    defaults = {"num_channels": 128, "channel_mult": "", "noise_schedule": "linear"}
+    parser = flags.Parser().add_flags(defaults)
+    (tmp_path / "w.flags").write_text("--num_channels=32 --channel_mult=1,2 --noise_schedule=cosine\n")
+    save_atomic(WEIGHTS, tmp_path / "w.pt")
+
+    def found(*words, strict=True):
+        args = parser.parse_args(words)
+        with logger.scoped_configure(dir=str(tmp_path / "log"), format_strs=[]):
+            return checkpoint_util.with_flags_of(tmp_path / "w.pt", vars(args), defaults, args.typed, strict)
+
+    trained = {"num_channels": 32, "channel_mult": "1,2", "noise_schedule": "cosine"}
+    assert found() == found("--num_channels", "32", "--channel_mult=1,2") == trained
+    # Also where what is typed is the default.
+    with pytest.raises(
+        UserError, match=r"trained with num_channels 32, not 128; noise_schedule cosine, not linear\. Leave"
+    ):
+        found("--noise_schedule=linear", "--num_channels", "128")
+    assert found("--noise_schedule=linear", strict=False) == trained | {"noise_schedule": "linear"}
+    assert set(vars(parser.parse_args([]))) == set(defaults)
 
 
 def test_a_classifier_is_made_as_its_run_says(tmp_path):

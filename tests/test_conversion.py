@@ -1,5 +1,6 @@
 """Checkpoints in and out: ADM's, joint ones, safetensors."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -314,3 +315,44 @@ def test_channel_multipliers_are_written_where_upstream_has_none():
     assert "channel_mult" not in conversion.adm_words(
         conversion.to_adm(package(joint("", channel_mult="", image_size=64))).flags
     )
+
+
+# By upstream
+
+LOADED_BY_UPSTREAM = """
+import sys
+import torch as th
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+
+given = dict(word.removeprefix("--").split("=") for word in open(sys.argv[2]).read().split())
+flags = model_and_diffusion_defaults()
+for name, value in given.items():
+    default = flags[name]
+    flags[name] = value == "True" if isinstance(default, bool) else type(default)(value)
+model, _ = create_model_and_diffusion(**flags)
+model.load_state_dict(th.load(sys.argv[1], weights_only=True))
+z, t = th.load(sys.argv[3], weights_only=True)
+with th.no_grad():
+    th.save(model.eval()(z, t), sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@th.no_grad()
+def test_upstream_loads_what_is_written_for_it(tmp_path, size):
+    """Strictly, by its own create_model, with the flags that are printed: also at a size that it does not know."""
+    upstream = os.environ.get("UPSTREAM_GUIDED_DIFFUSION", "")
+    if not os.path.isdir(upstream):
+        pytest.skip("UPSTREAM_GUIDED_DIFFUSION names no checkout of upstream")
+    model = joint("masked:X", image_size=size, channel_mult="", attention_resolutions="8")
+    conversion.write(conversion.to_adm(package(model)), str(tmp_path / "adm.pt"))
+    z, t = th.randn(2, 3, size, size), th.tensor([3, 700])
+    th.save((z, t), tmp_path / "inputs.pt")
+    files = [str(tmp_path / name) for name in ("adm.pt", "adm.flags", "inputs.pt", "out.pt")]
+    job = subprocess.run(
+        [sys.executable, "-c", LOADED_BY_UPSTREAM, *files], cwd=upstream, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": upstream},
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr
+    expected, _ = model.modalities.apply(model.network.eval(), z, t, {})
+    agree(th.load(tmp_path / "out.pt", weights_only=True), expected, rtol=1e-5)

@@ -48,7 +48,8 @@ def train(flags: dict) -> None:
             name: value for name, value in mt_defaults().items() if name in model_and_diffusion_defaults()
         }
         network.pop("num_classes")  # the data's
-        flags = checkpoint_util.with_flags_of(checkpoint_of(resume) or flags["init_from"], flags, network)
+        began = checkpoint_of(resume) or flags["init_from"]
+        flags = checkpoint_util.with_flags_of(began, flags, network, getattr(flags, "typed", ()))
     before = config_before(resume)
     if before is not None:  # flags that did not exist when it began
         flags |= {name: value for name, value in FORMER.items() if name not in before}
