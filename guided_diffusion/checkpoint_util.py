@@ -500,7 +500,7 @@ def save_atomic(value: Any, path: str | os.PathLike) -> None:
         with bf.BlobFile(path, "wb") as file:
             th.save(value, file)
         return
-    with _replacing(path, lambda: _bytes_in(value)) as temporary, open(temporary, "w+b") as file:
+    with replacing(path, lambda: _bytes_in(value)) as temporary, open(temporary, "w+b") as file:
         write(value, file)
         _seal(file)
 
@@ -512,7 +512,7 @@ def save_safetensors(
     # Tensors that share memory, or are views, cannot be stored.
     state = {name: value.detach().clone().contiguous() for name, value in weights.items()}
     about = {name: json.dumps(value) for name, value in (metadata or {}).items()}
-    with _replacing(os.fspath(path), lambda: _bytes_in(state)) as temporary:
+    with replacing(os.fspath(path), lambda: _bytes_in(state)) as temporary:
         save_file(state, temporary, metadata={"format": "pt", **about})
 
 
@@ -531,7 +531,7 @@ def _seal(file: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: str, size) -> Iterator[str]:
+def replacing(path: str, size) -> Iterator[str]:
     """The name of a temporary file, which takes the place of `path` once it is written and on disk. size: () -> its
     bytes, for the message where there is no space."""
     temporary = os.path.splitext(path)[0] + _TEMPORARY
@@ -604,11 +604,23 @@ def find_complete_checkpoint(logdir: str) -> str | None:
     return whole[-1] if whole else None
 
 
-def prune_checkpoints(folder: str, keep: int, newest: str) -> None:
-    """Delete all but the last `keep` complete checkpoints of a local folder; `newest` stays in any case."""
+def prune_checkpoints(folder: str, keep: int, newest: str, adm_files: bool = False) -> None:
+    """Delete all but the last `keep` complete checkpoints of a local folder; `newest` stays in any case. adm_files: with
+    the model, ema and opt files of the same step."""
     for path in complete_checkpoints(folder)[: -max(keep, 1)]:
         if os.path.basename(path) != os.path.basename(newest):
-            os.remove(path)
+            number = _COMPLETE.fullmatch(os.path.basename(path))[1]
+            # The checkpoint first: its presence says that the others are complete.
+            for gone in (path, *(_adm_files(folder, number) if adm_files else ())):
+                os.remove(gone)
+
+
+def _adm_files(folder: str, number: str) -> list[str]:
+    return [
+        str(path)
+        for path in Path(folder).glob(f"*{number}.pt")
+        if re.fullmatch(rf"(model|opt|ema_[\d.]+_){number}\.pt", path.name)
+    ]
 
 
 def remove_stray_files(folder: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from . import checkpoint_util, dist_util, logger
 from .errors import UserValueError
+from .execution import Execution
 from .flags import (
     NUM_CLASSES,
     args_to_dict,
@@ -23,6 +25,7 @@ from .flags import (
 from .image_datasets import SquareImages, classes_of, load_stream, open_dataset
 from .image_files import are_numbers, check_labels, open_arrays
 from .resample import create_named_schedule_sampler
+from .sample_shards import Shards, fingerprint
 from .seeding import derive_seed
 from .train_util import TrainLoop, resumed_checkpoint
 
@@ -46,7 +49,9 @@ def open_log(log_dir: str | None, name: str = "", format_strs: list[str] | None 
     """Log to `log_dir`, else to $OPENAI_LOGDIR, else to runs/DATE-`name`, or where there is no name to a temporary
     folder; the same one on every rank. Tells if GPUs are idle."""
     if not log_dir and name and not os.getenv("OPENAI_LOGDIR"):
-        log_dir = from_rank_zero(lambda: _new_folder(f"runs/{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}"))
+        log_dir = dist_util.from_rank_zero(
+            lambda: _new_folder(f"runs/{time.strftime('%Y-%m-%d-%H-%M-%S')}-{name}")
+        )
     logger.configure(dir=log_dir or None, format_strs=format_strs)
     gpus = th.cuda.device_count()
     if dist_util.get_world_size() == 1 and gpus > 1:
@@ -66,14 +71,6 @@ def _new_folder(path):
             continue
 
 
-def from_rank_zero(make: Callable[[], str]) -> str:
-    """What `make` returns on rank 0, on every rank."""
-    made = [make() if dist_util.get_rank() == 0 else ""]
-    if dist_util.get_world_size() > 1:
-        dist.broadcast_object_list(made)
-    return made[0]
-
-
 def pick(args: argparse.Namespace, defaults: dict) -> dict:
     """The flags that a factory of script_util takes."""
     return args_to_dict(args, defaults.keys())
@@ -87,15 +84,17 @@ def schedule_sampler(name: str, diffusion):
         raise UserValueError(str(error)) from None
 
 
-def load_model(model: th.nn.Module, path: str, flag: str, use_fp16: bool = False) -> th.nn.Module:
-    """`model` with the weights of `path`, on this rank's device, for inference."""
+def load_model(
+    model: th.nn.Module, path: str, flag: str, use_fp16: bool = False, execution: Execution | None = None
+) -> th.nn.Module:
+    """`model` with the weights of `path`, on this rank's device, for inference; as `execution` runs it."""
     if not path:
         raise UserValueError(f"give --{flag}, the weights to use (a model*.pt or ema_*.pt file)")
     checkpoint_util.load_weights(model, checkpoint_util.read_weights(path), path)
     model.to(dist_util.dev())
     if use_fp16:
         model.convert_to_fp16()
-    return model.eval()
+    return execution.prepare(model.eval()) if execution else model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -215,15 +214,51 @@ def random_labels(count: int, num_classes: int) -> th.Tensor:
     return th.randint(num_classes, (count,), device=dist_util.dev())
 
 
-def collect(num_samples: int, draw: Callable[[], Iterable[th.Tensor]]) -> list[np.ndarray]:
-    """Call `draw` on every rank until there are `num_samples`; its tensors [b, ...] of all ranks as arrays [N, ...]."""
-    batches, made = [], 0
-    while made < num_samples:
-        batch = [th.cat(gather(tensor)).cpu().numpy() for tensor in draw()]
-        batches.append(batch)
-        made += len(batch[0])
-        logger.log(f"created {made} samples")
-    return [np.concatenate(arrays)[:num_samples] for arrays in zip(*batches, strict=True)]
+# Flags on which samples do not depend: a command may be continued with others.
+NOT_OF_SAMPLES = ("log_dir", "num_samples", "model_path", "classifier_path", "base_samples")
+
+
+def execution_of(args: argparse.Namespace) -> Execution:
+    """How the networks run, by the flags of `flags.add_sampling_flags`; use_fp16 stands for precision fp16."""
+    if args.use_fp16 and args.precision not in ("auto", "fp16"):
+        raise UserValueError(f"--use_fp16 and --precision {args.precision} are two formats: give one")
+    return Execution.from_flags(vars(args), dist_util.dev(), full=args.use_fp16)
+
+
+def sample(
+    args: argparse.Namespace,
+    draw: Callable[[int], Iterable[th.Tensor]],
+    execution: Execution,
+    *sources: th.nn.Module | Mapping,
+    class_names: Sequence[str] = (),
+) -> None:
+    """Draw --num_samples on all ranks: samples_NxHxWxC.npz in the log's folder, arr_0 = uint8 images, arr_1 = labels
+    where there are any, with their class_names where they are known.
+
+    draw: (number of the round) -> tensors [batch_size, ...] of this rank. sources: networks and values that the samples
+    depend on. An interrupted command goes on from its last round, with the random numbers that it would have had.
+    """
+    rank, ranks, size = dist_util.get_rank(), dist_util.get_world_size(), args.batch_size
+    kept = {name: value for name, value in vars(args).items() if name not in NOT_OF_SAMPLES}
+    about = {**kept, "ranks": ranks, "execution": vars(execution), "from": [*map(fingerprint, sources)]}
+    shards = Shards(logger.get_dir(), about)
+    firsts = [(k * ranks + rank) * size for k in range(math.ceil(args.num_samples / (size * ranks)))]
+    begun = next((k for k, first in enumerate(firsts) if shards.missing([first])), len(firsts))
+    if begun:
+        shards.restore(firsts[begun - 1])
+    for k in range(begun, len(firsts)):
+        with execution.running():
+            arrays = {f"arr_{i}": drawn.cpu().numpy() for i, drawn in enumerate(draw(k))}
+        shards.add(range(firsts[k], firsts[k] + size), arrays, random_state=True)
+        logger.log(f"created {(k + 1) * size * ranks} samples")
+    shards.join(args.num_samples, samples_path, {"class_names": np.array(class_names)} if class_names else {})
+    shards.remove()
+    logger.log("sampling complete")
+
+
+def samples_path(shape: tuple[int, ...]) -> str:
+    """samples_NxHxWxC.npz in the log's folder, for images of this shape."""
+    return os.path.join(logger.get_dir(), f"samples_{'x'.join(map(str, shape))}.npz")
 
 
 def gather(tensor: th.Tensor) -> list[th.Tensor]:
@@ -245,36 +280,24 @@ def names_of(args: argparse.Namespace, *paths: str) -> list[str]:
     return []
 
 
-def save_samples(*arrays: np.ndarray, class_names: Sequence[str] = ()) -> None:
-    """samples_NxHxWxC.npz in the log's folder: arr_0 = uint8 images, arr_1 = labels where there are any, and with labels
-    their class_names where they are known."""
-    if dist_util.get_rank() == 0:
-        shape = "x".join(map(str, arrays[0].shape))
-        path = os.path.join(logger.get_dir(), f"samples_{shape}.npz")
-        logger.log(f"saving to {path}")
-        named = {"class_names": np.array(class_names)} if len(arrays) > 1 and len(class_names) else {}
-        np.savez(path, *arrays, **named)
-    dist.barrier()
-    logger.log("sampling complete")
-
-
 def base_batches(args):
-    """This rank's low-resolution images, again and again: {"low_res": [b, C, s, s] in [-1, 1], "y": int64 [b]}."""
+    """(number of the round) -> this rank's low-resolution images, taken in turn: {"low_res": [b, C, s, s] in [-1, 1], "y":
+    int64 [b]}."""
     images, labels = read_samples(args.base_samples, args.small_size, args.image_channels, args.class_cond)
     rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
     if len(images) < ranks:
         raise UserValueError(
             f"{args.base_samples} has {len(images)} images for {ranks} ranks: start fewer ranks"
         )
-    places = itertools.cycle(range(rank, len(images), ranks))
+    places = range(rank, len(images), ranks)
 
-    def batches():
-        while True:
-            chosen = list(itertools.islice(places, args.batch_size))
-            low_res = th.from_numpy(images[chosen]).float().permute(0, 3, 1, 2) / 127.5 - 1
-            yield {"low_res": low_res, **({"y": th.from_numpy(labels[chosen])} if args.class_cond else {})}
+    def batch(k):
+        first = k * args.batch_size
+        chosen = [places[i % len(places)] for i in range(first, first + args.batch_size)]
+        low_res = th.from_numpy(images[chosen]).float().permute(0, 3, 1, 2) / 127.5 - 1
+        return {"low_res": low_res, **({"y": th.from_numpy(labels[chosen])} if args.class_cond else {})}
 
-    return batches()
+    return batch
 
 
 def read_samples(path, size, channels, with_labels):

@@ -105,6 +105,20 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier() -> None:
+    """Wait for all ranks."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def from_rank_zero(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, on every rank."""
+    made = [make() if get_rank() == 0 else None]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(made, device=dev())
+    return made[0]
+
+
 def load_state_dict(path: str, **kwargs: Any) -> Any:
     """Read a checkpoint from a local path or any other that blobfile knows; see `checkpoint_util.read`.
 

@@ -23,6 +23,7 @@ SCHEDULE_SAMPLERS = ("uniform", "loss-second-moment")
 LABEL_FROM = ("auto", "prefix", "folder")
 MISSING = ("error", "value")
 PRECISIONS = ("fp32", "bf16", "fp16")
+SWITCH = ("auto", "true", "false")
 SAMPLERS = ("ddpm", "ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc")
 AGGREGATIONS = ("bump", "late", "paper-normalized", "constant", "paper")
 OWN_FOLDER = "$OPENAI_LOGDIR, or runs/DATE-NAME"  # where joint models' programs write without --log_dir
@@ -315,7 +316,10 @@ FLAGS: dict[str, Flag] = {
     **_group(
         "machine",
         precision=Flag("number format of the network", choices=PRECISIONS),
-        compile=Flag("torch.compile the model"),
+        compile=Flag("torch.compile the model", kind=str.lower),
+        channels_last=Flag(
+            "keep the channels of a pixel together in memory; auto: on a GPU", choices=SWITCH, kind=str.lower
+        ),
         num_workers=Flag("processes that read images, on every rank", low=0, high=1024),
         device=Flag("such as cpu, cuda or cuda:1", kind=device_name, unset="the GPU where there is one"),
         seed=Flag("of all random numbers: the same seed gives the same result", low=0, high=_SEED, kind=int),
@@ -333,6 +337,7 @@ FLAGS: dict[str, Flag] = {
         eval_interval=Flag("steps between validations", low=1),
         save_interval=Flag("steps between checkpoints", low=1),
         keep_checkpoints=Flag("complete checkpoints that are kept", low=1),
+        adm_files=Flag("also write ADM's model, ema and opt files beside every checkpoint that is kept"),
         progress=Flag("show a progress bar"),
         sample_steps=Flag(
             "DPM-Solver++ steps of the samples drawn at every save; 0: none", low=0, high=100_000
@@ -539,6 +544,25 @@ def add_training_flags(parser: Parser, iterations: bool = True) -> Parser:
     return parser
 
 
+def add_sampling_flags(parser: Parser, number_format: str = "auto", **changes: Mapping) -> Parser:
+    """How the network runs when it samples, for every program that samples. number_format: the default of --precision; changes: as in
+    `Parser.add_flags`."""
+    switches = dict(precision=number_format, compile="auto", channels_last="auto")
+    told = {
+        "precision": dict(
+            help="number format of the network; auto: bf16 where the GPU has it",
+            choices=("auto", *PRECISIONS),
+        ),
+        "compile": dict(
+            help="torch.compile the network; auto: on a GPU", choices=SWITCH, nargs="?", const="true"
+        ),
+        "channels_last": dict(nargs="?", const="true"),
+    }
+    for name, default in switches.items():
+        parser.add(f"--{name}", default=default, **{**told[name], **changes.get(name, {})})
+    return parser
+
+
 # ---------------------------------------------------------------------------------------------- configuration files
 
 
@@ -738,6 +762,7 @@ def mt_training_defaults() -> dict:
             max_bad=10,
             max_nonfinite=20,
             keep_checkpoints=2,
+            adm_files=False,
             progress=True,
             sample_steps=25,
         )

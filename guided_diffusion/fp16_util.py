@@ -114,10 +114,11 @@ def zero_master_grads(master_params: Iterable[th.Tensor]) -> None:
 
 
 def zero_grad(model_params: Iterable[th.Tensor]) -> None:
-    """Fill the gradients with zeros in place: DistributedDataParallel may hold views of them."""
-    grads = [param.grad.detach_() for param in model_params if param.grad is not None]
+    """Fill the gradients with zeros in place: they are views of DistributedDataParallel's buckets."""
+    grads = [param.grad for param in model_params if param.grad is not None]
     if grads:
-        th._foreach_zero_(grads)
+        with th.no_grad():
+            th._foreach_zero_(grads)
 
 
 def param_grad_or_zeros(param: th.Tensor) -> th.Tensor:

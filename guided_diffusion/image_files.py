@@ -434,6 +434,11 @@ def to_uint8(images: th.Tensor) -> th.Tensor:
     return ((images + 1) * 127.5).clamp(0, 255).to(th.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def from_uint8(images: th.Tensor) -> th.Tensor:
+    """uint8 pixels as data sets give them: float32 in [-1, 1], on their device."""
+    return images.to(th.float32) / 127.5 - 1
+
+
 def stored_pixels(image: np.ndarray) -> np.ndarray:
     """The 8-bit pixels that a data set's image, float32 in [-1, 1], was made of: exactly those, for files of
     data."""

@@ -10,8 +10,10 @@ import copy
 import math
 import os
 import secrets
+import shutil
 import signal
 import threading
+from dataclasses import dataclass
 
 import blobfile as bf
 import torch as th
@@ -31,6 +33,7 @@ from .checkpoint_util import (
 from .errors import UserError, UserFileError, UserValueError
 from .flags import PRECISIONS
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from .image_files import from_uint8
 from .nn import update_ema
 from .progress import tqdm
 from .resample import LossAwareSampler, UniformSampler
@@ -47,10 +50,50 @@ __all__ = [
     "parse_resume_step_from_filename",
 ]
 
+MOST_PENDING = 1000  # steps whose numbers wait on the device to be logged
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # they save and stop
 
 # What a seed is for: streams of random numbers that must not coincide.
 _STEP, _TIMESTEPS, _SAMPLE = range(3)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """What is still to be logged of a step, on the device."""
+
+    number: int
+    micros: list[tuple[dict, th.Tensor, th.Tensor]]  # (losses [b] by name, t [b], weights [b])
+    bad: th.Tensor | bool
+    norms: th.Tensor | None  # of gradients and weights [2]
+
+    def rows(self):
+        """All its numbers, float64 [...] each."""
+        device = self.micros[0][1].device
+        yield th.as_tensor(self.bad, device=device).double().reshape(1)
+        if self.norms is not None:
+            yield self.norms.double()
+        for losses, t, weights in self.micros:
+            yield th.cat([t.double(), weights.double(), *(values.double() for values in losses.values())])
+
+
+class _Writer:
+    """`write(*args)` in a thread; `finish` waits for it and raises what it raised."""
+
+    def __init__(self, write, *args):
+        self._error = None
+        self._thread = threading.Thread(target=self._run, args=(write, *args))
+        self._thread.start()
+
+    def _run(self, write, *args):
+        try:
+            write(*args)
+        except BaseException as error:
+            self._error = error
+
+    def finish(self):
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class TrainLoop:
@@ -92,7 +135,8 @@ class TrainLoop:
         max_nonfinite=20,  # steps skipped for a loss or gradient that is not finite; the next one ends training
         progress=False,  # show a progress bar on rank 0
         on_save=None,  # called as on_save(loop) on every rank after each save; cannot disturb the random numbers
-        keep_checkpoints=2,  # complete ones; ADM's own files all stay
+        keep_checkpoints=2,  # complete ones
+        adm_files="all",  # ADM's model, ema and opt files beside a checkpoint: `all` stay, `pruned` with it, or `none`
         ema_warmup=False,  # an average's rate is at most (1 + t) / (10 + t): it soon forgets the start
         find_unused_parameters=False,  # as in DistributedDataParallel
     ):
@@ -119,6 +163,7 @@ class TrainLoop:
         self.progress = progress
         self.on_save = on_save
         self.keep_checkpoints = keep_checkpoints
+        self.adm_files = adm_files
         self.ema_warmup = ema_warmup
 
         self.step = 0  # steps of this run, or, after an exact resume, of all runs
@@ -127,7 +172,8 @@ class TrainLoop:
         self.global_batch = self.batch_size * self.world_size
         self.sync_cuda = th.cuda.is_available()
         self.stop_requested = False
-        self.nonfinite_steps = 0  # skipped so far, over all runs
+        self._nonfinite_steps = 0
+        self._pending, self._micros = [], []  # steps, and microbatches of this one, that are not logged yet
 
         if self.rank == 0 and not is_remote(get_blob_logdir()):
             checkpoint_util.lock_folder(get_blob_logdir())
@@ -157,7 +203,7 @@ class TrainLoop:
             self.seed = _fresh_seed()
         self.steps_done = self.step + self.resume_step
         self._saved_at = None
-        self._skipped_before = self.nonfinite_steps
+        self._skipped_before = self._nonfinite_steps
 
         self.use_ddp = self.world_size > 1
         self.ddp_model = self._distribute(find_unused_parameters) if self.use_ddp else self.model
@@ -173,6 +219,9 @@ class TrainLoop:
             output_device=device if on_gpu else None,
             broadcast_buffers=False,  # every rank has the same: codes of 1,000 labels are 49 MB at 64 pixels
             bucket_cap_mb=128,
+            gradient_as_bucket_view=True,
+            # Microbatches whose gradients are not exchanged would be another graph.
+            static_graph=not find_unused_parameters and self.microbatch >= self.batch_size,
             find_unused_parameters=find_unused_parameters,
         )
 
@@ -231,14 +280,17 @@ class TrainLoop:
         logger.drop_from(self.step + self.resume_step)
         if self.rank == 0 and not is_remote(get_blob_logdir()):
             checkpoint_util.remove_stray_files(get_blob_logdir())
+            self._tell_disk_need()
         batches = self._open_data()
         self._continue_from_resume_state()
-        with self._stop_on_signals(), self._progress_bar() as bar:
+        with self._stop_on_signals(), self._progress_bar() as bar, self._whole_files():
             while not self.is_finished():
                 batch, cond = self._next_batch(batches)
                 self.run_step(batch, cond)
                 bar.update()
                 if not self.step % self.log_interval:
+                    self.log_steps()
+                    self._check_patience()
                     logger.dumpkvs()
                 saved = self._save_if_due()
                 # Upstream's integration tests end at the second save.
@@ -250,6 +302,18 @@ class TrainLoop:
                     break
             if self.steps_done != self._saved_at:
                 self._save_last()
+
+    @contextlib.contextmanager
+    def _whole_files(self):
+        """Leave only when what is being written is on disk, on every rank."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(UserError):  # the first fault is told
+                self._finish_writing()
+            raise
+        self._finish_writing()
+        dist_util.barrier()
 
     def _save_last(self):
         self.save()
@@ -319,42 +383,56 @@ class TrainLoop:
     # ------------------------------------------------------------------------------------------------------ one step
 
     def run_step(self, batch, cond):
-        """One optimizer step on this rank's batch [b, C, H, W]; skipped on all ranks if a number is not finite on one."""
+        """One optimizer step on this rank's batch [b, C, H, W]; skipped on all ranks if a number is not finite on one.
+
+        What is logged of it is read from the device later, with that of other steps.
+        """
         self._seed_step(len(batch))
-        self._losses_finite = True
         self.forward_backward(batch, cond)
-        if self._agree_to_step():
-            if self.mp_trainer.optimize(self.opt):
-                self._update_ema()
-        else:
-            self._skip_step()
+        bad, norms = self._check_step()
+        if not self.use_fp16:
+            # A step that is skipped is skipped on the device: the optimizer and the averages are told, the host is not.
+            self.opt.found_inf = bad
+            self.opt.step()
+            self._update_ema(bad)
+        elif bad := bool(bad):
+            self.mp_trainer.zero_grad()
+        elif self.mp_trainer.optimize(self.opt):
+            self._update_ema()
+        self._pending.append(_Pending(self.step + self.resume_step, self._micros, bad, norms))
+        self._micros = []
         self._anneal_lr()
         self.log_step()
         self.steps_done = self.step + self.resume_step + 1
-        if self.nonfinite_steps - self._skipped_before > self.max_nonfinite:
-            self._give_up()
+        if self.use_fp16 or len(self._pending) >= MOST_PENDING:
+            self.log_steps()
+            self._check_patience()
 
     def forward_backward(self, batch, cond):
         """Leave the gradient of the mean loss over the batch (of all ranks) in the parameters."""
         self.mp_trainer.zero_grad()
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
-            micro = batch[part].to(dist_util.dev(), non_blocking=True)
-            micro_cond = {k: v[part].to(dist_util.dev(), non_blocking=True) for k, v in cond.items()}
+            micro = self._on_device(batch[part])
+            micro_cond = {k: self._on_device(v[part]) for k, v in cond.items()}
             self._micro_start = start
             last = part.stop >= len(batch)
             # The ranks exchange gradients once per step, in the last backward pass.
             with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
                 losses, t, weights = self.compute_losses(micro, micro_cond)
-            finite = th.isfinite(losses["loss"].detach())
-            if isinstance(self.schedule_sampler, LossAwareSampler):
-                self.schedule_sampler.update_with_local_losses(t[finite], losses["loss"].detach()[finite])
-            if bool(finite.all()):
-                self.log_losses(losses, t, weights)
-            else:
-                self._losses_finite = False
             loss = (losses["loss"] * weights).mean()
             self.mp_trainer.backward(loss * (len(micro) / len(batch)))
+            losses = {name: values.detach() for name, values in losses.items()}
+            self._micros.append((losses, t, weights))
+            if isinstance(self.schedule_sampler, LossAwareSampler):
+                finite = th.isfinite(losses["loss"])
+                self.schedule_sampler.update_with_local_losses(t[finite], losses["loss"][finite])
+
+    @staticmethod
+    def _on_device(tensor):
+        """A tensor of the data on this rank's device; bytes are images, [b, C, H, W] in [-1, 1] then."""
+        tensor = tensor.to(dist_util.dev(), non_blocking=True)
+        return from_uint8(tensor) if tensor.dtype == th.uint8 else tensor
 
     def compute_losses(self, micro, micro_cond):
         """(losses, t, weights) of a microbatch [b, C, H, W]: the hook of other objectives.
@@ -418,31 +496,79 @@ class TrainLoop:
 
     _planned, _micro_start, _first = None, 0, 0
 
-    def _agree_to_step(self):
-        """Whether losses and gradients are finite on every rank; also passes a signal on from any rank to all.
+    def _check_step(self):
+        """(whether a loss or gradient of any rank is not finite, as a float32 [], norms of gradients and weights [2]), on
+        the device; also passes a signal on from any rank to all.
 
         Half precision is left to its loss scaler as far as gradients go: there an overflow is part of the method.
         """
-        bad = th.tensor(float(not self._losses_finite), device=dist_util.dev())
-        grads = [p.grad for p in self.mp_trainer.model_params if p.grad is not None]
-        if not self.use_fp16 and grads:
-            norms = th.stack([norm.float() for norm in th._foreach_norm(grads)])
-            bad = th.maximum(bad, 1.0 - th.isfinite(norms).all().float())
-        flags = th.stack([bad, th.full_like(bad, float(self._signalled))])
-        if self.world_size > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad, stop = flags.tolist()
-        self.stop_requested = bool(stop)
-        return not bad
+        good = th.stack([th.isfinite(losses["loss"]).all() for losses, _, _ in self._micros]).all()
+        norms = None
+        if not self.use_fp16:
+            grads = [p.grad for p in self.mp_trainer.model_params if p.grad is not None]
+            params = [p.detach() for p in self.mp_trainer.master_params]
+            each = th.stack([norm.float() for norm in th._foreach_norm(grads or params[:1])])
+            good = good & th.isfinite(each).all()
+            norms = th.stack(
+                [each.norm() if grads else each.new_zeros(()), th.stack(th._foreach_norm(params)).norm()]
+            )
+        if self.world_size == 1:
+            self.stop_requested = self._signalled
+            return 1.0 - good.float(), norms
+        flags = th.stack([1.0 - good.float(), th.full((), float(self._signalled), device=good.device)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        self._hear(flags[1])
+        return flags[0], norms
 
-    def _skip_step(self):
-        self.mp_trainer.zero_grad()
-        self.nonfinite_steps += 1
-        logger.logkv("nonfinite_steps", self.nonfinite_steps)
-        logger.log(
-            f"step {self.step + self.resume_step}: the loss or its gradient is not finite, the step is skipped "
-            f"({self.nonfinite_steps} so far)"
-        )
+    def _hear(self, signalled):
+        """Stop where a signal had reached a rank by the step before: that is known without waiting for the device."""
+        if self._told is not None:
+            before, copied = self._told
+            if copied is not None:
+                copied.synchronize()
+            self.stop_requested = bool(before.numpy())
+        on_gpu = signalled.device.type == "cuda"
+        host = th.zeros((), pin_memory=on_gpu).copy_(signalled, non_blocking=True)
+        self._told = host, th.cuda.current_stream().record_event() if on_gpu else None
+
+    _told = None
+
+    def log_steps(self):
+        """Log the steps since the last time: one copy to the host, however many they are."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        numbers = iter(th.cat([row for step in pending for row in step.rows()]).tolist())
+        for step in pending:
+            bad = next(numbers) > 0
+            norms = [next(numbers) for _ in range(0 if step.norms is None else 2)]
+            micros = [
+                [[next(numbers) for _ in range(len(t))] for _ in range(2 + len(losses))]
+                for losses, t, _ in step.micros
+            ]
+            for (losses, _, _), (t, weights, *values) in zip(step.micros, micros, strict=True):
+                if all(map(math.isfinite, values[list(losses).index("loss")])):
+                    t, weights, *values = (th.tensor(v, dtype=th.float64) for v in (t, weights, *values))
+                    self.log_losses(dict(zip(losses, values, strict=True)), t.long(), weights)
+            if bad:
+                self._nonfinite_steps += 1
+                logger.logkv("nonfinite_steps", self._nonfinite_steps)
+                logger.log(
+                    f"step {step.number}: the loss or its gradient is not finite, the step is skipped "
+                    f"({self._nonfinite_steps} so far)"
+                )
+            elif norms:
+                self.mp_trainer._log_norms(*norms)
+
+    @property
+    def nonfinite_steps(self):
+        """Steps skipped so far, over all runs."""
+        self.log_steps()
+        return self._nonfinite_steps
+
+    def _check_patience(self):
+        if self.nonfinite_steps - self._skipped_before > self.max_nonfinite:
+            self._give_up()
 
     def _give_up(self):
         self.step += 1
@@ -459,10 +585,12 @@ class TrainLoop:
         largest = th._foreach_norm([p.detach() for p in params], ord=math.inf)
         return bool(th.isfinite(th.stack(largest)).all())
 
-    def _update_ema(self):
+    def _update_ema(self, skipped=None):
+        """skipped: 1 on the device where the step was, and the averages are to stay."""
         step = self.step + self.resume_step
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             now = min(rate, (1 + step) / (10 + step)) if self.ema_warmup else rate
+            now = now if skipped is None else 1 - (1 - now) * (1 - skipped.double())
             update_ema(params, self.mp_trainer.master_params, rate=now)
 
     def _anneal_lr(self):
@@ -483,7 +611,8 @@ class TrainLoop:
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self):
-        """Write ADM's files (model, one EMA per rate, optimizer) and the complete checkpoint; called on every rank.
+        """Write the complete checkpoint, and ADM's files (model, one EMA per rate, optimizer); called on every rank. The
+        writing ends in the background.
 
         UserError instead where the weights are not finite: the checkpoint before stays the newest.
         """
@@ -497,26 +626,51 @@ class TrainLoop:
             self.on_save(self)
             set_rng_state(kept)
         state = self.state_dict()
+        self._finish_writing()
         if self.rank == 0:
-            self._write(state)
+            # Training goes on while a snapshot is written.
+            self._writer = _Writer(self._write, _snapshot(state), f"{self.step + self.resume_step:06d}")
         self._saved_at = self.steps_done
-        if self.world_size > 1:
-            dist.barrier()
 
-    def _write(self, state):
-        number = f"{self.step + self.resume_step:06d}"
-        folder = get_blob_logdir()
-        files = {f"model{number}.pt": state["model"]}
-        for rate in self.ema_rate:
-            files[f"ema_{rate}_{number}.pt"] = state["ema"][str(rate)]
-        files[f"opt{number}.pt"] = state["optimizer"]
+    def _finish_writing(self):
+        """Wait for what is being written; raises what went wrong with it."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.finish()
+
+    _writer = None
+
+    def _write(self, state, number):
+        folder, files = get_blob_logdir(), {}
+        if self.adm_files != "none":
+            files[f"model{number}.pt"] = state["model"]
+            for rate in self.ema_rate:
+                files[f"ema_{rate}_{number}.pt"] = state["ema"][str(rate)]
+            files[f"opt{number}.pt"] = state["optimizer"]
         # Last, so that its presence says that the others are complete.
         files[f"checkpoint{number}.pt"] = state
         for name, value in files.items():
             logger.log(f"saving {name}...")
             save_atomic(value, bf.join(folder, name))
         if not is_remote(folder):
-            checkpoint_util.prune_checkpoints(folder, self.keep_checkpoints, f"checkpoint{number}.pt")
+            checkpoint_util.prune_checkpoints(
+                folder, self.keep_checkpoints, f"checkpoint{number}.pt", adm_files=self.adm_files == "pruned"
+            )
+
+    def _tell_disk_need(self):
+        weights = sum(p.numel() * p.element_size() for p in self.mp_trainer.master_params)
+        one = weights * (3 + len(self.ema_rate))  # AdamW keeps two moments
+        told = f"a checkpoint takes about {_gigabytes(one)}; {self.keep_checkpoints} are kept and one more while it is written"
+        need = one * (self.keep_checkpoints + 1)
+        if self.adm_files == "pruned":
+            need *= 2
+            told += ", each with ADM's files of the same size"
+        elif self.adm_files == "all":
+            told += f"; ADM's files of a save, which all stay, take {_gigabytes(one)} more"
+        free = shutil.disk_usage(get_blob_logdir()).free
+        logger.log(f"disk: {told}: {_gigabytes(need)} in all, {_gigabytes(free)} are free")
+        if need > free:
+            logger.warn(f"the disk may fill up: {_gigabytes(need)} are needed, {_gigabytes(free)} are free")
 
     def state_dict(self):
         """Everything that training depends on, in plain values and tensors; gathers from, and returns to, every rank."""
@@ -553,7 +707,7 @@ class TrainLoop:
         self.step, self.resume_step = state["step"], 0
         if self.seed == "auto" and state["seed"] is not None:
             self.seed = state["seed"]
-        self.nonfinite_steps = state["nonfinite_steps"]
+        self._nonfinite_steps = state["nonfinite_steps"]
         self.mp_trainer.lg_loss_scale = state["lg_loss_scale"]
         masters = self.mp_trainer.master_params
         self.ema_params = []
@@ -692,6 +846,19 @@ def log_loss_dict(diffusion, ts, losses):
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _snapshot(value):
+    """A copy of a state on the CPU, which training does not change."""
+    if isinstance(value, th.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _snapshot(part) for name, part in value.items()}
+    return type(value)(map(_snapshot, value)) if isinstance(value, list | tuple) else value
+
+
+def _gigabytes(count):
+    return f"{count / 1e9:.2f} GB"
 
 
 def _parse_rates(ema_rate):

@@ -1,6 +1,5 @@
 """What the scripts that sample latent diffusion models share: loading a model, its samplers, images as files."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,9 +11,11 @@ from PIL import Image
 from guided_diffusion import dist_util
 from guided_diffusion.config_file import load_with_bases
 from guided_diffusion.errors import UserError, UserFileError, UserValueError
+from guided_diffusion.execution import Execution
 from guided_diffusion.figures import to_uint8
 from guided_diffusion.mt import directions
 from guided_diffusion.mt.files import read_labels, read_vectors
+from guided_diffusion.sample_shards import fingerprint
 from guided_diffusion.seeding import PerSample
 from ldm.data.folders import read_images as read_sources
 from ldm.data.images import Reading, reading_of
@@ -76,11 +77,19 @@ def merged_config(paths: Iterable[str | Path], overrides: Sequence[str] = ()) ->
     )
 
 
-def precision(name: str):
-    """A context: float32, or on CUDA float16 by autocast (`autocast`)."""
-    if name == "autocast" and dist_util.dev().type == "cuda":
-        return torch.autocast("cuda", dtype=torch.float16)
-    return contextlib.nullcontext()
+def prepare(args, *models: LatentDiffusion) -> Execution:
+    """How the U-Nets of `models` run, by the flags of `flags.add_sampling_flags`; they are made ready for it."""
+    execution = Execution.from_flags(vars(args), dist_util.dev())
+    for model in models:
+        execution.prepare(model.model.diffusion_model)
+    return execution
+
+
+def samples_depend_on(args, without: Sequence[str], execution: Execution, *made_of) -> dict:
+    """What makes samples what they are, in plain values, for `Shards`. without: flags that do not; made_of: models and
+    values by name."""
+    kept = {name: value for name, value in vars(args).items() if name not in without}
+    return {**kept, "execution": vars(execution), "from": [fingerprint(values) for values in made_of]}
 
 
 def names_of(model: LatentDiffusion) -> list[str]:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from guided_diffusion import cli, dist_util, logger
+from guided_diffusion.array_files import Rows, write_npz
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.figures import Row, contact_sheet, label_captions, to_uint8
 from guided_diffusion.image_files import MOST_CLASSES, class_number
 from guided_diffusion.mt import directions
+from guided_diffusion.sample_shards import Shards
 from ldm import inference
 from ldm.checkpoint import trained_steps
 from ldm.data.captions import read_prompts
@@ -21,6 +22,7 @@ from ldm.models.diffusion.joint import JointLatentDiffusion
 from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
 
 SHEET = 16  # samples in the image
+_NOT_OF_SAMPLES = ("resume", "logdir", "batch_size", "n_samples", "given")  # `given` by its values
 
 
 def run(args, overrides: list[str]) -> None:
@@ -29,31 +31,41 @@ def run(args, overrides: list[str]) -> None:
     dist_util.setup_dist()
     config = inference.merged_config(inference.configurations(run), overrides)
     model = inference.load_model(config, checkpoint)
-    out = results_folder(Path(args.logdir or run) / "samples" / f"{trained_steps(checkpoint):08}")
-    cli.open_log(str(out), format_strs=["stdout"])
+    execution = inference.prepare(args, model)
     given = read_given(args.given, model, config)
+    about = inference.samples_depend_on(args, _NOT_OF_SAMPLES, execution, model, given) | {
+        "overrides": overrides
+    }
+    out = results_folder(Path(args.logdir or run) / "samples" / f"{trained_steps(checkpoint):08}", about)
+    cli.open_log(str(out), format_strs=["stdout"])
     wanted = inference.names_wanted(args.want, given, model)
     count = args.n_samples or (len(next(iter(given.values()))) if given else 50000)
     logger.log(f"sampling {count}, given {', '.join(given) or 'nothing'}, wanted {', '.join(wanted)}")
-    arrays = {}
-    with model.ema_scope():
-        for numbers in directions.batches(directions.own_share(count), args.batch_size):
+    shards = Shards(out, about)
+    with model.ema_scope(), execution.running():
+        for numbers in directions.batches(shards.missing(directions.own_share(count)), args.batch_size):
+            arrays = {}
             # What is given is repeated in turn until there is enough.
             part = {name: inference.take(value, numbers) for name, value in given.items()}
             for name, value in sample(args, model, part, wanted, numbers).items():
                 if value.ndim == 4:
                     inference.save_images(value, out / folder_of(name, model), numbers)
                 else:
-                    directions.store(arrays, numbers, {name: value})
-    finish(out, count, given, wanted, directions.gathered(arrays), model, config.get("class_names") or ())
+                    arrays[name] = value.float().cpu().numpy()
+            shards.add(numbers, arrays)
+    arrays = shards.join(count)
+    if dist_util.get_rank() == 0:
+        finish(out, count, given, wanted, arrays, model, config.get("class_names") or ())
+    shards.remove()
 
 
 # ------------------------------------------------------------------------------------------------------ what to sample
 
 
-def results_folder(parent: Path) -> Path:
-    """parent/TIME, the same on every rank."""
-    return parent / cli.from_rank_zero(lambda: time.strftime("%Y-%m-%d-%H-%M-%S"))
+def results_folder(parent: Path, about: dict) -> Path:
+    """parent/TIME, the same on every rank: where a command like this was interrupted, or a new one."""
+    now = time.strftime("%Y-%m-%d-%H-%M-%S")
+    return dist_util.from_rank_zero(lambda: Shards.unfinished(parent, about) or parent / now)
 
 
 def read_given(specs: list[str], model, config: dict) -> dict:
@@ -142,11 +154,7 @@ def folder_of(name: str, model) -> str:
 def finish(
     out: Path, count: int, given: dict, wanted: list[str], arrays: dict, model, class_names=()
 ) -> None:
-    """The arrays and the sheet, by rank 0, once all images are there."""
-    if dist_util.get_world_size() > 1:
-        dist.barrier()
-    if dist_util.get_rank():
-        return
+    """The arrays and the sheet, on rank 0, once all images are there."""
     for name, array in arrays.items():
         np.save(out / f"{name}.npy", array)
     labels = [array[:SHEET].argmax(1) for name, array in arrays.items() if name not in model.standards]
@@ -159,11 +167,14 @@ def finish(
     for name in wanted:
         if name in arrays:
             continue
-        images = inference.read_images(out / folder_of(name, model), range(count))
-        rows.append(Row(name, images[:SHEET], captions, "generated"))
+        folder = out / folder_of(name, model)
+        first = inference.read_images(folder, range(min(SHEET, count)))
+        rows.append(Row(name, first, captions, "generated"))
         if name == model.first_stage_key:
             (out / "numpy").mkdir(exist_ok=True)
-            np.savez(out / "numpy" / f"{'x'.join(map(str, images.shape))}-samples.npz", images)
+            shape = (count, *first.shape[1:])
+            images = Rows(shape, first.dtype, (inference.read_images(folder, [n])[0] for n in range(count)))
+            write_npz(out / "numpy" / f"{'x'.join(map(str, shape))}-samples.npz", {"arr_0": images})
     if rows:
         contact_sheet(rows).save(out / "samples.png")
     logger.log(f"saved {count} samples in {out}")

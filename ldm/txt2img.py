@@ -7,18 +7,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from guided_diffusion import cli, dist_util, logger
 from guided_diffusion.errors import UserValueError
+from guided_diffusion.execution import Execution
 from guided_diffusion.figures import Row, contact_sheet, to_uint8
 from guided_diffusion.mt import directions
+from guided_diffusion.sample_shards import Shards
 from ldm import inference
 from ldm.data.captions import read_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import JointLatentDiffusion
 
 DIGITS = 5
+# Flags on which images do not depend, or (prompt, given) by their values.
+_NOT_OF_SAMPLES = (
+    "outdir",
+    "ckpt",
+    "config",
+    "skip_grid",
+    "skip_save",
+    "n_rows",
+    "prompt",
+    "from_file",
+    "given",
+)
 
 
 @dataclass(frozen=True)
@@ -47,14 +60,15 @@ def run(args) -> None:
         return
     for_each = args.n_iter * args.n_samples
     logger.log(f"{for_each} images for each of {len(prompts)} prompts")
-    arrays = draw_all(args, drawing, prompts)
-    if baseline is not None:
-        draw_all(args, baseline, prompts)
-    if dist_util.get_world_size() > 1:
-        dist.barrier()
+    drawings = [drawing, *([] if baseline is None else [baseline])]
+    execution = inference.prepare(args, *{id(d.model): d.model for d in drawings}.values())
+    shards = [draw_all(args, each, prompts, execution) for each in drawings]
+    arrays, *_ = [own.join(for_each * len(prompts)) for own in shards]
     if dist_util.get_rank() == 0:
         save_arrays(args, arrays)
         finish(args, drawing, baseline, prompts)
+    for own in shards:
+        own.remove()
 
 
 def plan(args) -> tuple[Drawing, Drawing | None]:
@@ -117,20 +131,24 @@ def read_off(args, drawing: Drawing, prompts: list[str]) -> dict[str, torch.Tens
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 
-def draw_all(args, drawing: Drawing, prompts: list[str]) -> dict[str, np.ndarray]:
-    """This rank's images, as files in the drawing's folder; the vectors and labels of all ranks, by name."""
+def draw_all(args, drawing: Drawing, prompts: list[str], execution: Execution) -> Shards:
+    """This rank's images, as files in the drawing's folder; its vectors and labels in shards."""
     for_each = args.n_iter * args.n_samples
-    arrays: dict[str, dict[int, np.ndarray]] = {}
-    with drawing.model.ema_scope():
-        for numbers in directions.batches(directions.own_share(len(prompts) * for_each), args.n_samples):
+    about = inference.samples_depend_on(args, _NOT_OF_SAMPLES, execution, drawing.model, drawing.given)
+    shards = Shards(drawing.folder, about | {"prompts": prompts, "without": drawing.without})
+    left = shards.missing(directions.own_share(len(prompts) * for_each))
+    with drawing.model.ema_scope(), execution.running():
+        for numbers in directions.batches(left, args.n_samples):
+            arrays = {}
             drawn = draw(args, drawing, [prompts[n // for_each] for n in numbers], numbers)
             inference.save_images(drawn.pop(drawing.model.first_stage_key), drawing.folder, numbers, DIGITS)
             for name, value in drawn.items():
                 if value.ndim == 4:
                     inference.save_images(value, drawing.folder.with_name(name), numbers, DIGITS)
                 else:
-                    directions.store(arrays, numbers, {name: value})
-    return directions.gathered(arrays)
+                    arrays[name] = value.float().cpu().numpy()
+            shards.add(numbers, arrays)
+    return shards
 
 
 @torch.no_grad()
@@ -139,28 +157,27 @@ def draw(args, drawing: Drawing, prompts: list[str], numbers: list[int]) -> dict
     model = drawing.model
     # With a fixed code the samples of all batches have the noise of the first.
     seeds = [n % args.n_samples for n in numbers] if args.fixed_code else numbers
-    with inference.precision(args.precision):
-        own = {}
-        if isinstance(model, JointLatentDiffusion):
-            own = {"strength": args.strength, "absent": drawing.without}
-        drawn = inference.draw(
-            model,
-            len(numbers),
-            {name: inference.take(value, numbers) for name, value in drawing.given.items()},
-            drawing.wanted,
-            sampler=args.sampler,
-            steps=args.ddim_steps,
-            seed=args.seed,
-            indices=seeds,
-            eta=args.ddim_eta,
-            conditioning=model.get_learned_conditioning(prompts),
-            unconditional=model.get_unconditional_conditioning(len(prompts)) if args.scale != 1 else None,
-            guidance=args.scale,
-            shape=(args.C, args.H // args.f, args.W // args.f),
-            progress=dist_util.get_rank() == 0,
-            **own,
-        )
-        return {name: value.float().cpu() for name, value in drawn.items()}
+    own = {}
+    if isinstance(model, JointLatentDiffusion):
+        own = {"strength": args.strength, "absent": drawing.without}
+    drawn = inference.draw(
+        model,
+        len(numbers),
+        {name: inference.take(value, numbers) for name, value in drawing.given.items()},
+        drawing.wanted,
+        sampler=args.sampler,
+        steps=args.ddim_steps,
+        seed=args.seed,
+        indices=seeds,
+        eta=args.ddim_eta,
+        conditioning=model.get_learned_conditioning(prompts),
+        unconditional=model.get_unconditional_conditioning(len(prompts)) if args.scale != 1 else None,
+        guidance=args.scale,
+        shape=(args.C, args.H // args.f, args.W // args.f),
+        progress=dist_util.get_rank() == 0,
+        **own,
+    )
+    return {name: value.float().cpu() for name, value in drawn.items()}
 
 
 def save_arrays(args, arrays: Mapping[str, np.ndarray]) -> None:

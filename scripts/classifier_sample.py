@@ -16,12 +16,15 @@ def main():
     from guided_diffusion.script_util import create_classifier, create_model_and_diffusion
 
     cli.start(args)
+    execution = cli.execution_of(args)
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**cli.pick(args, flags.model_and_diffusion_defaults()))
-    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16)
+    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16, execution)
     logger.log("loading classifier...")
     classifier = create_classifier(**cli.pick(args, flags.classifier_defaults()))
-    classifier = cli.load_model(classifier, args.classifier_path, "classifier_path", args.classifier_use_fp16)
+    classifier = cli.load_model(
+        classifier, args.classifier_path, "classifier_path", args.classifier_use_fp16, execution
+    )
     sample = cli.sampler_of(diffusion, args.use_ddim)
     shape = (args.batch_size, args.image_channels, args.image_size, args.image_size)
 
@@ -35,7 +38,7 @@ def main():
     def network(x, t, y):
         return model(x, t, y) if args.class_cond else model(x, t)
 
-    def draw():
+    def draw(k):
         labels = cli.random_labels(args.batch_size, args.num_classes)
         images = sample(
             network,
@@ -49,17 +52,19 @@ def main():
 
     logger.log("sampling...")
     names = cli.names_of(args, args.classifier_path, args.model_path)
-    cli.save_samples(*cli.collect(args.num_samples, draw), class_names=names)
+    cli.sample(args, draw, execution, model, classifier, class_names=names)
 
 
 def create_argparser():
     own = dict(classifier_path="", classifier_scale=1.0)
-    return flags.make_parser(
-        __doc__,
-        flags.sampling_defaults(),
-        own,
-        flags.model_and_diffusion_defaults(),
-        flags.classifier_defaults(),
+    return flags.add_sampling_flags(
+        flags.make_parser(
+            __doc__,
+            flags.sampling_defaults(),
+            own,
+            flags.model_and_diffusion_defaults(),
+            flags.classifier_defaults(),
+        )
     )
 
 

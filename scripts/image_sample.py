@@ -14,13 +14,14 @@ def main():
     from guided_diffusion.script_util import create_model_and_diffusion
 
     cli.start(args)
+    execution = cli.execution_of(args)
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**cli.pick(args, flags.model_and_diffusion_defaults()))
-    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16)
+    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16, execution)
     sample = cli.sampler_of(diffusion, args.use_ddim)
     shape = (args.batch_size, args.image_channels, args.image_size, args.image_size)
 
-    def draw():
+    def draw(k):
         kwargs = {}
         if args.class_cond:
             kwargs["y"] = cli.random_labels(args.batch_size, args.num_classes)
@@ -30,11 +31,14 @@ def main():
         return to_uint8(images), *kwargs.values()
 
     logger.log("sampling...")
-    cli.save_samples(*cli.collect(args.num_samples, draw), class_names=cli.names_of(args, args.model_path))
+    names = cli.names_of(args, args.model_path) if args.class_cond else ()
+    cli.sample(args, draw, execution, model, class_names=names)
 
 
 def create_argparser():
-    return flags.make_parser(__doc__, flags.sampling_defaults(), flags.model_and_diffusion_defaults())
+    return flags.add_sampling_flags(
+        flags.make_parser(__doc__, flags.sampling_defaults(), flags.model_and_diffusion_defaults())
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 The model's configuration is in the checkpoint. The same seed gives the same images for any batch size and number
 of ranks. In the log's folder: samples_NxHxWxC.npz (arr_0 = uint8 images as ADM writes them, every modality under its
 name, arr_1 = classes that were drawn or guided to) and samples.png. --film FILE.gif shows the denoising of the first samples.
+The same command with that --log_dir goes on where it was interrupted.
 """
 
 from guided_diffusion import flags
@@ -57,6 +58,7 @@ def parser() -> flags.Parser:
     )
     own.add_flags(flags.classifier_flags())
     own.add("--film", default="")
+    flags.add_sampling_flags(own)
     own.add("--log_dir", unset=flags.OWN_FOLDER)
     return own
 

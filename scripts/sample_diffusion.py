@@ -10,7 +10,7 @@ scripts/sample_diffusion.py).
 
 Writes LOGDIR/samples/STEP/TIME/: img/000000.png, ... (other modalities in folders of their names, labels and
 vectors as NAME.npy), numpy/NxHxWxC-samples.npz and samples.png. The same seed gives the same images for any
-batch size and number of ranks. Further arguments key.key=value override the configuration.
+batch size and number of ranks; the same command goes on with samples that were interrupted. Further arguments key.key=value override the configuration.
 """
 
 from guided_diffusion import flags
@@ -68,7 +68,7 @@ def parser() -> flags.Parser:
         "--null_label", kind=int, group="sampling", low=0, help="the class that says nothing, for --scale"
     )
     own.add("--seed", default=0)
-    return own
+    return flags.add_sampling_flags(own)
 
 
 @exit_on_user_error()

@@ -14,30 +14,33 @@ def main():
     from guided_diffusion.script_util import sr_create_model_and_diffusion
 
     cli.start(args)
+    execution = cli.execution_of(args)
     logger.log("loading data...")
     base = cli.base_batches(args)
     logger.log("creating model...")
     model, diffusion = sr_create_model_and_diffusion(
         **cli.pick(args, flags.sr_model_and_diffusion_defaults())
     )
-    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16)
+    model = cli.load_model(model, args.model_path, "model_path", args.use_fp16, execution)
     sample = cli.sampler_of(diffusion, args.use_ddim)
     shape = (args.batch_size, args.image_channels, args.large_size, args.large_size)
 
-    def draw():
-        kwargs = {name: value.to(dist_util.dev()) for name, value in next(base).items()}
+    def draw(k):
+        kwargs = {name: value.to(dist_util.dev()) for name, value in base(k).items()}
         images = sample(
             model, shape, clip_denoised=args.clip_denoised, model_kwargs=kwargs, device=dist_util.dev()
         )
         return (to_uint8(images),)
 
     logger.log("creating samples...")
-    cli.save_samples(*cli.collect(args.num_samples, draw))
+    cli.sample(args, draw, execution, model, base(0))
 
 
 def create_argparser():
     own = dict(base_samples="")
-    return flags.make_parser(__doc__, flags.sampling_defaults(), own, flags.sr_model_and_diffusion_defaults())
+    return flags.add_sampling_flags(
+        flags.make_parser(__doc__, flags.sampling_defaults(), own, flags.sr_model_and_diffusion_defaults())
+    )
 
 
 if __name__ == "__main__":

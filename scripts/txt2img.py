@@ -106,8 +106,14 @@ def parser() -> flags.Parser:
     own.add(
         "--baseline_config", default="", path="source", unset="--config", help="describes its model", **model
     )
-    own.add("--precision", default="autocast", choices=("full", "autocast"), help="autocast: float16 on CUDA")
-    return own
+    return flags.add_sampling_flags(
+        own,
+        "autocast",
+        precision=dict(
+            help="number format of the network; autocast: float16 on CUDA, else fp32, as full",
+            choices=("autocast", "full", *flags.PRECISIONS),
+        ),
+    )
 
 
 @exit_on_user_error()

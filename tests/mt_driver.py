@@ -21,7 +21,7 @@ MODEL = (
 ).split()
 TRAIN = (
     "--lr 1e-3 --ema_rate 0.9 --batch_size 8 --held_out 8 --num_workers 0 --random_flip False "
-    "--log_interval 5 --progress False"
+    "--log_interval 5 --progress False --adm_files True --keep_checkpoints 99"
 ).split()
 # One thread, so that sums are added up in one order; rank 0 writes what tests read.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENAI_LOG_FORMAT": "stdout,log,csv"}

@@ -9,8 +9,7 @@ import torch as th
 from omegaconf import OmegaConf
 from PIL import Image
 
-from guided_diffusion import cli, dist_util
-from guided_diffusion.mt import directions
+from guided_diffusion import dist_util, sample_shards
 from guided_diffusion.seeding import PerSample
 from ldm import inference, sample_diffusion
 from ldm.data.paired import CamVid
@@ -232,27 +231,14 @@ def test_classes_and_guidance(run, tmp_path):
     assert code == 2 and "'dog' is no class: the classes are ant, bee, cow" in err
 
 
-class Ranks:
-    """torch.distributed for ranks that run one after the other."""
-
-    @staticmethod
-    def broadcast_object_list(values):
-        values[:] = ["together"]
-
-    @staticmethod
-    def all_gather_object(ranks, own):
-        ranks[:] = [own, {}]
-
-    @staticmethod
-    def barrier():
-        pass
-
-
 def test_the_number_of_ranks_changes_nothing(run, joint_run, tmp_path, monkeypatch):
     options = ("-r", joint_run[0], "-n", 3, "-c", 3, "--sampler", "ddpm", "--batch_size", 2)
     assert run("sample_diffusion", *options, "-l", tmp_path / "one")[0] == 0
-    for module in (cli, directions, sample_diffusion):
-        monkeypatch.setattr(module, "dist", Ranks)
+    # Ranks that run one after the other.
+    monkeypatch.setattr(sample_diffusion, "results_folder", lambda parent, about: parent / "together")
+    monkeypatch.setattr(sample_shards.Shards, "_begin", lambda self, text: None)
+    monkeypatch.setattr(dist_util, "from_rank_zero", lambda make: make())
+    monkeypatch.setattr(dist_util, "barrier", lambda: None)
     monkeypatch.setattr(dist_util, "get_world_size", lambda: 2)
     for rank, made in ((1, 1), (0, 3)):  # rank 0 ends with the sheet
         monkeypatch.setattr(dist_util, "get_rank", lambda rank=rank: rank)

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -267,6 +268,78 @@ def test_step_with_a_non_finite_loss_changes_nothing():
     assert np.isfinite(training.schedule_sampler._loss_history).all()
 
 
+def test_the_host_reads_the_device_once_per_log_interval(monkeypatch):
+    """Whatever a step needs to know of its numbers it decides on the device."""
+    training = loop(2, microbatch=1, data=lambda start: sample_images(2, start, broken=[5]))
+    batches, reads = training._open_data(), []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
+        read = getattr(th.Tensor, name)
+        monkeypatch.setattr(
+            th.Tensor, name, lambda *args, _name=name, _read=read: (reads.append(_name), _read(*args))[1]
+        )
+    for training.step in range(4):
+        training.run_step(*next(batches))
+    assert reads == []
+    training.log_losses = lambda losses, t, weights: None  # of tensors on the host
+    training.log_steps()
+    assert reads == ["tolist"]
+    monkeypatch.undo()
+    assert training.nonfinite_steps == 1
+
+
+def test_a_save_is_a_snapshot_and_its_fault_ends_training(logged, monkeypatch):
+    """Written while training goes on, from weights as they were; a full disk is told at the end at the latest."""
+    entered, go = threading.Event(), threading.Event()
+    save = train_util.save_atomic
+
+    def slow(value, path):
+        entered.set()
+        go.wait(10)
+        save(value, path)
+
+    monkeypatch.setattr(train_util, "save_atomic", slow)
+    training = loop(2, adm_files="none")
+    training.save()
+    assert entered.wait(10) and not list(logged.glob("*.pt"))
+    kept = [p.detach().clone() for p in training.model.parameters()]
+    training.run_step(*next(sample_images(2)))
+    go.set()
+    training._finish_writing()
+    assert [path.name for path in logged.glob("*.pt")] == ["checkpoint000000.pt"]
+    written = final(logged, 0)["model"]
+    assert all(map(th.equal, kept, (written[name] for name, _ in training.model.named_parameters())))
+
+    def full(value, path):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(train_util, "save_atomic", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        loop(2, iterations=3, save_interval=2).run_loop()
+
+
+def test_files_of_all_kinds_are_pruned_where_asked(logged):
+    for kinds, expected in (
+        (
+            "all",
+            {
+                "model000000.pt",
+                "model000008.pt",
+                "opt000000.pt",
+                "checkpoint000006.pt",
+                "checkpoint000008.pt",
+            },
+        ),
+        ("pruned", {"model000006.pt", "model000008.pt", "opt000006.pt", "checkpoint000006.pt"}),
+        ("none", {"checkpoint000006.pt", "checkpoint000008.pt"}),
+    ):
+        for path in logged.glob("*.pt"):
+            path.unlink()
+        loop(2, iterations=8, save_interval=2, adm_files=kinds).run_loop()
+        found = {path.name for path in logged.glob("*.pt")}
+        assert expected <= found and len(found) == {"all": 4 * 5 + 2, "pruned": 2 * 5, "none": 2}[kinds]
+        assert len([name for name in found if name.startswith("checkpoint")]) == 2
+
+
 def test_gradients_that_are_not_finite_are_skipped_too():
     """The square root of zero: a finite loss with an infinite gradient."""
     training = loop(2)
@@ -388,6 +461,7 @@ def test_lower_precision_trains_like_float32(precision):
         for _ in range(15):
             training.run_step(*next(batches))
             training.step += 1
+        training.log_steps()
         means = logger.dumpkvs()
         losses[name] = means["loss"]
         assert all(p.dtype == th.float32 for p in training.ema_params[0])

@@ -5,15 +5,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch as th
-import torch.distributed as dist
 from PIL import Image
 
 from .. import checkpoint_util, cli, dist_util, logger
 from ..errors import UserError, UserValueError
+from ..execution import Execution
 from ..figures import Row, contact_sheet, is_frame, label_captions, save_film, to_uint8
 from ..flags import model_and_diffusion_defaults, mt_defaults
 from ..image_datasets import SquareImages, classes_of, hold_out, load_stream, open_dataset
 from ..image_files import are_numbers
+from ..sample_shards import Shards, fingerprint
 from ..seeding import PerSample
 from . import directions
 from .data import JointImages, Source, borne, completed, covers, find_source, label_names
@@ -27,10 +28,12 @@ from .training import JointTrainLoop
 
 GRID = 12  # samples drawn at every save of a training
 SHEET = 16  # samples in the sheet of a sampling
+_SHOWN, _CAPTIONS = "@shown ", "@captions"  # of the sheet's samples, in shards
 FILMED, FILM_TILE = 8, 96  # samples in a film, and pixels of one
 
 # Told of a step of sampling: its number from 1, their count, the predicted images [B, C, H, W] and modalities by name.
 Watch = Callable[[int, int, th.Tensor, dict[str, th.Tensor]], None]
+NEEDS_FULL = "aggregation paper makes the shift so large that half precision rounds the noise away: use --precision fp32"
 
 # ----------------------------------------------------------------------------------------------------------- training
 
@@ -93,6 +96,7 @@ def train(flags: dict) -> None:
         schedule_sampler=cli.schedule_sampler(flags["schedule_sampler"], model.diffusion),
         compile=flags["compile"] == "true",
         config=flags,
+        adm_files="pruned" if flags["adm_files"] else "none",
         on_save=lambda loop: draw_samples(loop, model, flags),
         **{
             name: flags[name]
@@ -173,9 +177,7 @@ def complete(flags: dict) -> dict:
         flags["num_classes"] = 0
     on_gpu = dist_util.dev().type == "cuda"
     if flags["aggregation"] == "paper" and flags["precision"] in ("bf16", "fp16"):
-        raise UserValueError(
-            "aggregation paper makes the shift so large that half precision rounds the noise away: use --precision fp32"
-        )
+        raise UserValueError(NEEDS_FULL)
     if flags["use_fp16"]:
         if flags["precision"] not in ("auto", "fp16"):
             raise UserValueError(
@@ -299,8 +301,11 @@ def sample(args) -> None:
     model = JointModel.load(args.model_path, args.weights)
     if max(args.times) >= model.diffusion.num_timesteps:
         raise UserValueError(f"--times must be below {model.diffusion.num_timesteps}, not {max(args.times)}")
-    model.network.to(dist_util.dev())
+    execution = execution_of(args, model)
+    execution.prepare(model.network.to(dist_util.dev()))
     guidance = ClassGuidance.from_flags(vars(args), model)
+    if guidance is not None and guidance.classifier is not None:
+        execution.prepare(guidance.classifier)
     given, holes, drawn = read_given(args.given, model, guidance)
     absent = directions.names_without(args.without, model.modalities.names)
     if both := sorted({*given, *drawn} & set(absent)):
@@ -313,24 +318,55 @@ def sample(args) -> None:
     wanted = directions.names_wanted(args.want, names, given, in_part=holes)
     count = args.num_samples or (len(next(iter(given.values()))) if given else 16)
     logger.log(f"sampling {count}, given {', '.join(given) or 'nothing'}, wanted {', '.join(wanted)}")
-    rows: dict[str, dict[int, np.ndarray]] = {}
-    for numbers in directions.batches(directions.own_share(count), args.batch_size):
+    shards = Shards(logger.get_dir(), samples_depend_on(args, model, execution, guidance, given, holes))
+    left = shards.missing(directions.own_share(count))
+    for numbers in directions.batches(left, args.batch_size):
         # What is given is repeated in turn until there is enough.
         part, part_holes = (
             {name: value[th.tensor(numbers) % len(value)].to(dist_util.dev()) for name, value in some.items()}
             for some in (given, holes)
         )
-        film = Film(args.film, model, given) if args.film and not rows and dist_util.get_rank() == 0 else None
-        made = sample_batch(args, model, guidance, absent, drawn, part, part_holes, numbers, film)
+        film = Film(args.film, model, given) if args.film and numbers[0] == 0 else None
+        with execution.running():
+            made = sample_batch(args, model, guidance, absent, drawn, dict(part), part_holes, numbers, film)
         if film is not None:
             film.save()
         kept = {"image", "classes", *wanted, *given}
-        directions.store(rows, numbers, {name: value for name, value in made.items() if name in kept})
-    arrays = directions.gathered(rows)
+        made = {name: value.float().cpu() for name, value in made.items() if name in kept}
+        part_holes = {name: where.cpu() for name, where in part_holes.items()}
+        shards.add(numbers, stored(made, given, part_holes, wanted, model, sheet=numbers[0] < SHEET))
+    # Evaluations tell by them which number is which.
+    told = {"class_names": model.class_names}
+    told |= {
+        f"{m.name}_class_names": getattr(m, "class_names", None)
+        for m in model.modalities
+        if m.name in (*wanted, *given)
+    }
+    told = {name: np.array(names) for name, names in told.items() if names and not are_numbers(names)}
+    shards.join(count, cli.samples_path, told)
     if dist_util.get_rank() == 0:
-        write(arrays, given, holes, wanted, model)
-    if dist_util.get_world_size() > 1:
-        dist.barrier()
+        draw_sheet(shards, count, given, holes)
+    shards.remove()
+
+
+def execution_of(args, model: JointModel) -> Execution:
+    """How the network runs. UserValueError where the model needs float32."""
+    full = model.flags["aggregation"] == "paper" and len(model.modalities) > 0
+    if full and args.precision in ("bf16", "fp16"):
+        raise UserValueError(NEEDS_FULL)
+    return Execution.from_flags(vars(args), dist_util.dev(), full=full)
+
+
+def samples_depend_on(args, model, execution, guidance, given, holes) -> dict:
+    """What makes samples what they are, in plain values: shards of others are not continued."""
+    kept = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in (*cli.NOT_OF_SAMPLES, "batch_size", "film")
+    }
+    networks = [model.network, *([guidance.classifier] if guidance and guidance.classifier else [])]
+    made_of = [fingerprint(values) for values in (*networks, given, holes)]
+    return {**kept, "execution": vars(execution), "from": made_of, "aggregation": model.flags["aggregation"]}
 
 
 def read_given(
@@ -485,42 +521,48 @@ def label_chances(model: JointModel, values: dict) -> list[str]:
     return [" ".join(parts) for parts in zip(*told, strict=True)]
 
 
-def write(arrays: dict, given: dict, holes: dict, wanted: list[str], model: JointModel) -> None:
-    """samples_NxHxWxC.npz and samples.png in the log's folder."""
-    bad = [name for name in wanted if not np.isfinite(arrays[name]).all()]
+def stored(
+    arrays: dict[str, th.Tensor], given: dict, holes: dict, wanted: list[str], model: JointModel, sheet: bool
+) -> dict[str, np.ndarray]:
+    """A batch of samples as it is written, by name: images as uint8 [b, H, W, C], the image as arr_0, drawn classes as
+    arr_1 [b]. sheet: with what `draw_sheet` shows. UserError where they are not finite."""
+    bad = [name for name in wanted if not bool(arrays[name].isfinite().all())]
     if bad:
         raise UserError(f"the samples of {', '.join(bad)} are not finite: the model or the sampler diverged")
-    stored, rows = {}, []
-    captions = _captions(model, {name: th.from_numpy(value[:SHEET]) for name, value in arrays.items()})
-    count = len(arrays["image"])
-    holes = {name: where[th.arange(count) % len(where)] for name, where in holes.items()}
     exact = {name: holes.get(name, th.ones(1, 1, 1, 1, dtype=th.bool)) for name in given}
     if holes:  # known pixels of a masked image are the image's
         exact["image"] = list(holes.values())[-1]
+    made = {}
     for name in ["image", *model.modalities.names]:
         if name not in arrays:
             continue
-        known = exact.get(name)
-        value = th.from_numpy(arrays[name])
+        known, value = exact.get(name), arrays[name]
         if name == "image":
-            pixels = stored["arr_0"] = to_uint8(value, known)
+            pixels = made["arr_0"] = to_uint8(value, known)
         else:
             m = model.modalities[name]
-            pixels, stored[name] = m.pixels(value, known), m.stored(value, known)
-            if getattr(m, "class_names", None) and not are_numbers(m.class_names):
-                stored[f"{name}_class_names"] = np.array(m.class_names)
-        if pixels is not None:
-            rows.append(Row(name, pixels[:SHEET], captions, mark_of(name, given, holes)))
+            pixels, made[name] = m.pixels(value, known), m.stored(value, known)
+        if sheet and pixels is not None:
+            made[_SHOWN + name] = pixels
+    if sheet and (captions := _captions(model, arrays)):
+        made[_CAPTIONS] = np.array(captions)
     if "classes" in arrays:
-        stored["arr_1"] = arrays["classes"].astype(np.int64)  # ADM's name for the labels
-    if not are_numbers(model.class_names):
-        stored["class_names"] = np.array(model.class_names)  # evaluations tell by them which number is which
-    stored |= {f"{name}_known": where[:, 0].numpy() for name, where in holes.items()}
-    path = os.path.join(logger.get_dir(), f"samples_{'x'.join(map(str, stored['arr_0'].shape))}.npz")
-    np.savez(path, **stored)
+        made["arr_1"] = arrays["classes"].numpy().astype(np.int64)  # ADM's name for the labels
+    return made | {f"{name}_known": where[:, 0].numpy() for name, where in holes.items()}
+
+
+def draw_sheet(shards: Shards, count: int, given: dict, holes: dict) -> None:
+    """samples.png in the log's folder, of the first ones of `count` samples."""
+    count = min(SHEET, count)
+    names = shards.names()
+    captions = [str(row) for row in shards.rows(_CAPTIONS, count)] if _CAPTIONS in names else []
+    rows = [
+        Row(name, np.stack(list(shards.rows(_SHOWN + name, count))), captions, mark_of(name, given, holes))
+        for name in (name.removeprefix(_SHOWN) for name in names if name.startswith(_SHOWN))
+    ]
     sheet = os.path.join(logger.get_dir(), "samples.png")
     contact_sheet(rows).save(sheet)
-    logger.log(f"saved {path} and {sheet}")
+    logger.log(f"saved {sheet}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the bound

@@ -33,6 +33,10 @@ class JointTrainLoop(TrainLoop):
     def __init__(self, *, model: JointModel, held_out: tuple[th.Tensor, dict] | None = None, **kwargs):
         self.joint, self.modalities, self.held_out = model, model.modalities, held_out
         super().__init__(model=model.network, diffusion=model.diffusion, **kwargs)
+        if kwargs.get("compile"):  # the network's own forward does not reach these
+            for m in self.modalities:
+                if m.head == "classifier":
+                    self.model.heads[m.name].compile()
         self.code_interval = code_interval(model, self.global_batch)
         if rows := sum(m.encoded_rows for m in self.modalities):
             share = rows / self.code_interval / ((1 + _BACKWARD) * self.global_batch)
