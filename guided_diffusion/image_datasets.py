@@ -507,6 +507,10 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | Non
         if "arr_0" not in arrays:
             raise UserValueError(f"{path!r} has no array arr_0 with the images, only {', '.join(arrays)}")
         images = arrays["arr_0"]
+        if images.ndim < 3:
+            raise UserValueError(
+                f"arr_0 of {path!r} must be images [N, H, W, C] or [N, H, W], not {list(images.shape)}"
+            )
         labels = next((arrays[key] for key in ("labels", "arr_1") if key in arrays), None)
         if labels is not None:
             labels = check_labels(labels, len(images), path)

@@ -283,7 +283,7 @@ def test_scripts_run_uninstalled_on_two_ranks(tmp_path, image_folder):
         (
             "image_train",
             ["--class_cond", "True", "--num_classes", "2"],
-            "the data have 3 classes: give --num_classes 3",
+            "the data have 3 classes, the model would have 2: give --num_classes 3",
         ),
         (
             "image_train",

@@ -1,11 +1,17 @@
 """Wrong command lines: each ends with exit code 2 and exactly one line, which says what is wrong; and what --help says."""
 
 import importlib
+import pickle
+import struct
 import subprocess
 import sys
+import zipfile
+import zlib
 
+import numpy as np
 import pytest
 import torch as th
+from PIL import Image
 
 from guided_diffusion import flags
 from guided_diffusion.errors import UserError
@@ -234,6 +240,171 @@ def test_the_nearest_name_is_suggested():
         with pytest.raises(UserError) as refused:
             parser.parse_args(words)
         assert str(refused.value) == said
+
+
+# ------------------------------------------------------------------------------------------------------ broken files
+
+ARRAYS = "zero cut text crc other float nan flat none scalar object complex empty_images dir link loop member".split()
+LABELS = "huge text_label float_label short negative_label".split()
+IMAGES = "cut_png zero_png text_png bomb float_tif".split()
+WEIGHTS = "zero cut_pt bit text html lfs dir link int list nested foreign pickle".split()
+CONFIGS = "list_yaml text tab binary unknown nan_lr list_lr null_lr bool_batch base interpolation tag deep dir link".split()
+STATES = "no_config bad_config no_model bad_model no_version bad_version no_optimizer bad_optimizer newer steps size names".split()
+SINGLE = SAMPLING.replace("{weights}", "{%s}")
+# Of a program: what it is called with, and the broken things that stand at %s in turn.
+BROKEN = (
+    ("mt_image_train", JOINT.replace("{digits}", "{%s}"), [*ARRAYS, *LABELS]),
+    ("mt_image_train", f"{JOINT} --modalities masked:U --held_out 0 --data_dir {{%s}}", IMAGES),
+    ("mt_image_train", f"{JOINT} --config {{%s}}", CONFIGS),
+    ("mt_image_train", f"{JOINT} --resume_checkpoint {{%s}}", ["zero", "cut_pt", "bit", "text", "dir"]),
+    ("mt_image_sample", "--model_path {%s} --steps 2 --num_samples 1", [*WEIGHTS, *STATES]),
+    (
+        "mt_image_sample",
+        "--model_path {run} --steps 2 --num_samples 1 --given image={%s}",
+        [*ARRAYS, *IMAGES],
+    ),
+    ("image_sample", SINGLE, WEIGHTS),
+    (
+        "super_res_sample",
+        SINGLE.replace("--image_size", "--large_size") % "foreign" + " --small_size 4 --base_samples {%s}",
+        ARRAYS,
+    ),
+    ("judge", "train {%s} {tmp}/judge.pt --epochs 1", [*ARRAYS, *LABELS]),
+    ("judge", "score {%s} {digits} {digits}", WEIGHTS),
+    ("segmentation", "{%s} {%s}", [*ARRAYS, "float_tif", "bomb"]),
+    ("restoration", "mask {%s} {tmp}/holes", [*ARRAYS, "zero_png", "bomb"]),
+    ("reproduce", "{%s} --dry_run", ["list_yaml", "text", "binary", "dir", "link"]),
+    ("figure6", "--out {tmp}/f.png --runs a={%s}", ["empty", "table"]),
+    ("sheet", "--out {tmp}/s.xyz a={images}%s", [""]),
+    ("kill_test", "--kills %s", ["0", "-1", "x"]),
+    ("kill_test", "--ranks %s", ["0", "nan"]),
+    ("bench_evaluator", "--threads %s", ["0", "-1", "x"]),
+    ("bench_evaluator", "--batch_size %s", ["0", "1e3"]),
+    ("bench_representation", "--repetitions %s", ["0", "x"]),
+    ("audit", "%s", ["", "--upstream /nowhere", "--upstream {empty}", "--parts x"]),
+    ("graft", "%s", ["", "/nowhere", "{empty}", "{file}"]),
+    ("refresh", "--base %s", ["/nowhere", "{file}"]),
+)
+BROKEN_CASES = [
+    pytest.param(name, words.replace("%s", one), id=f"{name} {words[-28:]} {one}")
+    for name, words, some in BROKEN
+    for one in some
+]
+
+
+@pytest.fixture(scope="module")
+def broken(places):
+    """Files and folders of which each is broken in one way, by name."""
+    tmp = places["tmp"] / "broken"
+    tmp.mkdir()
+    made = dict(places)
+
+    def path(name, ending):
+        made[name] = tmp / f"{name}{ending}"
+        return made[name]
+
+    good = dict(np.load(places["digits"]))
+    images, labels = good["arr_0"], good["labels"]
+    raw = places["digits"].read_bytes()
+    flipped = bytearray(raw)
+    flipped[len(raw) // 3] ^= 255
+    for name, content in {
+        "zero": b"",
+        "cut": raw[: len(raw) // 2],
+        "text": b"hello",
+        "crc": bytes(flipped),
+    }.items():
+        path(name, ".npz").write_bytes(content)
+    floats = images / np.float32(255)
+    for name, arrays in {
+        "other": dict(images=images), "float": dict(arr_0=floats), "nan": dict(arr_0=floats * np.nan), "flat": dict(arr_0=labels),
+        "none": dict(arr_0=images[:0], labels=labels[:0]), "scalar": dict(arr_0=np.uint8(3)), "complex": dict(arr_0=images * 1j),
+        "object": dict(arr_0=np.array([{}, 1], dtype=object)), "empty_images": dict(arr_0=np.zeros((9, 0, 8, 3), np.uint8)),
+    }.items():  # fmt: skip
+        np.savez(path(name, ".npz"), **{"labels": labels, **arrays})
+    for name, wrong in {
+        "huge": np.where(labels == 3, 2**31 - 1, labels), "text_label": labels.astype(str), "float_label": labels * 1.0,
+        "short": labels[:5], "negative_label": labels - 5,
+    }.items():  # fmt: skip
+        np.savez(path(name, ".npz"), arr_0=images, labels=wrong, arr_1=wrong)
+    path("dir", ".npz").mkdir()
+    path("link", ".npz").symlink_to("/nowhere.npz")
+    path("loop", ".npz").symlink_to(made["loop"])
+    with zipfile.ZipFile(path("member", ".npz"), "w") as archive:
+        archive.writestr("arr_0.npy", "no array")
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    png = next(places["images"].rglob("*.png")).read_bytes()
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))  # 900 megapixels
+    bomb = png[:8] + head + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    for name, content in {
+        "cut_png": png[:60],
+        "zero_png": b"",
+        "text_png": b"hello",
+        "bomb": bomb,
+        "float_tif": None,
+    }.items():
+        path(name, "").mkdir()
+        for i in range(3):
+            if content is None:
+                Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(made[name] / f"{i}.tif")
+            else:
+                (made[name] / f"{i}.png").write_bytes(content)
+    whole = sorted(places["run"].glob("checkpoint*.pt"))[-1]
+    state, raw = th.load(whole, weights_only=True), whole.read_bytes()
+    flipped = bytearray(raw)
+    flipped[len(raw) // 3] ^= 1
+    files = {
+        "cut_pt": raw[: len(raw) // 2],
+        "bit": bytes(flipped),
+        "html": b"<!DOCTYPE html>",
+        "lfs": b"version https://git-lfs",
+    }
+    for name, content in files.items():
+        path(name, ".pt").write_bytes(content)
+    path("pickle", ".pt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    values = {
+        "int": 3,
+        "list": [1],
+        "nested": {"state_dict": 3},
+        "foreign": {"a": th.zeros(2)},
+        "newer": {**state, "version": 99},
+    }
+    for part in ("config", "model", "version", "optimizer"):
+        values[f"no_{part}"] = {name: value for name, value in state.items() if name != part}
+        values[f"bad_{part}"] = {**state, part: "text"}
+    for name, flag, value in (
+        ("steps", "diffusion_steps", 10**9),
+        ("size", "image_size", "8"),
+        ("names", "class_names", 3),
+    ):
+        values[name] = {**state, "config": {**state["config"], flag: value}}
+    for name, value in values.items():
+        th.save(value, path(name, ".pt"))
+    for name, text in {
+        "list_yaml": "- 1", "tab": "a:\n\t- b", "unknown": "zzz: 3", "nan_lr": "lr: .nan", "list_lr": "lr: [1]", "null_lr": "lr: null",
+        "bool_batch": "batch_size: true", "base": "base: /nowhere.yaml", "interpolation": "lr: ${nope}", "binary": "\0\1",
+        "tag": "lr: !!python/object/apply:os.system [true]", "deep": "modalities: {label: {variant: U, zzz: 3}}",
+    }.items():  # fmt: skip
+        path(name, ".yaml").write_text(text)
+    path("table", "").mkdir()
+    (made["table"] / "progress.csv").write_bytes(b"\xff\xfe,\0\n")
+    return made
+
+
+@pytest.mark.parametrize(("name", "words"), BROKEN_CASES)
+def test_broken_files_end_with_one_error_line(broken, capfd, monkeypatch, name, words):
+    monkeypatch.setenv("OPENAI_LOGDIR", str(broken["tmp"] / "log"))
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        in_process(name, *words.format(**broken).split())
+    lines = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    # What was passed over or warned of may stand before it.
+    assert lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1, lines
+    assert "Traceback" not in "".join(lines) and len(lines) <= 4
 
 
 # ------------------------------------------------------------------------------------------------------------- help
