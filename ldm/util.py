@@ -99,7 +99,12 @@ def resolve(config: Mapping, expected: type | None = None, key: str = ""):
     """
     at = f"{key}: " if key else ""
     if not isinstance(config, Mapping) or "target" not in config:
-        raise UserValueError(f"{at}a configuration needs the key `target`, the class to make; got {config!r}")
+        got = (
+            f"the keys {', '.join(map(str, config))}"
+            if isinstance(config, Mapping) and config
+            else repr(config)
+        )
+        raise UserValueError(f"{at}a configuration needs the key `target`, the class to make; got {got}")
     if unknown := [name for name in config if name not in ("target", "params")]:
         near = difflib.get_close_matches(str(unknown[0]), ("params",), cutoff=0.7)
         if near:

@@ -93,7 +93,9 @@ def _run(options, overrides):
 
     every = ((lightning.get("modelcheckpoint") or {}).get("params") or {}).get("every_n_train_steps") or 0
     save = SaveLast(run.ckptdir, every)
-    trainer_config["strategy"] = make_strategy(trainer_config, model)
+    trainer_config["strategy"] = make_strategy(
+        trainer_config, model, bool(lightning.get("find_unused_parameters"))
+    )
     if options.train and rank_zero_only.rank == 0:
         lock_folder(run.logdir)
     resume = ExactResume()

@@ -20,7 +20,7 @@ _KNOWN = {
     "": ("model", "data", "lightning", "class_names"),
     "model": ("base_learning_rate", "target", "params"),
     "data": ("target", "params"),
-    "lightning": ("trainer", "callbacks", "modelcheckpoint", "logger"),
+    "lightning": ("trainer", "callbacks", "modelcheckpoint", "logger", "find_unused_parameters"),
 }
 # Of Lightning's trainer, what this program sets itself.
 _OWN = ("self", "logger", "callbacks", "plugins", "default_root_dir", "use_distributed_sampler")

@@ -89,10 +89,11 @@ def world_size(config: Mapping) -> int:
     return count * int(config.get("num_nodes", 1))
 
 
-def make_strategy(config: Mapping, model: pl.LightningModule):
+def make_strategy(config: Mapping, model: pl.LightningModule, find_unused: bool = False):
     """The strategy that `config` (prepared arguments of pl.Trainer) names: auto, ddp or fsdp.
 
-    Where two optimizers take turns, DDP must look which parameters a loss reaches. `UserValueError` for fsdp
+    Where two optimizers take turns, DDP must look which parameters a loss reaches; elsewhere with find_unused
+    (lightning.find_unused_parameters). `UserValueError` for fsdp
     without GPU, with two optimizers, and with a moving average, which needs whole weights.
     """
     strategy = config.get("strategy", "auto")
@@ -100,7 +101,7 @@ def make_strategy(config: Mapping, model: pl.LightningModule):
         _check_fsdp(model)
         return FSDPStrategy(state_dict_type="full")
     if strategy == "ddp" or (strategy == "auto" and world_size(config) > 1):
-        return DDPStrategy(find_unused_parameters=not model.automatic_optimization)
+        return DDPStrategy(find_unused_parameters=find_unused or not model.automatic_optimization)
     return strategy
 
 

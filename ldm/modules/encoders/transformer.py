@@ -14,7 +14,7 @@ class TransformerEmbedder(AbstractEncoder):
     """Tokens int64 [B, S] -> [B, S, n_embed], by n_layer layers. device is accepted and has no effect: the encoder
     runs where its weights are."""
 
-    def __init__(self, n_embed, n_layer, vocab_size, max_seq_len=77, device=None, embedding_dropout=0.0):
+    def __init__(self, n_embed, n_layer, vocab_size, max_seq_len=77, device="cuda", embedding_dropout=0.0):
         super().__init__()
         layers = Encoder(dim=n_embed, depth=n_layer)
         self.transformer = TransformerWrapper(
@@ -33,7 +33,7 @@ class BERTTokenizer(AbstractEncoder):
     hub name. UserFileError if it is not there.
     """
 
-    def __init__(self, device=None, vq_interface=True, max_length=77, version="bert-base-uncased"):
+    def __init__(self, device="cuda", vq_interface=True, max_length=77, version="bert-base-uncased"):
         super().__init__()
         self.vq_interface, self.max_length = vq_interface, max_length
         self.tokenizer = None  # without weights there is nothing to read
@@ -71,7 +71,7 @@ class BERTEmbedder(TransformerEmbedder):
         n_layer,
         vocab_size=30522,
         max_seq_len=77,
-        device=None,
+        device="cuda",
         use_tokenizer=True,
         embedding_dropout=0.0,
         tokenizer="bert-base-uncased",
