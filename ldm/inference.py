@@ -17,11 +17,12 @@ from guided_diffusion.mt import directions
 from guided_diffusion.mt.files import read_labels, read_vectors
 from guided_diffusion.sample_shards import fingerprint
 from guided_diffusion.seeding import PerSample
+from ldm.checkpoint import load_state_dict
 from ldm.data.folders import read_images as read_sources
 from ldm.data.images import Reading, reading_of
 from ldm.models.diffusion.conditioning import select
 from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
-from ldm.models.diffusion.joint import JointLatentDiffusion
+from ldm.models.diffusion.joint import JointLatentDiffusion, with_former_defaults
 from ldm.util import instantiate_from_config
 
 
@@ -32,6 +33,7 @@ def load_model(config: Mapping, checkpoint: str | Path) -> LatentDiffusion:
         raise UserFileError(f"there is no checkpoint {checkpoint}")
     if not isinstance(config.get("model"), Mapping) or "params" not in config["model"]:
         raise UserError("the configuration has no section `model` with target and params")
+    config = _as_trained(config, checkpoint)
     params = dict(config["model"]["params"])
     # The checkpoint holds every part: their own files are not needed.
     for part in ("first_stage_config", "cond_stage_config"):
@@ -42,6 +44,14 @@ def load_model(config: Mapping, checkpoint: str | Path) -> LatentDiffusion:
     model = instantiate_from_config({**config["model"], "params": params}, LatentDiffusion, "model")
     model.init_from_ckpt(checkpoint)
     return model.to(dist_util.dev()).eval()
+
+
+def _as_trained(config, checkpoint):
+    """The configuration with what joint models had before there was presence, where the checkpoint has none."""
+    former = with_former_defaults(config)
+    if former == config or any(".presence." in name for name in load_state_dict(checkpoint)):
+        return config
+    return former
 
 
 def locate(resume: str) -> tuple[Path, Path]:

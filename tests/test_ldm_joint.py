@@ -2,14 +2,22 @@
 
 import pytest
 import torch as th
+from torch.utils.data import DataLoader
 
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.mt.heads import OutputHead
+from guided_diffusion.mt.modality_set import Batch
 from guided_diffusion.mt.sampling import SAMPLERS, joint_sample
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.joint import JointLatentDiffusion, latent_modalities
+from ldm.models.diffusion.joint import (
+    FORMER,
+    JointLatentDiffusion,
+    latent_modalities,
+    with_defaults,
+    with_former_defaults,
+)
 from ldm.models.diffusion.sampling import Denoiser
 from tests.compare import agree
 from tests.ldm_models import CLASSES, CONTEXT, KL, maps, shaken, small, unet_config
@@ -66,7 +74,8 @@ def test_without_modalities_it_is_latent_diffusion(parameterization):
 @pytest.mark.parametrize("variant", ["U", "X"])
 @th.no_grad()
 def test_the_loss_agrees_with_equation_6(variant, parameterization):
-    model = joint(variant, parameterization=parameterization, first_stage_config=KL, scale_factor=0.7)
+    options = dict(parameterization=parameterization, first_stage_config=KL, scale_factor=0.7)
+    model = joint(variant, **options, **FORMER)
     batch = {"image": maps(3, 3, 16), "label_map": maps(3, 3, 16, seed=1)}
     x, e = (
         0.7 * model.encode_first_stage(batch[name].permute(0, 3, 1, 2).contiguous()).mean
@@ -372,3 +381,106 @@ def test_the_average_is_what_is_sampled():
     model.model_ema.load_state_dict(average)
     assert th.equal(model.sample_joint(2, steps=3, sampler="ddim")["image"], before)
     assert not th.equal(model.sample_joint(2, steps=3, sampler="ddim", use_ema=False)["image"], before)
+
+
+# -------------------------------------------------------------- presence, standing codes, encoders of the user's own
+
+
+def labelled(**changes):
+    unet = unet_config(num_classes=3)
+    return joint(modalities="label:U", unet_config=unet, **changes)
+
+
+def test_presence_and_codes_are_on_unless_a_stored_configuration_is_older():
+    """What main.py stores names every option; what it stored before there were any means the former ones."""
+    made = labelled()
+    assert (made.unshifted_probability, made.modalities.presence, made.codes is not None) == (
+        0.33,
+        True,
+        True,
+    )
+    config = {
+        "model": {
+            "target": "ldm.models.diffusion.joint.JointLatentDiffusion",
+            "params": {"modalities": "label:U"},
+        }
+    }
+    stored = with_defaults(config)["model"]["params"]
+    assert stored["presence"] is True and stored["detectability"] == 4.0 and stored["code_interval"] == 0
+    assert with_former_defaults(config)["model"]["params"] == {**FORMER, "modalities": "label:U"}
+    assert with_former_defaults(with_defaults(config)) == with_defaults(config)
+    before = labelled(**FORMER)
+    assert before.codes is None and not any("presence" in name for name in before.state_dict())
+    peak = {m.name: m.peak for m in made.modalities}["label"]
+    assert peak < {m.name: m.peak for m in before.modalities}["label"]  # set by detectability
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_codes_stand_still_in_training_and_in_checkpoints(tmp_path):
+    """Refreshed at steps 0, 1, 2, 4, ..., they are those of the weights at that step, and come with the checkpoint."""
+    model = labelled(code_interval=100)
+    samples = [{"image": image, "label": i % 3} for i, image in enumerate(maps(16))]
+    fit(model, tmp_path, 4, data=DataLoader(samples, 4))  # the last refresh was before the third update
+    kept = model.codes.label.clone()
+    assert kept.any()
+    fresh = labelled(code_interval=1)
+    fresh.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("codes.")})
+    now = fresh.modalities.constant_codes(Denoiser(fresh), th.zeros(1, *SHAPE))["label"]
+    assert not th.allclose(kept, now)
+    again = labelled(code_interval=100)
+    again.load_state_dict(model.state_dict())
+    assert th.equal(again.standing_codes.label, kept)
+    th.save({"state_dict": fresh.state_dict()}, tmp_path / "older.ckpt")
+    again.init_from_ckpt(tmp_path / "older.ckpt")
+    assert again.standing_codes is None  # the file has none: they are computed
+    found = again.modalities.constant_codes(Denoiser(again), th.zeros(1, *SHAPE))["label"]
+    agree(found, now)
+
+
+class Painter(th.nn.Module):
+    """A label as a flat map of its own."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.table = th.nn.Parameter(scale * th.arange(6.0).view(3, 2))
+
+    def forward(self, value):
+        return (value @ self.table)[:, :, None, None].expand(-1, -1, 8, 8)
+
+
+def test_an_encoder_by_target_puts_values_into_the_latent():
+    encoder = {"target": f"{__name__}.Painter", "params": {"scale": 0.5}}
+    model = labelled_with(encoder)
+    assert not any(p.requires_grad for p in model.encoders.parameters())
+    value = th.eye(3)
+    e = model.modalities.encode(Denoiser(model), Batch({"label": value}), th.zeros(3, *SHAPE))["label"]
+    assert e[:, :, 0, 0].tolist() == [[0.0, 0.5], [1.0, 1.5], [2.0, 2.5]]
+    assert model.training_step({"image": maps(3), "label": th.tensor([0, 1, 2])}, 0).isfinite()
+    with pytest.raises(UserValueError, match="modalities.label.encoder"):
+        labelled_with({"target": "os.getcwd"})
+    with pytest.raises(UserValueError, match="scale"):
+        labelled_with({"target": f"{__name__}.Painter", "params": {"scal": 1}})
+
+
+def labelled_with(encoder):
+    return joint(modalities={"label": {"encoder": encoder}}, unet_config=unet_config(num_classes=3))
+
+
+def test_a_pretrained_generator_encodes_labels_by_what_it_draws(tmp_path):
+    """Always from the same noise, once for each class; a soft label is the mixture."""
+    options = dict(cond_stage_config=CLASSES, cond_stage_key="class_label", conditioning_key="crossattn")
+    drawing = small(LatentDiffusion, unet_config=CONTEXT, **options)
+    th.save({"state_dict": drawing.state_dict()}, tmp_path / "drawing.ckpt")
+    params = dict(options, first_stage_config={"target": "ldm.models.autoencoder.IdentityFirstStage"})
+    params |= dict(unet_config=CONTEXT, image_size=8, channels=2, timesteps=40)
+    config = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
+    params = dict(config=config, ckpt_path=str(tmp_path / "drawing.ckpt"), steps=4, classes=3)
+    model = labelled_with({"target": "ldm.modules.encoders.generators.PretrainedGenerator", "params": params})
+    first, second, mixed = (
+        model.encoders["label"](th.tensor([v])) for v in ([1.0, 0, 0], [0, 1.0, 0], [0.5, 0.5, 0])
+    )
+    assert not th.allclose(first, second)
+    agree(mixed, (first + second) / 2)
+    noise = PerSample([0]).randn(SHAPE)
+    cond = drawing.get_learned_conditioning({"class_label": th.tensor([1])})
+    agree(second, DDIMSampler(drawing).sample(4, 1, SHAPE, cond, eta=0.0, x_T=noise, verbose=False)[0])

@@ -11,7 +11,7 @@ from guided_diffusion.mt.modality_set import Batch, ModalitySet, UNetEncoder
 from guided_diffusion.seeding import PerSample
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.joint import JointLatentDiffusion
+from ldm.models.diffusion.joint import FORMER, JointLatentDiffusion
 from ldm.models.diffusion.sampling import Denoiser
 from ldm.modules.encoders.vectors import Standard
 from tests.compare import agree
@@ -52,7 +52,7 @@ class Extractor(th.nn.Module):
 
 def representation(**changes):
     modalities = {"representation": {"preset": "representation", "shape": [WIDTH]}}
-    options = {"modalities": modalities, "extractors": {"representation": EXTRACTOR}, **TEXT}
+    options = {"modalities": modalities, "extractors": {"representation": EXTRACTOR}, **TEXT, **FORMER}
     return small(JointLatentDiffusion, **{**options, **changes})
 
 

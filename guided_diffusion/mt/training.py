@@ -61,7 +61,7 @@ class JointTrainLoop(TrainLoop):
 
     def _refresh_codes(self, like):
         step = self.step + self.resume_step
-        if step % self.code_interval == 0 or (step < self.code_interval and step & (step - 1) == 0):
+        if is_refresh_step(step, self.code_interval):
             self.modalities.refresh_codes(self.model, like)
 
     @contextlib.contextmanager
@@ -90,16 +90,20 @@ def _copy(target, source):
 
 
 def code_interval(model: JointModel, batch_size: int) -> int:
-    """Steps between two refreshes of the labels' codes: the flag, or as many as make them cost 5 % of the steps of
-    `batch_size` samples."""
-    if model.flags["code_interval"]:
-        return model.flags["code_interval"]
-    return max(
-        100,
-        math.ceil(
-            sum(m.encoded_rows for m in model.modalities) / (_CODE_COST * (1 + _BACKWARD) * batch_size)
-        ),
-    )
+    """Steps between two refreshes of the labels' codes: the flag, or see `affordable_interval`."""
+    return model.flags["code_interval"] or affordable_interval(model.modalities, batch_size)
+
+
+def affordable_interval(modalities: ModalitySet, batch_size: int) -> int:
+    """As many steps between two refreshes of the codes as make them cost 5 % of the steps of `batch_size` samples, at
+    least 100."""
+    rows = sum(m.encoded_rows for m in modalities)
+    return max(100, math.ceil(rows / (_CODE_COST * (1 + _BACKWARD) * batch_size)))
+
+
+def is_refresh_step(step: int, interval: int) -> bool:
+    """Are codes refreshed at this step: 0, 1, 2, 4, ... and every `interval`?"""
+    return step % interval == 0 or (step < interval and step & (step - 1) == 0)
 
 
 @th.no_grad()

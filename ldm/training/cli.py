@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from guided_diffusion.checkpoint_util import lock_folder
 from guided_diffusion.errors import UserError, UserValueError
 from ldm.data.latents import check_caches
+from ldm.models.diffusion.joint import with_defaults, with_former_defaults
 from ldm.training.checkpoints import (
     AtomicCheckpointIO,
     SaveLast,
@@ -72,6 +73,7 @@ def _run(options, overrides):
     config = load_config([*kept, *options.base], overrides, _flags(options))
     plain = OmegaConf.to_container(config, resolve=True)
     lightning = plain.pop("lightning", None) or {}
+    plain = with_former_defaults(plain) if run.resume else with_defaults(plain)
 
     pl.seed_everything(options.seed, verbose=False)
     model = instantiate_from_config(plain["model"], pl.LightningModule, "model")

@@ -5,12 +5,14 @@ Image modalities come as images under their own names and pass the same first st
 diffuses the image's latents, shifted by theirs, and predicts both. Vectors come in standard form (encoders/vectors.py).
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from guided_diffusion.checkpoint_util import fit_channels
 from guided_diffusion.errors import UserValueError
@@ -19,27 +21,34 @@ from guided_diffusion.mt.denoiser import predict_modalities
 from guided_diffusion.mt.losses import multitask_losses
 from guided_diffusion.mt.modalities import ImageModality, Modality, parse_modalities
 from guided_diffusion.mt.modality_set import Batch, ModalitySet, batch_of, derive_values, peaks, with_peaks
-from guided_diffusion.mt.training import measure_variance
+from guided_diffusion.mt.training import affordable_interval, is_refresh_step, measure_variance
 from guided_diffusion.seeding import PerSample
 from ldm.checkpoint import is_weightless
 from ldm.models.diffusion.conditioning import channels_first, from_batch, joined, select
 from ldm.models.diffusion.ddpm import SAMPLERS, LatentDiffusion
 from ldm.models.diffusion.sampling import Denoiser, make_diffusion, noise_betas
+from ldm.modules.encoders.base import frozen
 from ldm.modules.encoders.vectors import make_extractors, make_standards, measure_standards, read_again
+from ldm.util import instantiate_from_config, resolve
 
 _logger = logging.getLogger(__name__)
 
 _SCHEDULE = ("given_betas", "beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s")
 
 
+# What models had before these options were there.
+FORMER = dict(unshifted_probability=0.0, detectability=0.0, presence=False, code_interval=1)
+
+
 class JointLatentDiffusion(LatentDiffusion):
     """LatentDiffusion of an image, named first_stage_key, and `modalities`.
 
     modalities: as for guided_diffusion.mt.modalities.parse_modalities, in latent space: `{label_map: {preset:
-    image}}` is a second image; variant X widens the U-Net's input beyond unet_config's in_channels. extractors:
-    {name: configuration} of what reads vectors off the images. held_out, standardise: how many validation samples the
-    heads' variance, and how many training samples the vectors' standard form, is measured on (0 for none). Others are
-    named as flags of mt_image_train.py, or as in LatentDiffusion.
+    image}}` is a second image, and an encoder may be {target, params} of a module of your own; variant X widens the
+    U-Net's input beyond unet_config's in_channels. extractors: {name: configuration} of what reads vectors off the
+    images. held_out, standardise: how many validation samples the heads' variance, and how many training samples the
+    vectors' standard form, is measured on (0 for none). Others are named as flags of mt_image_train.py (what a stored
+    configuration does not name is as in FORMER), or as in LatentDiffusion.
 
     A batch holds images [B, H, W, C] (or cached latents, see `latents`), labels [B] and vectors [B, D] under the
     modalities' names, and where some are missing `<name>_present`, bool [B].
@@ -57,9 +66,10 @@ class JointLatentDiffusion(LatentDiffusion):
         extractors: Mapping[str, Mapping] | None = None,
         standardise: int = 1024,
         single_task_probability: float = 0.0,
-        unshifted_probability: float = 0.0,
-        detectability: float = 0.0,
-        presence: bool = False,
+        unshifted_probability: float = 0.33,
+        detectability: float = 4.0,
+        presence: bool = True,
+        code_interval: int = 0,
         first_stage_key: str = "image",
         image_size=256,
         channels=3,
@@ -75,6 +85,7 @@ class JointLatentDiffusion(LatentDiffusion):
         params = unet_config.setdefault("params", {})
         shape = (channels, *((image_size, image_size) if isinstance(image_size, int) else image_size))
         betas = noise_betas(**{name: kwargs.pop(name) for name in _SCHEDULE if name in kwargs})
+        modalities, encoders = make_encoders(modalities)
         members = latent_modalities(modalities, shape, params.get("num_classes"))
         members = with_peaks(members, aggregation, betas, shape, detectability)
         shifts = Aggregation.named(aggregation, betas, peaks(members)) if members else None
@@ -104,6 +115,11 @@ class JointLatentDiffusion(LatentDiffusion):
         self.held_out, self.standardise = held_out, standardise
         self.single_task_probability = single_task_probability
         self.unshifted_probability = unshifted_probability
+        self.code_interval, self._refreshed_at = code_interval, -1
+        self.codes = made.make_codes(shape) if code_interval != 1 else None
+        self._codes_known = False
+        if encoders:
+            self.encoders = encoders
         self.standards = make_standards(members)
         self.extractors = make_extractors(extractors or {}, self.standards)
         if members and shifts.names:
@@ -124,10 +140,10 @@ class JointLatentDiffusion(LatentDiffusion):
         return [self.first_stage_key, *(m.name for m in self.modalities if m.has_content_everywhere)]
 
     def train(self, mode=True):
-        """See LatentDiffusion; extractors stay as they are."""
+        """See LatentDiffusion; extractors and encoders stay as they are."""
         super().train(mode)
-        for extractor in getattr(self, "extractors", {}).values():
-            extractor.eval()
+        for name in ("extractors", "encoders"):
+            getattr(self, name, nn.Module()).eval()
         return self
 
     # From data to the diffusion's terms (scaled latents, class probabilities, vectors in standard form) and back
@@ -233,6 +249,39 @@ class JointLatentDiffusion(LatentDiffusion):
         weighted = {f"KL_{m.name}": m.loss_weight for m in self.modalities if f"KL_{m.name}" in terms}
         return {"simple": simple} | {name: (terms[name], weight) for name, weight in weighted.items()}
 
+    # Codes of labels, which stand still between two refreshes and belong to the checkpoint
+
+    @property
+    def standing_codes(self):
+        """The codes of the weights as they were at the last refresh; None before the first one."""
+        return self.codes if self._codes_known else None
+
+    @torch.no_grad()
+    def refresh_codes(self) -> None:
+        """Bring the codes up to date with the weights; called on every rank."""
+        if self.codes is not None:
+            self._codes_known = True
+            like = torch.zeros(1, *self.latent_shape, device=self.device)
+            self.modalities.refresh_codes(Denoiser(self), like)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """See torch; a file without codes leaves them to be computed."""
+        found = super().load_state_dict(state_dict, *args, **kwargs)
+        self._codes_known = any(name.startswith("codes.") for name in state_dict)
+        return found
+
+    def on_train_batch_start(self, batch, batch_idx, dataloader_idx=0):
+        """See LatentDiffusion; refreshes the codes at steps 0, 1, 2, 4, ... and every code_interval."""
+        super().on_train_batch_start(batch, batch_idx, dataloader_idx)
+        step = self.global_step
+        if self.codes is None or self._refreshed_at == step:
+            return
+        samples = len(self.batch_random(batch, batch_idx)) * self.trainer.world_size
+        interval = self.code_interval or affordable_interval(self.modalities, samples)
+        if not self._codes_known or is_refresh_step(step, interval):
+            self.refresh_codes()
+            self._refreshed_at = step
+
     # What is measured beside training: the vectors' standard form, and the variance of the Gaussian heads, with
     # which a given modality conditions
 
@@ -302,7 +351,12 @@ class JointLatentDiffusion(LatentDiffusion):
         self._measured_at = self.global_step
 
     def on_save_checkpoint(self, checkpoint):
-        """A checkpoint's variances belong to its weights."""
+        """A checkpoint's variances belong to its weights, and it has codes."""
+        if self.codes is not None and not self._codes_known:
+            self.refresh_codes()
+            checkpoint["state_dict"].update(
+                {f"codes.{name}": v for name, v in self.codes.state_dict().items()}
+            )
         if self._measured and self._measured_at != self.global_step:
             self.measure_heads()
             for name, value in self.state_dict().items():
@@ -451,6 +505,11 @@ class JointLatentDiffusion(LatentDiffusion):
 
     # Checkpoints
 
+    def init_from_ckpt(self, path, ignore_keys=(), only_model=False):
+        """See DDPM; codes that the file lacks are computed when they are needed."""
+        self._codes_known = False
+        super().init_from_ckpt(path, ignore_keys, only_model)
+
     def adapt_weights(self, weights):
         """A single-task checkpoint serves too: the U-Net's first layer gets zeros for the channels of the
         modalities, so that its prediction stays what it was."""
@@ -466,9 +525,25 @@ class JointLatentDiffusion(LatentDiffusion):
     def optional_weights(self, weights, prefix):
         """Beside LatentDiffusion's: the heads and what reads and scales vectors, where the file has nothing of
         them."""
-        parts = (f"{prefix}diffusion_model.heads.", "extractors.", "standards.")
+        unet = f"{prefix}diffusion_model."
+        parts = (f"{unet}heads.", f"{unet}presence.", "extractors.", "encoders.", "standards.", "codes.")
         absent = (part for part in parts if not any(name.startswith(part) for name in weights))
         return (*super().optional_weights(weights, prefix), *absent)
+
+
+def make_encoders(spec: str | Mapping) -> tuple[str | Mapping, nn.ModuleDict]:
+    """A specification of modalities whose `encoder: {target, params}` are made, and these frozen modules by name: from
+    values [B, ...] to latents [B, C, h, w]. UserValueError for a target that is no module."""
+    made = nn.ModuleDict()
+    if isinstance(spec, str) or not spec:
+        return spec, made
+    spec = _plain(spec)
+    for name, options in spec.items():
+        if isinstance(options, Mapping) and isinstance(options.get("encoder"), Mapping):
+            config = options["encoder"]
+            made[name] = frozen(instantiate_from_config(config, nn.Module, f"modalities.{name}.encoder"))
+            spec[name] = {**options, "encoder": made[name]}
+    return spec, made
 
 
 def latent_modalities(
@@ -495,3 +570,30 @@ def _plain(config):
     if isinstance(config, DictConfig):
         return OmegaConf.to_container(config, resolve=True)
     return {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+
+
+def with_former_defaults(config: Mapping) -> dict:
+    """A stored configuration (`model` and more), whose joint model has FORMER for the options that it does not name."""
+    model = config["model"]
+    if not _is_joint(model):
+        return dict(config)
+    return {**config, "model": {**model, "params": {**FORMER, **model["params"]}}}
+
+
+def with_defaults(config: Mapping) -> dict:
+    """A configuration of a run to begin, whose joint model names the options of FORMER, so that it can be stored."""
+    model = config["model"]
+    if not _is_joint(model):
+        return dict(config)
+    known = inspect.signature(JointLatentDiffusion.__init__).parameters
+    return {
+        **config,
+        "model": {**model, "params": {**{name: known[name].default for name in FORMER}, **model["params"]}},
+    }
+
+
+def _is_joint(model):
+    if not isinstance(model, Mapping) or not isinstance(model.get("params"), Mapping):
+        return False
+    made = resolve(model, key="model")
+    return inspect.isclass(made) and issubclass(made, JointLatentDiffusion)

@@ -140,7 +140,10 @@ class Denoiser:
         eps = self.model.predict_eps_from_z_and_v(latent, timesteps, v.float())
         return eps if predictions is None else (eps, predictions)
 
-    codes = None  # here codes do not stand still
+    @property
+    def codes(self):
+        """The codes that stand still, once there are any; see JointLatentDiffusion."""
+        return getattr(self.model, "standing_codes", None)
 
     @property
     def heads(self):
