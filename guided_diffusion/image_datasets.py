@@ -21,6 +21,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import dist_util, logger
+from .array_files import mapped_member
+from .checkpoint_util import is_remote
 from .errors import UserError, UserValueError
 from .image_files import (
     MODES,
@@ -506,7 +508,11 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | Non
     with open_arrays(path) as arrays:
         if "arr_0" not in arrays:
             raise UserValueError(f"{path!r} has no array arr_0 with the images, only {', '.join(arrays)}")
-        images = arrays["arr_0"]
+        # Every rank would hold all of a file that is read; of a mapped one all share what is used.
+        images = None if is_remote(path) else mapped_member(path, "arr_0")
+        if images is None:
+            logger.log(f"{path} is compressed or remote: it is read whole by every rank")
+            images = arrays["arr_0"]
         if images.ndim < 3:
             raise UserValueError(
                 f"arr_0 of {path!r} must be images [N, H, W, C] or [N, H, W], not {list(images.shape)}"

@@ -536,3 +536,13 @@ def test_real_images_with_prefix_labels(unpacked_dev_data, tmp_path):
     batch, cond = next(load_stream(dataset, 120, seed=0))
     assert batch.shape == (120, 3, 64, 64) and sorted(cond["y"].tolist()) == [0] * 40 + [1] * 40 + [2] * 40
     assert -0.3 < batch.mean() < 0.3 and 0.3 < batch.std() < 0.8
+
+
+def test_an_uncompressed_file_is_mapped_and_a_compressed_one_read(tmp_path):
+    images = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "plain.npz", images)
+    np.savez_compressed(tmp_path / "small.npz", images)
+    plain, small = (open_dataset(str(tmp_path / f"{name}.npz"), 8) for name in ("plain", "small"))
+    assert not plain.local_images.flags.writeable and not plain.local_images.flags.owndata
+    assert np.array_equal(plain.local_images, small.local_images)
+    assert np.array_equal(plain.load(3, random.Random(0))[0], small.load(3, random.Random(0))[0])
