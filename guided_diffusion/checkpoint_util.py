@@ -320,7 +320,12 @@ def load_weights(
     missing, unknown, of another shape or not finite, and names the first of each; the module is then as before.
     """
     weights = weights_of(weights, str(source))
-    ignore, optional = tuple(ignore), tuple(optional)
+    younger = (
+        f"{prefix}.{name}"
+        for prefix, part in module.named_modules()
+        for name in getattr(part, "may_lack", ())
+    )
+    ignore, optional = tuple(ignore), (*optional, *younger)
     own = module.state_dict()
     given = {name: value for name, value in weights.items() if not name.startswith(ignore)}
     unknown = [name for name in given if name not in own]

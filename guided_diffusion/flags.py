@@ -28,6 +28,7 @@ SAMPLERS = ("ddpm", "ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc")
 AGGREGATIONS = ("bump", "late", "paper-normalized", "constant", "paper")
 OWN_FOLDER = "$OPENAI_LOGDIR, or runs/DATE-NAME"  # where joint models' programs write without --log_dir
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp")  # kinds of images
+OWN_STRENGTH = "1, of an image the share of its dimensions whose held-out errors are independent"
 LARGEST = 2**63 - 1  # of a whole number without another limit: an int64
 GROUPS = "data model classifier diffusion modalities sampling optimisation machine page logging results options".split()
 
@@ -280,7 +281,11 @@ FLAGS: dict[str, Flag] = {
         given=Flag("what is known, NAME=FILE_OR_FOLDER; may be repeated"),
         want=Flag("what to generate, names separated by commas", unset="everything that is not given"),
         without=Flag("modalities that are left out, neither in the latent nor generated: label,masked"),
-        strength=Flag("of conditioning on a given U modality: 1 is exact, 0 holds it only", low=0, high=1e6),
+        strength=Flag(
+            "of conditioning on a given U modality: 1 is Bayes for independent errors, 0 holds it only",
+            low=0,
+            high=1e6,
+        ),
         guidance_scale=Flag(
             "of classifier-free guidance, towards given X modalities, or all of a model trained with "
             "--single_task_probability; 1 is none",

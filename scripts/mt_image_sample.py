@@ -39,7 +39,7 @@ def parser() -> flags.Parser:
     own.add("--sampler", default="ddpm")
     own.add("--steps", default="")
     own.add("--seed", default=0)
-    own.add("--strength", default=1.0)
+    own.add("--strength", kind=float, unset=flags.OWN_STRENGTH)
     own.add("--replace_known", action="store_true")
     own.add("--resample", default=1)
     own.add("--times", default="0,10,20")

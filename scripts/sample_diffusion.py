@@ -63,7 +63,7 @@ def parser() -> flags.Parser:
         "--sampler", choices=("ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc", "ddpm"), default="ddim"
     )
     own.add("--scale", default=1.0)
-    own.add("--strength", default=1.0)
+    own.add("--strength", kind=float, unset=flags.OWN_STRENGTH)
     own.add(
         "--null_label", kind=int, group="sampling", low=0, help="the class that says nothing, for --scale"
     )

@@ -92,7 +92,7 @@ def parser() -> flags.Parser:
     own.add("--seed", default=42)
     own.add("--given", action="append", default=[], metavar="NAME=FILE_OR_FOLDER")
     own.add("--want", default="")
-    own.add("--strength", default=1.0)
+    own.add("--strength", kind=float, unset=flags.OWN_STRENGTH)
     own.add("--without", default="")
     own.add(
         "--baseline",

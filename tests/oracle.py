@@ -14,6 +14,7 @@ from guided_diffusion.gaussian_diffusion import (
     get_named_beta_schedule,
 )
 from guided_diffusion.mt.aggregation import Aggregation
+from guided_diffusion.mt.heads import Heads
 from guided_diffusion.mt.modalities import ImageModality, LabelModality
 from guided_diffusion.mt.modality_set import ModalitySet
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
@@ -95,6 +96,31 @@ class GaussianPair(_Oracle):
 
     def modalities(self, pixels=(1, 1, 1)):
         return ModalitySet([ImageModality("e", pixels)], pixels[0], self.process)
+
+
+class GaussianSeveral(_Oracle):
+    """An image and the image modalities `names`, pixel by pixel N(0, covariance [1 + K, 1 + K]), the image first."""
+
+    def __init__(self, diffusion, covariance, names=("a", "b")):
+        super().__init__(diffusion)
+        self.names, covariance = names, np.asarray(covariance)
+        way = np.stack([self.signal, *diffusion.aggregation.coefficients], axis=1)  # [T, 1 + K]
+        self.z_var = np.einsum("ti,ij,tj->t", way, covariance, way) + self.sigma**2
+        self.gains = way @ covariance / self.z_var[:, None]
+        errors = covariance - self.gains[:, :, None] * self.gains[:, None] * self.z_var[:, None, None]
+        errors = errors[:, 1:, 1:]
+        spread = np.sqrt(np.diagonal(errors, axis1=1, axis2=2))
+        self.heads = Heads({name: nn.Module() for name in names}, dict.fromkeys(names, len(way)))
+        for k, name in enumerate(names):
+            self.heads[name].variance.copy_(th.from_numpy(spread[:, k] ** 2))
+            self.heads[name].correlation.copy_(th.from_numpy(errors[:, k] / spread / spread[:, k : k + 1]))
+
+    def forward(self, z, t, y=None):
+        told = {name: z * self.pick(self.gains[:, 1 + k], t, z) for k, name in enumerate(self.names)}
+        return z * self.pick(self.sigma / self.z_var, t, z), told
+
+    def modalities(self, pixels=(1, 1, 1)):
+        return ModalitySet([ImageModality(name, pixels) for name in self.names], pixels[0], self.process)
 
 
 class LabelledMixture(_Oracle):

@@ -61,7 +61,7 @@ def test_classifier_sees_the_noised_image_without_the_shift(sampler, monkeypatch
     """It was trained on that; and the shift of that step's own encodings is what is left out."""
     model, classifier = joint(), Linear(th.tensor([1.0, -1.0]))
     latents, shifts = [], []
-    network, diffusion = model.network, model.respaced(3)
+    network, diffusion = model.network, model.respaced(3, even=True)
     opened = Aggregation.opened
 
     def spy(self, output, z, t):

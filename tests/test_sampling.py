@@ -14,7 +14,7 @@ from guided_diffusion.mt.sampling import SAMPLERS, Known, joint_sample
 from guided_diffusion.mt.solvers import few_timesteps
 from guided_diffusion.seeding import PerSample
 from guided_diffusion.unet import UNetModel
-from tests.oracle import GaussianPair, LabelledMixture, T, process
+from tests.oracle import GaussianPair, GaussianSeveral, LabelledMixture, T, process
 
 SHAPE = (1, 8, 8)
 PEAK = {"e": 0.5}
@@ -287,6 +287,46 @@ def test_given_means_conditioned(sampler, given):
     if given == 0:  # the rarer class
         held, held_share = mixture_samples(sampler, given, strength=0.0)
         assert held > 5 * distance and held_share < 0.9
+
+
+# An image of variance .1136 and modalities with a correlation of .456 with it: one given leaves N(.4, .3^2).
+IMAGE, CODE, BOTH, SEEN = 0.1136, 0.09, 0.04607, 0.7814
+
+
+@pytest.mark.parametrize("correlation", [1.0, 0.7, BOTH**2 / IMAGE / CODE])
+@pytest.mark.parametrize("given", [("a", "b"), ("a",)])
+@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
+def test_several_given(sampler, given, correlation):
+    """Copies, modalities that share their noise, and modalities that are independent given the image: all given, or one of which
+    the other is unknown."""
+    th.manual_seed(0)
+    covariance = [[IMAGE, BOTH, BOTH], [BOTH, CODE, CODE * correlation], [BOTH, CODE * correlation, CODE]]
+    peaks, steps = {"a": 0.5, "b": 0.5}, 500 if sampler == "ddpm" else 100
+    network = GaussianSeveral(process("cosine", peaks=peaks), covariance)
+    values = {name: th.full((2, 1, 64, 64), SEEN) for name in given}
+    denoiser = JointDenoiser(network.modalities((1, 64, 64)), network, values)
+    out = run(sampler, process("cosine", steps, peaks=peaks), denoiser, th.randn(2, 1, 64, 64))[-1]
+    alike = len(given) if correlation < 1 else 1
+    explained = BOTH / CODE * alike / (1 + correlation * (alike - 1))  # of the image by each given value
+    assert float(out["sample"].mean()) == pytest.approx(explained * SEEN, abs=0.015)
+    assert float(out["sample"].std()) == pytest.approx((IMAGE - explained * BOTH) ** 0.5, rel=0.04)
+    if "b" not in given:  # E[b | image, a], on average E[b | a]
+        assert float(out["joint"].values["b"].mean()) == pytest.approx(correlation * SEEN, abs=0.015)
+
+
+def test_without_measured_correlations_each_counts_alone():
+    """Heads of older checkpoints: copies count twice, as they did."""
+    covariance = [[IMAGE, BOTH, BOTH], [BOTH, CODE, CODE], [BOTH, CODE, CODE]]
+    network = GaussianSeveral(process("cosine", peaks={"a": 0.5, "b": 0.5}), covariance)
+    z, t, value = th.randn(3, 1, 1, 1), th.full((3,), 300), th.full((3, 1, 1, 1), SEEN)
+    scores = []
+    for given in (("a",), ("a", "b")):
+        scores.append(JointDenoiser(network.modalities(), network, dict.fromkeys(given, value))(z, t).score)
+    assert th.allclose(*scores, rtol=1e-3, atol=1e-4)
+    for head in network.heads.values():
+        head.correlation.zero_()
+    twice = JointDenoiser(network.modalities(), network, dict.fromkeys("ab", value))(z, t).score
+    assert th.allclose(twice, 2 * scores[0], rtol=1e-3, atol=1e-4)
 
 
 def test_strength_goes_beyond_the_exact():

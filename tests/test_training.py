@@ -80,12 +80,16 @@ def test_two_ranks_are_one_rank_with_twice_the_batch(one_rank, two_ranks):
     one, two = final(one_rank), final(two_ranks)
     assert one["world_size"] == 1 and two["world_size"] == 2
     assert list(one["model"]) == list(two["model"])
-    assert distance(weights(one["model"]), two["model"]) < 1e-5
-    assert distance(weights(one["ema"]["0.9"]), two["ema"]["0.9"]) < 1e-5
+    for ours, theirs in ((one["model"], two["model"]), (one["ema"]["0.9"], two["ema"]["0.9"])):
+        # Which samples are compared for the share of independent dimensions depends on the ranks.
+        alike = {name: value for name, value in weights(ours).items() if not name.endswith(".share")}
+        assert distance(alike, theirs) < 1e-5
     # What is left of codes after centring, brought to unit RMS, enlarges the rounding of young weights.
     assert distance({"codes.label": one["model"]["codes.label"]}, two["model"]) < 1e-3
     fresh = th.load(one_rank / "model000000.pt", weights_only=True)
-    moved = {name: distance({name: fresh[name]}, one["model"]) for name in weights(fresh)}
+    told = (".share", ".correlation")  # measured: of one head these may stay as they are
+    kept = [name for name in weights(fresh) if not name.endswith(told)]
+    moved = {name: distance({name: fresh[name]}, one["model"]) for name in kept}
     # In variant U the network never sees the label, and the encoder has no gradient.
     assert moved.pop("label_emb.weight") == 0
     assert min(moved.values()) > 0 and np.median(list(moved.values())) > 1e-4

@@ -19,8 +19,10 @@ class JointDenoiser:
     step, two with guidance. Without modalities it returns the network's plain output.
 
     A given modality of variant X is shown to the network. One of variant U conditions through the model's own head,
-    by Bayes: eps - strength sqrt(1 - abar_t) grad log p(x_i | z_t). Strength 1 is exact for the image; 0 only holds
-    the value fixed, which does not condition the image on it. Classifier-free guidance (Ho & Salimans 2022)
+    by Bayes: eps - strength sqrt(1 - abar_t) grad log p(x_i | z_t). Strength 1 is exact for the image where a head's
+    errors are independent, 0 only holds the value fixed, which does not condition the image on it; None takes 1, and
+    for an image the measured share of independent dimensions. Several Gaussian ones condition through the measured
+    covariance of their errors, which also corrects the estimates of those that are not given. Classifier-free guidance (Ho & Salimans 2022)
     extrapolates the noise from that at the null inputs; where the network also learned images alone (single_task),
     from that of the image without any shift, which guides towards U modalities too.
     """
@@ -30,7 +32,7 @@ class JointDenoiser:
         modalities: ModalitySet,
         network,
         given: Values | None = None,  # known values [B, ...] by name; the others are estimated
-        strength: float | Mapping[str, float] = 1.0,  # of given U modalities, for all or by name
+        strength: float | Mapping[str, float] | None = None,  # of given U modalities, for all or by name
         order: str = "posterior",  # encode this pass's estimates: the exact mean, as equation 5 is linear in e_i;
         # or `paper`, Algorithm 1 to the letter: encode those of the step before, starting from
         initial: Values | None = None,  # these [B, ...]
@@ -55,7 +57,7 @@ class JointDenoiser:
         strengths = strength if isinstance(strength, Mapping) else dict.fromkeys(modalities.names, strength)
         if unknown := set(strengths) - set(modalities.names):
             raise UserValueError(f"strength: the model has no {', '.join(sorted(unknown))}")
-        self.strength = {m.name: float(strengths.get(m.name, 1.0)) for m in modalities}
+        self.strength = {m.name: strengths.get(m.name) for m in modalities}
         self.guidance, self.unconditional = float(guidance), dict(unconditional or {})
         guidable = [n for n in self.given if modalities[n].as_input or modalities.single_task]
         if self.guidance != 1 and not self.unconditional and not guidable:
@@ -89,6 +91,8 @@ class JointDenoiser:
             )
             score = self._score(z_in, timesteps, predictions) if guided else None
         output, predictions = output.detach(), {name: p.detach().float() for name, p in predictions.items()}
+        known = {n: self.given[n] for n in guided}
+        predictions = _informed(modalities, self.network, predictions, known, timesteps)
         expected = {n: modalities[n].expectation(p) for n, p in predictions.items() if n not in self.absent}
         values = {**expected, **self.given}
         encodings = self._encode(values if self.order == "posterior" else self._before, z)
@@ -127,23 +131,67 @@ class JointDenoiser:
         return th.cat([mean, output[:, channels:]], dim=1)
 
     def _score(self, z, timesteps, predictions):
-        total = 0.0
+        total, modalities = 0.0, self.modalities
+        known = {n: self.given[n] for n in self._guided}
+        together = {}
+        for names, pull in _pulls(modalities, self.network, predictions, known, timesteps):
+            if len(names) > 1:
+                together |= dict(zip(names, pull.unbind(1), strict=True))
         for name in self._guided:
-            variance = self.modalities.variance(self.network, name, timesteps)
-            log_p = self.modalities[name].log_likelihood(
-                predictions[name].float(), self.given[name], variance
-            )
-            total = total + self.strength[name] * log_p.sum()
+            said, strength = predictions[name].float(), self.strength[name]
+            if strength is None:
+                strength = 1.0
+                if modalities[name].likelihood == "gaussian" and modalities[name].has_content_everywhere:
+                    strength = modalities.share(self.network, name, timesteps)
+            if name in together:
+                log_p = (said * together[name]).flatten(1).sum(dim=1)
+            else:
+                variance = modalities.variance(self.network, name, timesteps)
+                log_p = modalities[name].log_likelihood(said, self.given[name], variance)
+            total = total + (strength * log_p).sum()
         return th.autograd.grad(total, z)[0].detach()
 
     def _encode(self, values, like):
         """Encodings of `values`; those of given ones, and constant codes, are computed once."""
         modalities = self.modalities
         if self._fixed is None:
-            self._codes = modalities.constant_codes(self.network, like)
+            self._codes = modalities.settled_codes(self.network, like)
             self._fixed = modalities.encode(self.network, Batch(self.given), like, self._codes)
         unknown = {n: v for n, v in values.items() if n not in self.given and n not in self.absent}
         return {**self._fixed, **modalities.encode(self.network, Batch(unknown), like, self._codes)}
+
+
+_SINGULAR = 1e-2  # eigenvalues of a correlation, beside the largest, that count as those of copies
+
+
+def _pulls(modalities, network, predictions, known: Values, timesteps):
+    """Of the Gaussian values that are known, in groups of the same shape: (their names, S^-1 r [B, N, ...]), S the
+    covariance of the heads' errors, r = value - prediction."""
+    groups: dict = {}
+    for name, value in known.items():
+        if modalities[name].likelihood == "gaussian" and name in predictions:
+            groups.setdefault(value.shape[1:], []).append(name)
+    for names in groups.values():
+        errors = th.stack([known[n] - predictions[n].detach().float() for n in names], dim=1)
+        covariance = modalities.covariance(network, names, timesteps)
+        spread = covariance.diagonal(dim1=1, dim2=2).sqrt()
+        scale = spread[:, :, None] * spread[:, None]
+        inverse = th.linalg.pinv(covariance / scale, rtol=_SINGULAR, hermitian=True) / scale
+        yield names, th.einsum("bij,bj...->bi...", inverse, errors)
+
+
+@th.no_grad()
+def _informed(modalities, network, predictions: Values, known: Values, timesteps) -> Values:
+    """The predictions with those of unknown Gaussian values as the errors of the known ones say: the mean of the
+    joint Gaussian given these."""
+    told = dict(predictions)
+    for names, pull in _pulls(modalities, network, predictions, known, timesteps):
+        for name, said in predictions.items():
+            m = modalities[name]
+            if name not in known and m.likelihood == "gaussian" and said.shape[1:] == pull.shape[2:]:
+                covariance = modalities.covariance(network, [name, *names], timesteps)[:, 0, 1:]
+                told[name] = told[name] + th.einsum("bj,bj...->b...", covariance, pull)
+    return told
 
 
 @th.no_grad()
@@ -165,7 +213,7 @@ def predict_modalities(
     process: GaussianDiffusion = modalities._need_process()
     given = dict(given or {})
     shown = {name: value for name, value in given.items() if modalities[name].as_input}
-    encodings = modalities.encode(network, Batch(given), images)
+    encodings = modalities.encode(network, Batch(given), images, modalities.settled_codes(network, images))
     present = modalities.present_among(encodings, images)
     total: Values = {}
     for step in times:
@@ -174,8 +222,10 @@ def predict_modalities(
         t = th.full((len(images),), step, device=images.device)
         noise = random.randn_like(images) if random is not None else th.randn_like(images)
         z = process.q_sample(images, t, noise, encodings)
-        _, predictions = modalities.apply(network, z, modalities.timesteps(t), shown, conditioning, present)
-        for name, prediction in predictions.items():
+        timesteps = modalities.timesteps(t)
+        _, predictions = modalities.apply(network, z, timesteps, shown, conditioning, present)
+        known = {name: value for name, value in given.items() if name not in shown}
+        for name, prediction in _informed(modalities, network, predictions, known, timesteps).items():
             estimate = modalities[name].expectation(prediction.float()) / len(times)
             total[name] = total[name] + estimate if name in total else estimate
     return {**total, **given}

@@ -43,7 +43,9 @@ class MiddleHead(nn.Sequential):
 class Heads(nn.ModuleDict):
     """One head per modality, by name.
 
-    heads: a Gaussian one also carries `variance` [bins], its squared error at each timestep, once measured.
+    heads: a Gaussian one also carries, at each timestep, once measured, `variance` [bins], its squared error; `share`
+    [bins], how many of its dimensions err independently; and `correlation` [bins, K] of its errors with those of the K
+    Gaussian ones in order.
     Those that are neither an OutputHead nor a MiddleHead read the predicted image: `ModalitySet.apply` calls them.
     """
 
@@ -51,6 +53,18 @@ class Heads(nn.ModuleDict):
         super().__init__(heads)
         for name, bins in variance_bins.items():
             self[name].register_buffer("variance", th.ones(bins))
+            self[name].register_buffer("share", th.ones(bins))
+            self[name].register_buffer("correlation", th.zeros(bins, len(variance_bins)))
+        self.gaussian = tuple(variance_bins)
+        # Checkpoints of before have none: each head by itself, as then.
+        self.may_lack = [f"{name}.{kind}" for name in self.gaussian for kind in ("share", "correlation")]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own = self.state_dict()
+        if any(name.startswith(prefix) for name in state_dict):
+            for name in self.may_lack:
+                state_dict.setdefault(prefix + name, own[name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, middle: th.Tensor, last: th.Tensor) -> dict[str, th.Tensor]:
         """The raw predictions: images [B, C, H, W], logits [B, classes], vectors [B, D].

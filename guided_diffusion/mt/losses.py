@@ -60,10 +60,24 @@ def multitask_losses(
     return JointLosses(terms, predictions)
 
 
+# Of the samples, whose vectors are encoded by a pass of the U-Net: 10 % of a step, of which the backward pass is two.
+_ENCODED = 0.3
+
+
 def _shifted(modalities, batch, random, probability):
-    if random is None or not probability or not modalities.aggregated:
+    if random is None or not modalities.aggregated:
         return batch
-    keep = random.rand(len(modalities.aggregated)).to(batch.images.device) >= probability
+    costly = [k for k, name in enumerate(modalities.aggregated) if modalities[name].needs_context]
+    if not modalities.presence:
+        costly = []  # the network could not tell that a shift is missing
+    if not probability and not costly:
+        return batch
+    draws = random.rand(len(modalities.aggregated)).to(batch.images.device)
+    keep = draws >= probability
+    if costly:  # all null inputs are one more row
+        most = max(int(_ENCODED * len(draws) / len(costly)) - 1, 1)
+        latest = draws[:, costly].argsort(dim=0, descending=True)[most:]
+        keep[:, costly] = keep[:, costly].scatter(0, latest, False)
     columns = dict(zip(modalities.aggregated, keep.unbind(1), strict=True))
     everywhere = th.ones_like(keep[:, 0])
     return batch.only({name: columns.get(name, everywhere) for name in batch.values})

@@ -599,9 +599,12 @@ class VectorModality(Modality):
             return self._mixed(value / self.shape[0] ** 0.5, unet, code)
         rms = value.float().square().mean(dim=1, keepdim=True).sqrt()
         rows = value.float() / rms.clamp(min=1e-12)
-        null = self.constant_code(unet) if code is None else code
-        raw = unet(context=unet.tokens(rows))
-        return (of_unit_rms(raw - null) * rms.reshape(-1, *[1] * (raw.dim() - 1))).to(unet.dtype)
+        if code is None:  # one pass for both
+            raw = unet(context=unet.tokens(th.cat([rows, rows.new_zeros(1, rows.shape[1])])))
+            raw, code = raw[:-1], raw[-1:]
+        else:
+            raw = unet(context=unet.tokens(rows))
+        return (of_unit_rms(raw - code) * rms.reshape(-1, *[1] * (raw.dim() - 1))).to(unet.dtype)
 
     @classmethod
     def completed(cls, name, options, column):

@@ -140,6 +140,7 @@ class ModalitySet:
         self.image_channels, self.process = image_channels, process
         self.num_classes, self.context_dim = num_classes, context_dim
         self.presence, self.single_task = presence and bool(self.aggregated), single_task
+        self._settled = None
 
     def __iter__(self):
         return iter(self._by_name.values())
@@ -287,6 +288,16 @@ class ModalitySet:
         return found
 
     @th.no_grad()
+    def settled_codes(self, network, like: th.Tensor) -> Values:
+        """`constant_codes` of all for a network that is not being trained: computed once, and anew where its weights
+        or the latent's size are others."""
+        norms = th.stack(th._foreach_norm(list(network.parameters()))).tolist()
+        state = (id(next(network.parameters())), like.shape[1:], like.device, like.dtype, norms)
+        if self._settled is None or self._settled[0] != state:
+            self._settled = state, self.constant_codes(network, like)
+        return self._settled[1]
+
+    @th.no_grad()
     def refresh_codes(self, network, like: th.Tensor) -> None:
         """Bring the codes that the network keeps up to date with its weights; called on every rank."""
         unet = UNetEncoder(self, network, like, shared=True)
@@ -300,11 +311,16 @@ class ModalitySet:
         Always under stop-gradient. codes: `constant_codes` computed before, by name.
         """
         names = [name for name in batch.values if self[name].aggregated]
-        codes = dict(codes or {})
-        codes |= self.constant_codes(network, like, set(names) - set(codes))
+        codes = {**_codes_of(network), **(codes or {})}
         unet, encodings = UNetEncoder(self, network, like), {}
         for name in names:
-            encoding = self[name].encode(batch.values[name], unet, codes.get(name))
+            value, there = batch.values[name], batch.present.get(name)
+            if self[name].needs_context and there is not None:  # what is not there costs no pass
+                encoding = like.new_zeros(like.shape)
+                if there.any():
+                    encoding[there] = self[name].encode(value[there], unet, codes.get(name))
+            else:
+                encoding = self[name].encode(value, unet, codes.get(name))
             if encoding.shape != like.shape:
                 raise UserValueError(
                     f"modality {name}: its encoding has shape {tuple(encoding.shape)}, the latent {tuple(like.shape)}"
@@ -345,12 +361,32 @@ class ModalitySet:
         bins: [B]; None for other heads."""
         if self[name].likelihood != "gaussian":
             return None
-        table = network.heads[name].variance
+        return self._at(network.heads[name].variance.log(), timesteps).exp()
+
+    def share(self, network, name: str, timesteps: th.Tensor) -> th.Tensor:
+        """The measured share of a Gaussian head's dimensions that err independently, n_eff / n: [B]."""
+        table = getattr(network.heads[name], "share", None)
+        return th.ones_like(timesteps, dtype=th.float) if table is None else self._at(table, timesteps)
+
+    def covariance(self, network, names: Sequence[str], timesteps: th.Tensor) -> th.Tensor:
+        """The measured covariance of the errors of Gaussian heads, of the same place in each: [B, N, N]."""
+        order = list(network.heads.gaussian) if hasattr(network.heads, "gaussian") else []
+        matrix = th.eye(len(names), device=timesteps.device).repeat(len(timesteps), 1, 1)
+        for i, one in enumerate(names):
+            for j, other in enumerate(names[:i]):
+                table = getattr(network.heads[one], "correlation", None)
+                if table is not None and other in order and self[one].shape == self[other].shape:
+                    matrix[:, i, j] = matrix[:, j, i] = self._at(table[:, order.index(other)], timesteps)
+        spread = th.stack([self.variance(network, name, timesteps).sqrt() for name in names], dim=1)
+        return matrix * spread[:, :, None] * spread[:, None]
+
+    def _at(self, table, timesteps):
+        """A table [bins] at the network's timesteps [B], interpolated between its bins."""
         span = 1000 if self._rescaled else self.steps
         position = (timesteps.float() / span * len(table) - 0.5).clamp(0, len(table) - 1)
         low = position.floor().long()
         high = (low + 1).clamp(max=len(table) - 1)
-        return th.lerp(table[low].log(), table[high].log(), position - low).exp()
+        return th.lerp(table[low], table[high], position - low)
 
 
 def _codes_of(network) -> Values:

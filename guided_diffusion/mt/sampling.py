@@ -275,7 +275,7 @@ def joint_sample(
     random: PerSample,
     *,
     given: Values | None = None,
-    strength: float | dict[str, float] = 1.0,
+    strength: float | dict[str, float] | None = None,
     known: Known | None = None,
     sampler: str = "ddpm",
     order: str = "posterior",

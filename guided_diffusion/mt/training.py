@@ -115,11 +115,10 @@ def measure_variance(
     seed: int = 0,
     conditioning: Mapping | None = None,
 ) -> None:
-    """Write the Gaussian heads' squared error on `images` at every timestep into their `variance` (shared by
-    all ranks).
+    """Measure the Gaussian heads' errors on `images` at every timestep, on all ranks together: heads.Heads says what.
 
-    That is the variance with which p(x_i | z_t) conditions on a given value. conditioning: what else the
-    network is called with, by name: tensors [N, ...] or lists of them.
+    With that p(x_i | z_t) conditions on given values. conditioning: what else the network is called with, by name:
+    tensors [N, ...] or lists of them.
     """
     gaussian = [m for m in modalities if m.likelihood == "gaussian" and m.head != "none"]
     if not gaussian:
@@ -129,7 +128,7 @@ def measure_variance(
     device, diffusion = images.device, modalities.process
     steps = diffusion.num_timesteps
     codes = modalities.constant_codes(network, images[:1])  # the same for every image
-    bins = {m.name: th.zeros(2, m.variance_bins, dtype=th.float64, device=device) for m in gaussian}
+    errors = {m.name: _Errors(m, gaussian, device) for m in gaussian}
     for number in range(_PASSES):
         own = range(dist_util.get_rank(), len(images), dist_util.get_world_size())
         for chunk in (th.tensor(own[first : first + 64]) for first in range(0, len(own), 64)):
@@ -146,18 +145,16 @@ def measure_variance(
             present = modalities.present_among(encodings, z, batch)
             rows = _rows(conditioning or {}, chunk)
             _, predictions = modalities.apply(network, z, modalities.timesteps(t), shown, rows, present)
-            for m in gaussian:
-                if m.name not in batch.values:
-                    continue
-                error = m.loss(predictions[m.name].float(), batch.values[m.name]).double()
-                there = batch.present.get(m.name, th.ones_like(t)).to(error)
-                index = t * m.variance_bins // steps
-                bins[m.name][0].index_add_(0, index, error * there)
-                bins[m.name][1].index_add_(0, index, there)
+            residuals = {}
+            for m in (m for m in gaussian if m.name in batch.values):
+                there = batch.present.get(m.name, th.ones_like(t)).to(part)[:, None]
+                residuals[m.name] = (predictions[m.name].float() - batch.values[m.name]).flatten(1) * there
+            for name in residuals:
+                there = batch.present.get(name, th.ones_like(t)).bool()
+                index = t[there] * modalities[name].variance_bins // steps
+                errors[name].add(index, {other: r[there] for other, r in residuals.items()})
     for m in gaussian:
-        if dist_util.get_world_size() > 1:
-            dist.all_reduce(bins[m.name])
-        network.heads[m.name].variance.copy_(_filled(bins[m.name]))
+        errors[m.name].write(network.heads[m.name])
     network.train(was_training)
 
 
@@ -169,11 +166,65 @@ def _rows(conditioning, chunk):
     }
 
 
-def _filled(table):
-    """Mean error of every bin; empty ones take the next lower one's."""
-    total, count = table
+class _Errors:
+    """Moments of one Gaussian head's errors, by the bins of its timesteps."""
+
+    near = 2  # bins between samples that are compared
+
+    def __init__(self, modality, gaussian, device):
+        self.name, self.others = modality.name, [m.name for m in gaussian]
+        self.alike = [m.name for m in gaussian if m.shape == modality.shape]
+        self.bins, self.size = modality.variance_bins, math.prod(modality.shape)
+        # Columns: samples, and for each head its squared error and its product with this one's.
+        self.sums = th.zeros(self.bins, 1 + 2 * len(gaussian), dtype=th.float64, device=device)
+        # Of pairs of samples: squared products, and how many.
+        self.pairs = th.zeros(2, self.bins * self.bins, dtype=th.float64, device=device)
+
+    def add(self, index, residuals):
+        """Errors [B, n] of all heads, by name, in the bins `index` [B]."""
+        own, columns = residuals[self.name].double(), [th.ones(len(index), device=index.device)]
+        for name in self.others:
+            other = residuals.get(name, residuals[self.name] * 0).double()
+            product = (own * other).mean(1) if name in self.alike else 0 * columns[0]
+            columns += [other.square().mean(1), product]
+        self.sums.index_add_(0, index, th.stack([c.double() for c in columns], dim=1))
+        gram, place = (own @ own.T).square(), index[:, None] * self.bins + index
+        apart = (index[:, None] - index).abs() <= self.near
+        apart &= ~th.eye(len(index), dtype=th.bool, device=index.device)
+        self.pairs[0].index_add_(0, place[apart], gram[apart])
+        self.pairs[1].index_add_(0, place[apart], th.ones_like(gram[apart]))
+
+    def write(self, head):
+        """Into the head's buffers."""
+        if dist_util.get_world_size() > 1:
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.pairs)
+        count, columns = self.sums[:, 0], self.sums[:, 1:].unflatten(1, (-1, 2))
+        k = self.others.index(self.name)
+        variance = _filled(columns[:, k, 0], count).clamp(min=1e-6)
+        head.variance.copy_(variance)
+        if not hasattr(head, "share"):
+            return
+        scale = (columns[:, k, :1] * columns[:, :, 0]).clamp(min=1e-30).sqrt()
+        for j, _ in enumerate(self.others):
+            head.correlation[:, j] = _filled(columns[:, j, 1] / scale[:, j] * count, count).clamp(-1, 1)
+        head.share.copy_(self._share(variance))
+
+    def _share(self, variance):
+        """n_eff / n = trace(S)^2 / (n trace(S^2)), S the covariance of the dimensions' errors: for two samples r and
+        r' the mean of (r r')^2 is trace(S^2)."""
+        squares, count = self.pairs.unflatten(1, (self.bins, self.bins))
+        squares = squares / (variance[:, None] * variance).to(squares) / self.size
+        window = [slice(max(k - self.near, 0), k + self.near + 1) for k in range(self.bins)]
+        count, squares = (th.stack([x[w, w].sum() for w in window]) for x in (count, squares))
+        inverse = _filled(squares, count)
+        return (1 / inverse.clamp(min=1e-30)).clamp(1 / self.size, 1)
+
+
+def _filled(total, count):
+    """The means of every bin; empty ones take the next lower one's."""
     means = (total / count.clamp(min=1)).tolist()
     known = next((m for m, c in zip(means, count.tolist(), strict=True) if c), 1.0)
     for i, seen in enumerate(count.tolist()):
         known = means[i] = means[i] if seen else known
-    return th.tensor(means).clamp(min=1e-6)
+    return th.tensor(means, device=total.device)

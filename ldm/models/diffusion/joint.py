@@ -360,7 +360,10 @@ class JointLatentDiffusion(LatentDiffusion):
         if self._measured and self._measured_at != self.global_step:
             self.measure_heads()
             for name, value in self.state_dict().items():
-                if name.endswith(".variance") and name in checkpoint["state_dict"]:
+                if (
+                    name.endswith((".variance", ".share", ".correlation"))
+                    and name in checkpoint["state_dict"]
+                ):
                     checkpoint["state_dict"][name] = value
 
     # Sampling
@@ -372,7 +375,7 @@ class JointLatentDiffusion(LatentDiffusion):
         corrector=None,
         options=None,
         given: Mapping[str, torch.Tensor] | None = None,
-        strength: float | Mapping[str, float] = 1.0,
+        strength: float | Mapping[str, float] | None = None,
         absent: Sequence[str] = (),
     ) -> dict:
         """What `joint_sample` is told: modalities that are neither `given` (in the terms of `given_values`) nor
@@ -398,7 +401,7 @@ class JointLatentDiffusion(LatentDiffusion):
         conditioning=None,
         unconditional=None,
         guidance: float = 1.0,
-        strength: float | Mapping[str, float] = 1.0,
+        strength: float | Mapping[str, float] | None = None,
         absent: Sequence[str] = (),
         shape: tuple[int, int, int] | None = None,
         use_ema: bool = True,
