@@ -113,7 +113,18 @@ def as_tar(root, data):
     return root / "shard-0.tar"
 
 
-LAYOUTS = dict(folders=as_folders, npz=as_npz, jsonl=as_jsonl, tar=as_tar)
+def as_hugging_face(root, data):
+    sets = pytest.importorskip("datasets")
+    images = {n: [Image.fromarray(array) for array in data[n]] for n in ("image", "depth", "seg")}
+    kinds = {name: sets.Image() for name in images} | {"kind": sets.Value("int64")}
+    kinds |= {"weather": sets.ClassLabel(names=list(WEATHER)), "sound": sets.Sequence(sets.Value("float32"))}
+    columns = {**images, **{name: data[name].tolist() for name in ("kind", "weather", "sound")}}
+    made = sets.Dataset.from_dict(columns, features=sets.Features(kinds))
+    sets.DatasetDict(train=made).save_to_disk(str(root / "saved"))
+    return root / "saved"
+
+
+LAYOUTS = dict(folders=as_folders, npz=as_npz, jsonl=as_jsonl, tar=as_tar, hugging_face=as_hugging_face)
 
 
 def opened(path, spec=SPEC, missing="error", **options):

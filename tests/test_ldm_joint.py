@@ -48,6 +48,36 @@ def bump(model):
     return 0.5 * 1.5 * 3**0.5 * abar.sqrt() * (1 - abar)
 
 
+CLASSES_OF_MAP = {"classes": ["road", "sky", "car"], "colors": [[10, 20, 30], [0, 0, 250], [200, 0, 0]]}
+
+
+@pytest.mark.parametrize("first_stage", [None, KL])
+def test_a_map_of_classes_at_the_size_of_the_latents(first_stage):
+    """It comes and goes in its colours, is trained by cross-entropy, and mixes classes where a latent covers several
+    pixels; its shift is linear in them."""
+    spec = {"label_map": {"preset": "map", "palette": CLASSES_OF_MAP}}
+    model = joint(modalities=spec, **({"first_stage_config": first_stage} if first_stage else {}))
+    m, size = model.modalities["label_map"], 8 if first_stage is None else 16
+    numbers = th.randint(3, (4, size, size))
+    colours = m.class_codes(3)[numbers]  # [B, H, W, 3]
+    channels = 2 if first_stage is None else 3
+    batch = {"image": maps(4, channels, size), "label_map": colours}
+    value = model.modality_batch(batch).values["label_map"]
+    assert value.shape == (4, 3, 8, 8) and th.allclose(value.sum(1), th.ones(4, 8, 8))
+    share = (numbers == 1).float().unflatten(1, (8, -1)).unflatten(3, (8, -1)).mean((2, 4))
+    assert th.allclose(value[:, 1], share)
+    loss, log = model.shared_step(batch, model.batch_random(batch, 0))
+    loss.backward()
+    assert model.model.diffusion_model.heads["label_map"][2].weight.grad.abs().max() > 0
+    given = colours.permute(0, 3, 1, 2).contiguous()
+    drawn = model.sample_joint(4, {"label_map": given}, ["image"], steps=2, sampler="ddim")
+    assert drawn["image"].shape == (4, channels, size, size)
+    read = model.sample_joint(2, None, None, steps=2, sampler="ddim")["label_map"]
+    assert read.shape == (2, 3, size, size)
+    own = m.class_codes(3)
+    assert bool(((read.permute(0, 2, 3, 1)[..., None, :] - own).abs().amax(-1).amin(-1) < 1e-6).all())
+
+
 # ------------------------------------------------------------------------------------------------------------- loss
 
 

@@ -766,6 +766,22 @@ class MapModality(Modality):
         """See Modality."""
         return th.where(value.sum(dim=1) > 0, value.argmax(dim=1), -1)
 
+    def of_colors(self, images: th.Tensor) -> th.Tensor:
+        """Values [B, *shape] of label maps painted in the classes' colours, [B, 3, H, W] in [-1, 1], of any multiple of
+        the size: where a value covers several pixels, their mixture. Other colours are no class. UserValueError for
+        another size."""
+        factor = images.shape[-1] // self.shape[2] or 1
+        if images.shape[1] != 3 or tuple(images.shape[2:]) != tuple(factor * side for side in self.shape[1:]):
+            self._refuse(f"maps of {list(images.shape[1:])} do not fit values of {list(self.shape)}")
+        away = images[:, None] - self.class_codes(3).to(images)[:, :, None, None]
+        value = (away.abs().amax(dim=2) < 1 / 127.5).to(images)
+        return F.avg_pool2d(value, factor) if factor > 1 else value
+
+    def painted(self, value: th.Tensor, factor: int = 1) -> th.Tensor:
+        """The likeliest classes' colours [B, 3, factor H, factor W] in [-1, 1]."""
+        images = self.class_codes(3).to(value)[value.argmax(dim=1)].permute(0, 3, 1, 2)
+        return images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+
     def start(self, random, device):
         """See Modality."""
         return super().start(random, device).softmax(dim=1)

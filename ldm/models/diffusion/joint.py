@@ -2,7 +2,8 @@
 LatentDiffusion.
 
 Image modalities come as images under their own names and pass the same first stage as the image: one U-Net
-diffuses the image's latents, shifted by theirs, and predicts both. Vectors come in standard form (encoders/vectors.py).
+diffuses the image's latents, shifted by theirs, and predicts both. Maps of classes come as images in their
+palette's colours, and are mixtures of classes at the latents' size. Vectors come in standard form (encoders/vectors.py).
 """
 
 import inspect
@@ -19,7 +20,7 @@ from guided_diffusion.errors import UserValueError
 from guided_diffusion.mt.aggregation import Aggregation
 from guided_diffusion.mt.denoiser import predict_modalities
 from guided_diffusion.mt.losses import multitask_losses
-from guided_diffusion.mt.modalities import ImageModality, Modality, parse_modalities
+from guided_diffusion.mt.modalities import ImageModality, MapModality, Modality, parse_modalities
 from guided_diffusion.mt.modality_set import Batch, ModalitySet, batch_of, derive_values, peaks, with_peaks
 from guided_diffusion.mt.training import affordable_interval, is_refresh_step, measure_variance
 from guided_diffusion.seeding import PerSample
@@ -44,11 +45,12 @@ class JointLatentDiffusion(LatentDiffusion):
     """LatentDiffusion of an image, named first_stage_key, and `modalities`.
 
     modalities: as for guided_diffusion.mt.modalities.parse_modalities, in latent space: `{label_map: {preset:
-    image}}` is a second image, and an encoder may be {target, params} of a module of your own; variant X widens the
-    U-Net's input beyond unet_config's in_channels. extractors: {name: configuration} of what reads vectors off the
-    images. held_out, standardise: how many validation samples the heads' variance, and how many training samples the
-    vectors' standard form, is measured on (0 for none). Others are named as flags of mt_image_train.py (what a stored
-    configuration does not name is as in FORMER), or as in LatentDiffusion.
+    image}}` is a second image, `{label_map: {preset: map, palette: camvid}}` a map of classes, and an encoder
+    may be {target, params} of a module of your own; variant X widens the U-Net's input beyond unet_config's
+    in_channels. extractors: {name: configuration} of what reads vectors off the images. held_out, standardise:
+    how many validation samples the heads' variance, and how many training samples the vectors' standard form,
+    is measured on (0 for none). Others are named as flags of mt_image_train.py (what a stored configuration
+    does not name is as in FORMER), or as in LatentDiffusion.
 
     A batch holds images [B, H, W, C] (or cached latents, see `latents`), labels [B] and vectors [B, D] under the
     modalities' names, and where some are missing `<name>_present`, bool [B].
@@ -135,8 +137,13 @@ class JointLatentDiffusion(LatentDiffusion):
         return [self.first_stage_key, *self.modalities.names]
 
     @property
+    def map_names(self) -> list[str]:
+        """Of the modalities that are maps of classes."""
+        return [m.name for m in self.modalities if isinstance(m, MapModality)]
+
+    @property
     def image_names(self) -> list[str]:
-        """Of all that pass the first stage: the image's, and those of modalities that are images."""
+        """Of all that come and go as images: the image's, those of modalities that are images, and of maps."""
         return [self.first_stage_key, *(m.name for m in self.modalities if m.has_content_everywhere)]
 
     def train(self, mode=True):
@@ -153,7 +160,10 @@ class JointLatentDiffusion(LatentDiffusion):
         standard form."""
         values, present = {}, {}
         for m in self.modalities:
-            if m.name in self.image_names and (m.name in batch or f"{m.name}_latent" in batch):
+            if m.name in self.map_names and m.name in batch:
+                images = channels_first(from_batch(batch, m.name, "a map")).to(self.device)
+                values[m.name] = m.of_colors(images)
+            elif m.name in self.image_names and (m.name in batch or f"{m.name}_latent" in batch):
                 values[m.name] = self.latents(batch, m.name, random)
             elif m.name in self.standards:
                 values[m.name] = self.standards[m.name](self.vectors(batch, m.name))
@@ -195,6 +205,8 @@ class JointLatentDiffusion(LatentDiffusion):
             value = value.to(self.device)
             if name in self.standards:
                 value = self.standards[name](self._as_vectors(name, value))
+            elif key in self.map_names:
+                value = self.modalities[name].of_colors(value)
             elif name not in self.image_names:
                 value, _ = self.modalities[name].from_data(value)
             else:
@@ -221,6 +233,10 @@ class JointLatentDiffusion(LatentDiffusion):
         return {name: self._decoded(name, value) for name, value in values.items()}
 
     def _decoded(self, name, value):
+        if name in self.map_names:
+            latent = torch.zeros(1, self.channels, *value.shape[2:], device=self.device)
+            factor = self.decode_first_stage(latent).shape[2] // value.shape[2]
+            return self.modalities[name].painted(value, factor)
         if name in self.image_names:
             return self.decode_first_stage(value)
         return self.standards[name].restore(value) if name in self.standards else value
@@ -326,7 +342,9 @@ class JointLatentDiffusion(LatentDiffusion):
                 complete &= mask
             where = complete.nonzero().squeeze(1)[: self.held_out - kept]
             values = {
-                self.modalities[name].data_key: self.modalities[name].to_data(value)
+                self.modalities[name].data_key: value
+                if name in self.map_names
+                else self.modalities[name].to_data(value)
                 for name, value in read.values.items()
             }
             parts.append(tuple(select(part, where) for part in ({"z": z}, values, cond)))
@@ -498,6 +516,7 @@ class JointLatentDiffusion(LatentDiffusion):
             source = self.decoded({name: values[name]})
             if name in images:
                 shown |= source
+            if name in images and name not in self.map_names:
                 source = {f"{name}_latent": values[name] / self.scale_factor}
             shown[f"image_from_{name}"] = self.sample_joint(n, source, [image], **options)[image]
         if images:
