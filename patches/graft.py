@@ -208,6 +208,16 @@ INSERTIONS = {
             "    {diffusion} = join({model}, {diffusion}, modalities, noise_schedule, diffusion_steps)",
             r"return \(?(?P<model>\w+), (?P<diffusion>\w+)\)?$",
         ),
+        # head: classifier has the modality's classes, at any size
+        Insertion(
+            "create_classifier",
+            "behind",
+            "def create_classifier(*args, num_classes=None, _plain=create_classifier, **flags):\n"
+            "    if num_classes is None:\n"
+            "        return _plain(*args, **flags)\n"
+            "    from .mt.join import make_classifier\n"
+            "    return make_classifier(num_classes, **flags)",
+        ),
     ),
 }
 

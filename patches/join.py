@@ -9,11 +9,21 @@ import torch as th
 from ..errors import UserValueError
 from ..gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from ..seeding import PerSample
+from ..unet import EncoderUNetModel
 from .aggregation import Aggregation
 from .losses import multitask_losses
 from .modalities import parse_modalities
 from .modality_set import ModalitySet, batch_of, derive_values, peaks, with_peaks
 from .sampling import JointSample, joint_sample
+
+# Widths of the classifier's levels by the image's size, where no channel_mult is given.
+_MULT = {
+    32: (1, 2, 2, 2),
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
 
 
 def join(
@@ -38,10 +48,6 @@ def join(
     shape = (channels, model.image_size, model.image_size)
     betas = get_named_beta_schedule(noise_schedule, diffusion_steps)
     parsed = parse_modalities(spec, shape, model.num_classes)
-    if any(m.head == "classifier" for m in parsed):
-        raise UserValueError(
-            "the head classifier asks for options that this code's classifier lacks: use middle"
-        )
     parsed = with_peaks(parsed, aggregation, betas, shape, detectability)
     shifts = Aggregation.named(aggregation, betas, peaks(parsed))
     process = GaussianDiffusion(
@@ -63,6 +69,43 @@ def join(
     if codes is not None:
         model.codes = codes
     return JointDiffusion(diffusion, modalities, model, unshifted_probability, code_interval)
+
+
+def make_classifier(
+    num_classes: int,
+    *,
+    image_size: int,
+    image_channels: int,
+    classifier_use_fp16: bool,
+    classifier_width: int,
+    classifier_depth: int,
+    classifier_attention_resolutions: str,
+    classifier_use_scale_shift_norm: bool,
+    classifier_resblock_updown: bool,
+    classifier_pool: str,
+    classifier_channel_mult: str = "",
+) -> EncoderUNetModel:
+    """The classifier of a label's head, by the flags classifier_*. UserValueError where they do not say its widths."""
+    mult = [float(part) for part in classifier_channel_mult.split(",") if part] or _MULT.get(image_size)
+    if mult is None:
+        raise UserValueError(
+            f"a classifier of {image_size} pixels needs channel_mult, such as 1,2,3,4 (each comma halves the image)"
+        )
+    sizes = [int(part) for part in classifier_attention_resolutions.split(",")]
+    return EncoderUNetModel(
+        image_size=image_size,
+        in_channels=image_channels,
+        model_channels=classifier_width,
+        out_channels=num_classes,
+        num_res_blocks=classifier_depth,
+        attention_resolutions=tuple(image_size // size for size in sizes if size <= image_size),
+        channel_mult=mult,
+        use_fp16=classifier_use_fp16,
+        num_head_channels=64,
+        use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool,
+    )
 
 
 def _widen(model, channels):

@@ -1,5 +1,5 @@
 """Joint training and sampling by the package that is on the path, this project's or a grafted checkout: the losses,
-weights and samples, as .npz. usage: graft_driver.py OUT.npz"""
+weights and samples, as .npz. usage: graft_driver.py OUT.npz MODALITIES"""
 
 import sys
 import zlib
@@ -13,7 +13,7 @@ from guided_diffusion.mt.modality_set import batch_of, derive_values
 from guided_diffusion.mt.sampling import joint_sample
 from guided_diffusion.seeding import PerSample
 
-SPEC = "masked:X,label:U"
+SPEC = sys.argv[2]
 CLASSES, SIZE, STEPS = 5, 16, 20
 FLAGS = dict(
     image_size=SIZE,

@@ -349,14 +349,17 @@ def test_upstream_itself_grafted(tmp_path):
     checkout = tmp_path / "checkout"
     git(tmp_path, "clone", "-q", str(upstream("UPSTREAM_GUIDED_DIFFUSION")), str(checkout))
     graft.main([str(checkout)])
-    for name, path in (("theirs", checkout), ("ours", ROOT)):
-        job = run(ROOT / "tests/graft_driver.py", tmp_path / f"{name}.npz", cwd=tmp_path, path=path)
-        assert job.returncode == 0, job.stderr
-    theirs, ours = np.load(tmp_path / "theirs.npz"), np.load(tmp_path / "ours.npz")
-    assert set(theirs) == set(ours) and sum(name.startswith("step 19 ") for name in ours) == 5
-    for name in ours:
-        error = np.abs(theirs[name] - ours[name]).max() / max(np.abs(ours[name]).max(), 1e-12)
-        assert error < 1e-4, f"{name}: {error}"
+    classifier = "{width: 64, depth: 1, attention_resolutions: '8', channel_mult: '1,2'}"
+    by_classifier = f"{{label: {{head: classifier, classifier: {classifier}}}}}"
+    for spec, terms in (("masked:X,label:U", 5), (by_classifier, 4)):
+        for name, path in (("theirs", checkout), ("ours", ROOT)):
+            job = run(ROOT / "tests/graft_driver.py", tmp_path / f"{name}.npz", spec, cwd=tmp_path, path=path)
+            assert job.returncode == 0, job.stderr
+        theirs, ours = np.load(tmp_path / "theirs.npz"), np.load(tmp_path / "ours.npz")
+        assert set(theirs) == set(ours) and sum(name.startswith("step 19 ") for name in ours) == terms
+        for name in ours:
+            error = np.abs(theirs[name] - ours[name]).max() / max(np.abs(ours[name]).max(), 1e-12)
+            assert error < 1e-4, f"{name}: {error}"
     (tmp_path / "pictures").mkdir()
     for k in range(4):
         pixels = np.random.RandomState(k).randint(0, 256, (16, 16, 3), dtype=np.uint8)
