@@ -16,48 +16,22 @@ from guided_diffusion.errors import UserError, UserValueError, exit_on_user_erro
 
 def parser() -> flags.Parser:
     """The flags of this script."""
-    own = flags.Parser(__doc__)
-    data, run = dict(group="data"), dict(group="results")
+    own, many = flags.Parser(__doc__), dict(action="append", default=[])
+    data, results, machine = (dict(group=name) for name in ("data", "results", "machine"))
     own.add("table", help="a name in configs/tables, or a .yaml file")
     own.add("--scale", default="small", help="small: for one machine; paper: its sizes and lengths", **data)
     own.add("--data", default="", help="the folder (or file) with the data", **data)
     own.add("--out", default="", unset="runs/TABLE-SCALE")
-    own.add("--only", default="", metavar="ROW,...", unset="all", help="ids of the rows to make", **run)
-    own.add(
-        "--seeds",
-        default="0",
-        metavar="S,...",
-        help="runs of every row, printed with mean and deviation",
-        **run,
-    )
-    own.add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change a variable of the table",
-        **data,
-    )
-    own.add(
-        "--again",
-        action="append",
-        default=[],
-        metavar="STEP",
-        help="run a step and all that needs it anew",
-        **run,
-    )
-    own.add(
-        "--write", default="", metavar="FILE", help="write the table there too, with times and machine", **run
-    )
-    own.add(
-        "--jobs",
-        default=1,
-        low=1,
-        high=1024,
-        group="machine",
-        help="steps that run at once, sharing the cores",
-    )
-    own.add("--dry_run", action="store_true", help="only print the commands", **run)
+    own.add("--only", default="", metavar="ROW,...", unset="all", help="ids of the rows to make", **results)
+    told = "runs of every row, printed with mean and deviation"
+    own.add("--seeds", default="0", metavar="S,...", help=told, **results)
+    own.add("--set", metavar="NAME=VALUE", help="change a variable of the table", **many, **data)
+    own.add("--again", metavar="STEP", help="run a step and all that needs it anew", **many, **results)
+    told = "write the table there too, with times and machine"
+    own.add("--write", default="", metavar="FILE", help=told, **results)
+    told = "steps that run at once, sharing the cores"
+    own.add("--jobs", default=1, low=1, high=1024, help=told, **machine)
+    own.add("--dry_run", action="store_true", help="only print the commands", **results)
     return own
 
 
@@ -129,9 +103,8 @@ def main():
     write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
     write_whole(folder / "table.md", text)
     if args.write:
-        lines = [
-            f"| {name} | {taken:.0f} |" for name, taken in (seconds | {"all": sum(seconds.values())}).items()
-        ]
+        times = seconds | {"all": sum(seconds.values())}
+        lines = [f"| {name} | {taken:.0f} |" for name, taken in times.items()]
         account = [text, f"Machine: {machine}.", "", "| step | seconds |", "|---|---|", *lines]
         write_whole(Path(args.write), "\n".join(account) + "\n")
     print(f"\n{text}\nWritten to {plan.out}: table.md, results.json", flush=True)
@@ -203,9 +176,7 @@ class State(Dependency):
 
     def __init__(self, plan: Plan):
         if (ROOT / plan.out / "state").exists():
-            raise UserError(
-                f"{plan.out} is of a former version, which cannot be continued: give another --out"
-            )
+            raise UserError(f"{plan.out} is of a former version, which cannot go on: give another --out")
         super().__init__(Records, str(ROOT / plan.out / "steps.json"))
         self.plan = plan
 
@@ -221,10 +192,8 @@ class State(Dependency):
             for reason in ("changed_file_dep", "added_file_dep", "removed_file_dep"):
                 other += [relative(file) for file in status.reasons.get(reason) or []]
             if other:
-                another = (
-                    f"another command ({known['command']})"
-                    if other[0] == "command"
-                    else f"another {other[0]}"
+                another = "another " + (
+                    f"command ({known['command']})" if other[0] == "command" else str(other[0])
                 )
                 raise UserError(
                     f"step {task.name} was run before with {another}; --again {task.name} runs it anew with all that "
@@ -249,9 +218,8 @@ class State(Dependency):
 def made_by(job: Job) -> list[Path]:
     """The files that a finished job has made. UserError for those that are not there."""
     made = [ROOT / job.made(name) for name in job.step.makes or ["here"]]
-    return [
-        file for path in made for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()
-    ]
+    found = (file for path in made for file in (path.rglob("*") if path.is_dir() else [path]))
+    return [file for file in found if file.is_file()]
 
 
 def read_by(job: Job) -> tuple[dict[str, str], set[str]]:
@@ -305,9 +273,8 @@ class Commands:
                 code = process.wait()
                 task.values["seconds"] = before + time.monotonic() - started
             if self.stopped:
-                return TaskFailed(
-                    f"step {job.name} was told to stop"
-                )  # one that has saved may well end with 0
+                # One that has saved may well end with 0.
+                return TaskFailed(f"step {job.name} was told to stop")
             if code:
                 said = f"in {self._output(job)}" if self.at_once > 1 else "above"
                 raise UserError(
@@ -337,10 +304,9 @@ class Commands:
                 raise UserError("told to stop")
             print(text, end="", flush=True)
             words = [sys.executable if word == "python" else word for word in words]
+            options |= {"cwd": ROOT, "pass_fds": (self.lock,), "start_new_session": True}
             try:
-                process = subprocess.Popen(
-                    words, cwd=ROOT, pass_fds=(self.lock,), start_new_session=True, **options
-                )
+                process = subprocess.Popen(words, **options)
             except OSError as error:
                 raise UserError(f"{shlex.join(words)} cannot be started: {error.strerror}") from error
         self.running.add(process)
@@ -364,9 +330,8 @@ def alone(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by another process (or by a command that it left running)"
-            ) from None
+            told = "in use by another process (or by a command that it left running)"
+            raise UserError(f"{folder} is {told}") from None
         yield file.fileno()
 
 
