@@ -45,10 +45,10 @@ def batches(tmp_path):
 
 @pytest.fixture
 def script():
-    """script("evaluator.py", arguments...): the finished process, run from the repository without an installation."""
+    """script("evaluator.py", arguments...): the finished process."""
 
     def run(name, *arguments, rc=0):
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, f"evaluations/{name}", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == rc, f"{done.stdout}\n{done.stderr}"

@@ -365,22 +365,11 @@ class LatentDiffusion(DDPM):
         """Latents of `shape` in all steps (the last `timesteps`, or from start_T on), from noise x_T if given;
         with return_intermediates also the list of those on the way. mask, x0: see `Sampler.sample`; options:
         of `sampling.ancestral`."""
+        given = dict(locals())
+        for name in ("self", "return_intermediates", "timesteps", "start_T", "options"):
+            del given[name]
         begins = [count for count in (timesteps, start_T) if count is not None]
-        out, kept = sampling.ancestral(
-            self,
-            cond,
-            shape,
-            x_T=x_T,
-            start=min(begins, default=None),
-            quantize=quantize_denoised,
-            mask=mask,
-            x0=x0,
-            callback=callback,
-            img_callback=img_callback,
-            log_every_t=log_every_t,
-            progress=verbose,
-            **options,
-        )
+        out, kept = sampling.ancestral(self, start_T=min(begins, default=None), **given, **options)
         return (out, kept) if return_intermediates else out
 
     @torch.no_grad()
@@ -406,26 +395,10 @@ class LatentDiffusion(DDPM):
     ):
         """(latents, the predicted x_0 on the way to them); `shape` is without the batch where batch_size is
         given."""
-        return sampling.ancestral(
-            self,
-            cond,
-            shape if batch_size is None else (batch_size, *shape),
-            x_T=x_T,
-            start=start_T,
-            random=random,
-            score_corrector=score_corrector,
-            corrector_kwargs=corrector_kwargs,
-            temperature=temperature,
-            noise_dropout=noise_dropout,
-            callback=callback,
-            img_callback=img_callback,
-            log_every_t=log_every_t,
-            show="pred_x0",
-            quantize=quantize_denoised,
-            mask=mask,
-            x0=x0,
-            progress=verbose,
-        )
+        given = dict(locals())
+        del given["self"], given["batch_size"]
+        given["shape"] = shape if batch_size is None else (batch_size, *shape)
+        return sampling.ancestral(self, show="pred_x0", **given)
 
     @torch.no_grad()
     def sample(

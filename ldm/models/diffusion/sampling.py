@@ -377,7 +377,7 @@ def ancestral(
     shape: tuple[int, ...],
     *,
     x_T=None,
-    start: int | None = None,
+    start_T: int | None = None,
     random: PerSample | None = None,
     unconditional_conditioning=None,
     unconditional_guidance_scale: float = 1.0,
@@ -389,12 +389,15 @@ def ancestral(
     img_callback: Callable | None = None,
     log_every_t: int | None = None,
     show: str = "x_inter",
-    **options,
+    verbose: bool = False,
+    quantize_denoised: bool = False,
+    mask=None,
+    x0=None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """DDPM's whole run from index `start` - 1 down to the image: (samples of `shape`, what lay on the way under `show`,
-    every log_every_t steps). callback(index), img_callback(sample, index); others as in `Sampler.sample`, and options
-    of `joint_sample`."""
-    sampler, start = DDPMSampler(model), min(start or model.num_timesteps, model.num_timesteps)
+    """DDPM's whole run from index `start_T` - 1 down to the image: (samples of `shape`, what lay on the way under
+    `show`, every log_every_t steps). callback(index), img_callback(sample, index); others as in `Sampler.sample`."""
+    sampler, count = DDPMSampler(model), model.num_timesteps
+    start = count if start_T is None else min(start_T, count)
     sampler.make_schedule(None)
     free = None if unconditional_conditioning is None else model.as_conditioning(unconditional_conditioning)
 
@@ -407,8 +410,20 @@ def ancestral(
     noise, every = Noise(random, temperature, noise_dropout), log_every_t or model.log_every_t
     z = noise.randn(shape, model.device) if x_T is None else x_T.to(model.device)
     network = model.network(free, unconditional_guidance_scale, score_corrector, corrector_kwargs)
-    cond, options["clip_denoised"] = model.as_conditioning(cond), model.clip_denoised
-    out, kept = sampler._run(network, z, start - 1, noise, cond, on_step, every, **options)
+    out, kept = sampler._run(
+        network,
+        z,
+        start - 1,
+        noise,
+        model.as_conditioning(cond),
+        on_step,
+        every,
+        quantize_denoised,
+        mask,
+        x0,
+        clip_denoised=model.clip_denoised,
+        progress=verbose,
+    )
     return out, kept[show][show == "pred_x0" :]  # a prediction there is not at the start
 
 
