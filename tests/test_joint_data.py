@@ -6,8 +6,10 @@ import json
 import random
 import re
 import shutil
+import struct
 import tarfile
 import wave
+import zlib
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from PIL import Image
 from guided_diffusion.checkpoint_util import load_complete
 from guided_diffusion.errors import UserError
 from guided_diffusion.mt.bound import multitask_bound
+from guided_diffusion.mt.cells import Cell, pixels_of
 from guided_diffusion.mt.data import JointImages, borne, completed, find_source, label_names
 from guided_diffusion.mt.losses import multitask_losses
 from guided_diffusion.mt.modalities import MapModality, as_mapping, label_in, parse_modalities, resolve_target
@@ -545,3 +548,19 @@ def test_a_batch_of_another_shape_is_refused():
     for value in (th.zeros(1, 3, 4, 5), th.full((1, 3, 4, 4), 0.5)):
         with pytest.raises(UserError, match="modality seg"):
             m.check(value)
+
+
+def test_sixteen_bits_of_colour_are_never_cut_down_unseen(tmp_path):
+    """Pillow would read them as 8 bits."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = zlib.compress(b"".join(b"\0" + bytes(48) for _ in range(8)))
+    head = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    path = tmp_path / "deep.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+    )
+    with pytest.raises(UserError, match="deep.png: 16-bit colours of a PNG cannot be read in full"):
+        pixels_of(Cell(path, str(path)))
