@@ -217,7 +217,7 @@ class Sampler:
     upstream's: one later than every (T // S)-th.
     """
 
-    name = "ddpm"  # in guided_diffusion.mt.sampling.SAMPLERS
+    name: str  # in guided_diffusion.mt.sampling.SAMPLERS
     stochastic = False  # does it have an eta?
 
     def __init__(self, model, schedule="linear", **kwargs):
@@ -369,6 +369,8 @@ class Sampler:
 
 class DDPMSampler(Sampler):
     """Ancestral sampling (Ho et al. 2020); see `Sampler`."""
+
+    name = "ddpm"
 
 
 def ancestral(

@@ -3,7 +3,6 @@
 import numpy as np
 
 from guided_diffusion.errors import UserValueError
-from guided_diffusion.mt import sampling
 from guided_diffusion.mt.solvers import few_timesteps
 from ldm.models.diffusion.sampling import Sampler
 
@@ -23,16 +22,16 @@ class _EvenInLogSNR(Sampler):
 class HeunSampler(_EvenInLogSNR):
     """Heun's method (Karras et al. 2022), two passes of the network a step; deterministic (eta must be 0)."""
 
-    function = staticmethod(sampling.heun)
+    name = "heun"
 
 
 class DPMSolver3MSampler(_EvenInLogSNR):
     """DPM-Solver++(3M) (Lu et al. 2022); deterministic (eta must be 0)."""
 
-    function = staticmethod(sampling.dpm_solver_pp_3m)
+    name = "dpm++3m"
 
 
 class UniPCSampler(_EvenInLogSNR):
     """UniPC-3 (Zhao et al. 2023); deterministic (eta must be 0)."""
 
-    function = staticmethod(sampling.unipc)
+    name = "unipc"
