@@ -339,6 +339,14 @@ FLAGS: dict[str, Flag] = {
     **_group(
         "logging",
         log_interval=Flag("steps between lines of the log", low=1),
+        eval_every=Flag("steps between evaluations on held-out images, logged under eval/; 0: none", low=0),
+        eval_judge=Flag(
+            "also score samples by a file of judge.py, or `inception`", path="source", also=("inception",)
+        ),
+        eval_samples=Flag(
+            "samples that --eval_judge scores, and images of --val_data_dir", low=4, high=100_000
+        ),
+        wandb=Flag("project of Weights & Biases to log to, where that is installed"),
         eval_interval=Flag("steps between validations", low=1),
         save_interval=Flag("steps between checkpoints", low=1),
         keep_checkpoints=Flag("complete checkpoints that are kept", low=1),
@@ -770,5 +778,10 @@ def mt_training_defaults() -> dict:
             adm_files=False,
             progress=True,
             sample_steps=25,
+            val_data_dir="",
+            eval_every=0,
+            eval_judge="",
+            eval_samples=500,
+            wandb="",
         )
     )

@@ -16,6 +16,7 @@ import functools
 import glob
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -23,6 +24,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import IO, Any, TextIO, TypeVar
+
+from tqdm import tqdm
 
 from .errors import UserError, UserFileError, machine_error
 
@@ -84,8 +87,10 @@ class HumanOutputFormat(KVWriter, SeqWriter):
     def _write(self, text: str) -> None:
         # A terminal that was closed must not end a run that saves and stops for it.
         with contextlib.nullcontext() if self.own_file else contextlib.suppress(OSError):
-            self.file.write(f"{text}\n")
-            self.file.flush()
+            # A progress bar on the same terminal steps aside.
+            with contextlib.nullcontext() if self.own_file else tqdm.external_write_mode(file=self.file):
+                self.file.write(f"{text}\n")
+                self.file.flush()
 
     def close(self) -> None:
         if self.own_file:
@@ -182,12 +187,61 @@ class TensorBoardOutputFormat(KVWriter):
         step = int(kvs.get("step", self.step))
         for key, value in kvs.items():
             if hasattr(value, "__float__"):
-                self.writer.add_scalar(key, float(value), step)
+                self.writer.add_scalar(grouped(key), float(value), step)
         self.writer.flush()
         self.step = step + 1
 
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """The flags of the run, beside its loss, among the hparams."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
+        for summary in hparams(plain, {"loss/loss": 0.0}):
+            self.writer.file_writer.add_summary(summary)
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
+
+
+def grouped(key: str) -> str:
+    """The name of a value in TensorBoard and Weights & Biases: under loss/, head/ (losses of modalities), eval/ or run/."""
+    if "/" in key:
+        return key
+    name = re.sub(r"_q\d$", "", key)
+    return f"{'head' if name.startswith('KL_') else 'loss' if name in _LOSSES else 'run'}/{key}"
+
+
+_LOSSES = ("loss", "mse", "vb", "train_loss", "val_loss")
+
+
+class WandbOutputFormat(KVWriter):
+    """Values for Weights & Biases, in project `project`. UserError where the package is missing."""
+
+    def __init__(self, project: str, dir: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb: Weights & Biases is not installed: pip install wandb") from None
+        self.run = wandb.init(project=project, dir=dir, config=dict(config), name=os.path.basename(dir))
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        numbers = {grouped(key): float(value) for key, value in kvs.items() if hasattr(value, "__float__")}
+        self.run.log(numbers, step=int(kvs["step"]) if "step" in kvs else None)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def log_config(config: Mapping[str, Any], wandb: str = "") -> None:
+    """Show the run's flags in TensorBoard (hparams), where it is written; with `wandb`, the name of a project, log to
+    Weights & Biases from now on. UserError where that is not installed."""
+    logger = get_current()
+    if wandb and get_rank_without_mpi_import() == 0:
+        logger.output_formats = [*logger.output_formats, WandbOutputFormat(wandb, logger.dir, config)]
+    for output in logger.output_formats:
+        if isinstance(output, TensorBoardOutputFormat):
+            output.write_config(config)
 
 
 def drop_events_from(folder: str | os.PathLike, step: int) -> None:
@@ -498,7 +552,12 @@ def scoped_configure(
 
 
 def _readable(value: Any) -> str:
-    return f"{float(value):<8.3g}" if hasattr(value, "__float__") else str(value)
+    if not hasattr(value, "__float__"):
+        return str(value)
+    number = float(value)
+    if number.is_integer() and abs(number) < 1e15:
+        return f"{number:<8,.0f}"  # counts: 2,450
+    return f"{number:<8.3g}"
 
 
 def _shorten(text: str) -> str:

@@ -35,6 +35,7 @@ from .flags import PRECISIONS
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .image_files import from_uint8
 from .nn import update_ema
+from .pace import Pace
 from .progress import tqdm
 from .resample import LossAwareSampler, UniformSampler
 from .seeding import PerSample, derive_seed
@@ -283,14 +284,21 @@ class TrainLoop:
             self._tell_disk_need()
         batches = self._open_data()
         self._continue_from_resume_state()
+        pace = Pace()
         with self._stop_on_signals(), self._progress_bar() as bar, self._whole_files():
             while not self.is_finished():
-                batch, cond = self._next_batch(batches)
-                self.run_step(batch, cond)
+                with pace.waiting():
+                    batch, cond = self._next_batch(batches)
+                with _told_of_memory(self.microbatch):
+                    self.run_step(batch, cond)
+                if pace.step(len(batch) * self.world_size) and (told := pace.peak_memory()):
+                    logger.log(f"peak memory of the first step: {told}")
                 bar.update()
                 if not self.step % self.log_interval:
                     self.log_steps()
                     self._check_patience()
+                    logger.logkvs(pace.report(self._steps_left()) | {"lr": self.opt.param_groups[0]["lr"]})
+                    bar.set_postfix_str(_loss_so_far(), refresh=False)
                     logger.dumpkvs()
                 saved = self._save_if_due()
                 # Upstream's integration tests end at the second save.
@@ -328,6 +336,11 @@ class TrainLoop:
         """Whether the run has made all the steps it was to make."""
         limits = [limit for limit in (self.iterations, self.lr_anneal_steps) if limit]
         return bool(limits) and self.step + self.resume_step >= min(limits)
+
+    def _steps_left(self):
+        """Steps until the run is finished, None where it has no end."""
+        limits = [limit for limit in (self.iterations, self.lr_anneal_steps) if limit]
+        return min(limits) - self.step - self.resume_step - 1 if limits else None
 
     def _open_data(self):
         """The iterator of batches, at the position of the next step where `data` can be positioned."""
@@ -887,6 +900,25 @@ def _fresh_seed():
     if dist_util.get_world_size() > 1:
         dist.broadcast_object_list(seed, src=0, device=dist_util.dev())
     return seed[0]
+
+
+def _loss_so_far():
+    """The mean loss since the last table, for the progress bar."""
+    loss = logger.getkvs().get("loss")
+    return "" if loss is None else f"loss {float(loss):.4g}"
+
+
+@contextlib.contextmanager
+def _told_of_memory(microbatch):
+    """UserError where the GPU's memory does not suffice for `microbatch` samples."""
+    try:
+        yield
+    except th.OutOfMemoryError as error:
+        less = f"--microbatch {max(1, microbatch // 2)} (the same gradient in smaller parts)"
+        instead = less if microbatch > 1 else "a smaller model, --use_checkpoint True or --precision bf16"
+        raise UserError(
+            f"the GPU's memory does not suffice for {microbatch} images at once: use {instead}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -32,6 +32,9 @@ def parser() -> flags.Parser:
         ),
         compile=dict(help="torch.compile the model; auto: on a GPU", choices=("auto", "true", "false")),
         log_dir=dict(unset=flags.OWN_FOLDER),
+        val_data_dir=dict(
+            help="images, with their modalities, that --eval_every measures on", unset="those of --held_out"
+        ),
     )
 
 
@@ -40,7 +43,14 @@ def main():
     given = flags.parse_flags(parser())
     from guided_diffusion.mt.run import train
 
-    train(given)
+    train(given, open_judge)
+
+
+def open_judge(*where):
+    """The judge of --eval_judge; its packages are loaded where it is asked for."""
+    from evaluations.during_training import open_judge
+
+    return open_judge(*where)
 
 
 if __name__ == "__main__":

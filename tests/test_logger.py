@@ -128,7 +128,7 @@ def test_tensorboard_has_scalars_at_the_logged_step(tmp_path):
     logger.get_current().close()
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+    assert [(event.step, event.value) for event in events.Scalars("loss/loss")] == [
         (10, pytest.approx(0.1)),
         (20, pytest.approx(0.2)),
         (21, pytest.approx(0.5)),

@@ -585,7 +585,7 @@ def test_logs_hold_every_step_once_after_a_resume(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == list(range(8))
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(8))
+    assert [event.step for event in events.Scalars("loss/loss")] == list(range(8))
 
 
 def test_a_closed_terminal_saves_and_stops_like_sigterm(tmp_path):

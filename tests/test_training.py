@@ -220,8 +220,8 @@ def test_scalars_and_images_are_written_at_every_save(data, tmp_path, monkeypatc
         parts = float(row["mse"]) + 0.1 * (float(row["KL_masked"]) + float(row["KL_label"]))
         assert float(row["loss"]) == pytest.approx(parts, rel=1e-4)  # equation 6 with lambda = 0.1
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert {"loss", "KL_masked", "KL_label", "grad_norm"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Images("samples")] == [0, 4, 6]
+    assert {"loss/loss", "head/KL_masked", "head/KL_label", "run/grad_norm"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Images("samples/joint")] == [0, 4, 6]
     for number in (0, 4, 6):
         # Two rows of twelve images of 64 pixels, each with a margin of 6.
         with Image.open(tmp_path / f"samples{number:06d}.png") as sheet:

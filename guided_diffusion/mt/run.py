@@ -18,6 +18,7 @@ from ..sample_shards import Shards, fingerprint
 from ..seeding import PerSample
 from . import directions
 from .data import JointImages, Source, borne, completed, covers, find_source, label_names
+from .evaluation import held_out_losses, judged_samples
 from .files import GivenImages, read_images
 from .guidance import ClassGuidance, classifier_guide
 from .modalities import Modality, as_mapping, label_in, parse_modalities, wants_labels
@@ -38,8 +39,9 @@ NEEDS_FULL = "aggregation paper makes the shift so large that half precision rou
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-def train(flags: dict) -> None:
-    """Train a joint model with the flags of `flags.mt_training_defaults`."""
+def train(flags: dict, open_judge: Callable | None = None) -> None:
+    """Train a joint model with the flags of `flags.mt_training_defaults`. open_judge(source, device, class_names) -> a
+    Judge of evaluation.py: what reads --eval_judge."""
     if not flags["data_dir"]:
         raise UserValueError("give --data_dir: a folder of images or an .npz file")
     dist_util.setup_dist()
@@ -86,7 +88,10 @@ def train(flags: dict) -> None:
     if device.type == "cuda":
         model.network.to(memory_format=th.channels_last)
     images, cond = held_out
+    logger.log_config(flags, flags["wandb"])
     training = JointTrainLoop(
+        eval_every=flags["eval_every"],
+        on_eval=evaluation_of(flags, model, source, held_out, open_judge) if flags["eval_every"] else None,
         held_out=(images.to(device), {key: value.to(device) for key, value in cond.items()}),
         model=model,
         data=lambda step: load_stream(
@@ -123,6 +128,43 @@ def train(flags: dict) -> None:
     if dist_util.get_rank() == 0 and not training.is_finished():
         write_config(flags, os.path.join(logger.get_dir(), CONFIG_NAME))
     training.run_loop()
+
+
+def evaluation_of(
+    flags: Mapping, model: JointModel, source, held_out, open_judge: Callable | None
+) -> Callable:
+    """What measures the model during training, by --val_data_dir or the images `held_out`. UserError, before training,
+    where there are none."""
+    if flags["val_data_dir"]:
+        known = {"class_names": list(flags["class_names"]) or None, "label_from": flags["label_from"]}
+        if source is not None:
+            source, _ = source_of({**flags, "data_dir": flags["val_data_dir"]}, flags)
+        still = dict(random_crop=False, random_flip=False, max_bad=flags["max_bad"])
+        dataset = open_data({**flags, "data_dir": flags["val_data_dir"]}, source, known, **still)
+        _, held_out = hold_out(dataset, min(flags["eval_samples"], len(dataset)), flags["seed"])
+    device, (images, cond) = dist_util.dev(), held_out
+    if not len(images):
+        raise UserValueError("--eval_every: no image is held out: give --val_data_dir, or --held_out above 0")
+    images, cond = images.to(device), {name: value.to(device) for name, value in cond.items()}
+    judge, pixels = None, exact_pixels(images)
+    if flags["eval_judge"]:
+        if open_judge is None:
+            raise UserValueError("--eval_judge: this program brings no judge")
+        judge = open_judge(flags["eval_judge"], device, list(flags["class_names"]) or None)
+
+    def measure(loop: JointTrainLoop) -> dict[str, float]:
+        found = held_out_losses(model, images, cond, flags["seed"]) if loop.rank == 0 else {}
+        if judge is not None:
+            steps = flags["sample_steps"] or 25
+            found |= judged_samples(model, pixels, judge, flags["eval_samples"], steps, flags["seed"])
+        return found
+
+    return measure
+
+
+def exact_pixels(images: th.Tensor) -> np.ndarray:
+    """Images of data [N, C, H, W] in [-1, 1] as uint8 [N, H, W, C], as they were."""
+    return to_uint8(images, th.ones(1, 1, 1, 1, dtype=th.bool))
 
 
 _AUGMENTATION = ("random_crop", "random_flip", "max_bad")
@@ -274,7 +316,7 @@ def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
     sheet.save(os.path.join(logger.get_dir(), f"samples{number:06d}.png"))
     for log in logger.get_current().output_formats:
         if isinstance(log, logger.TensorBoardOutputFormat):
-            log.writer.add_image("samples", np.asarray(sheet), number, dataformats="HWC")
+            log.writer.add_image("samples/joint", np.asarray(sheet), number, dataformats="HWC")
 
 
 def names_of_classes(model: JointModel, label: Modality) -> Sequence[str]:

@@ -2,12 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch as th
 import torch.distributed as dist
 
 from .. import dist_util, logger
+from ..checkpoint_util import rng_state, set_rng_state
 from ..seeding import PerSample, derive_seed
 from ..train_util import TrainLoop
 from .modality_set import ModalitySet, batch_of, derive_values
@@ -27,11 +28,21 @@ class JointTrainLoop(TrainLoop):
     save, the heads' squared errors on them become the heads' `variance`. With the model's
     single_task_probability a sample's modalities all count as missing, so that the network learns the image alone
     beside the joint model (M*, E*). Codes of labels are refreshed at steps 0, 1, 2, 4, ... and every code_interval.
+    on_eval(loop) measures the averaged weights after every eval_every-th step; what it returns is logged under eval/.
     Everything else as in TrainLoop.
     """
 
-    def __init__(self, *, model: JointModel, held_out: tuple[th.Tensor, dict] | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        model: JointModel,
+        held_out: tuple[th.Tensor, dict] | None = None,
+        eval_every: int = 0,
+        on_eval: Callable[["JointTrainLoop"], dict[str, float]] | None = None,
+        **kwargs,
+    ):
         self.joint, self.modalities, self.held_out = model, model.modalities, held_out
+        self.eval_every, self.on_eval = eval_every, on_eval
         super().__init__(model=model.network, diffusion=model.diffusion, **kwargs)
         if kwargs.get("compile"):  # the network's own forward does not reach these
             for m in self.modalities:
@@ -58,6 +69,23 @@ class JointTrainLoop(TrainLoop):
         with self.autocast():
             losses = self.joint.losses(batch, t, self.ddp_model, noise=noise, random=random)
         return losses.terms, t, weights
+
+    def log_step(self):
+        """See TrainLoop; also evaluates where that is due."""
+        super().log_step()
+        done = self.step + self.resume_step + 1
+        if self.on_eval is not None and self.eval_every and done % self.eval_every == 0:
+            kept = rng_state()
+            with self.ema_weights():
+                found = self.on_eval(self)
+            self.model.train()
+            set_rng_state(kept)
+            logger.logkvs({f"eval/{name}": value for name, value in found.items()})
+            if found:
+                logger.log(
+                    f"after {done} steps: "
+                    + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if k[-3:-1] != "_q")
+                )
 
     def _refresh_codes(self, like):
         step = self.step + self.resume_step
