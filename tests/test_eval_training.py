@@ -126,3 +126,16 @@ def test_counts_are_readable_and_a_bar_steps_aside(tmp_path):
     assert "| samples | 2,450" in text and "| 0.25" in text and "e+03" not in text
     # The table begins on a line of its own.
     assert "\r" in text.split("-----")[0][-3:] or text.split("-----")[0].endswith("\n")
+
+
+def test_main_logs_to_wandb_or_misses_it_in_one_line(tmp_path, monkeypatch):
+    from ldm.training import logs
+
+    run = types.SimpleNamespace(logdir=tmp_path / "2026-a")
+    assert logs.wandb_loggers("", run) == []
+    with pytest.raises(UserError, match="pip install wandb"):
+        logs.wandb_loggers("digits", run)
+    made = []
+    monkeypatch.setattr(logs, "WandbLogger", lambda **options: made.append(options) or "logger")
+    assert logs.wandb_loggers("digits", run) == ["logger"]
+    assert made == [dict(project="digits", save_dir=str(tmp_path / "2026-a"), name="2026-a")]

@@ -24,7 +24,7 @@ from ldm.training.checkpoints import (
 from ldm.training.config import Run, load_config, locate
 from ldm.training.data import DataModuleFromConfig
 from ldm.training.flags import parse
-from ldm.training.logs import make_logger
+from ldm.training.logs import make_logger, wandb_loggers
 from ldm.training.position import ExactResume
 from ldm.training.setup import make_callbacks, make_strategy, prepare_trainer, world_size
 from ldm.util import instantiate_from_config
@@ -102,7 +102,10 @@ def _run(options, overrides):
         lock_folder(run.logdir)
     resume = ExactResume()
     parts = dict(
-        logger=make_logger(lightning, run, logged if options.train else None),
+        logger=[
+            make_logger(lightning, run, logged if options.train else None),
+            *wandb_loggers(options.wandb, run),
+        ],
         callbacks=[resume, *make_callbacks(lightning, plain, model, run, options.seed), save],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.logdir,

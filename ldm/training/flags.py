@@ -56,6 +56,7 @@ def parser() -> Parser:
         help="how several devices work together",
         **machine,
     )
+    own.add("--wandb", default="")
     own.add("--precision", choices=("32-true", "bf16-mixed"), unset="32-true", **machine)
     return own
 

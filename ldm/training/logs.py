@@ -5,9 +5,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from guided_diffusion.errors import UserError
 from guided_diffusion.logger import drop_events_from
 from ldm.training.config import Run, merged
 from ldm.util import instantiate_from_config
@@ -29,6 +30,16 @@ def make_logger(lightning: Mapping, run: Run, logged: int | None = None) -> Logg
     if logged is not None and isinstance(logger, CSVLogger) and rank_zero_only.rank == 0:
         _continue_csv(logger, logged, "version" in (config.get("params") or {}))
     return logger
+
+
+def wandb_loggers(project: str, run: Run) -> list[Logger]:
+    """A logger for Weights & Biases, in `project`; none for "". UserError where the package is missing."""
+    if not project:
+        return []
+    try:
+        return [WandbLogger(project=project, save_dir=str(run.logdir), name=Path(run.logdir).name)]
+    except ImportError:
+        raise UserError("--wandb: Weights & Biases is not installed: pip install wandb") from None
 
 
 def _continue_csv(logger, logged, named):
