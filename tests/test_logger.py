@@ -239,5 +239,5 @@ def test_later_steps_are_cut_out_of_tensorboards_files(tmp_path):
     older.write_bytes(older.read_bytes() + b"\x20\0\0")  # a record that a killed process left half written
     logger.drop_events_from(tmp_path / "tb", 6)
     events = EventAccumulator(str(tmp_path / "tb"), purge_orphaned_data=False).Reload()
-    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    found = [(event.step, event.value) for event in events.Scalars("loss/loss")]
     assert sorted(found) == [(0, 0), (1, 1), (2, 2), (3, 33), (4, 34), (5, 35)]
