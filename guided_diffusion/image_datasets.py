@@ -28,8 +28,10 @@ from .image_files import (
     MODES,
     BadImageError,
     LabelledImages,
+    NoLabelsError,
     center_crop_arr,
     check_labels,
+    from_uint8,
     list_images,
     list_labelled_images,
     open_arrays,
@@ -101,7 +103,7 @@ def load_data(
         collate_fn=_collate,
         worker_init_fn=outlive_signals,
     )
-    return _endless(loader, max_bad)
+    return _endless(loader, max_bad, as_floats=True)
 
 
 def load_stream(
@@ -115,7 +117,8 @@ def load_stream(
 ) -> Batches:
     """Endless shuffled batches that continue at any step exactly as if they had never stopped.
 
-    Like `load_data`, with "position" (int64 [B]) beside "y": the number of the sample in the global stream.
+    (uint8 [B, C, H, W], which `TrainLoop` converts on its device; {"position": int64 [B]}, and "y" as of `load_data`).
+    The position is the number of the sample in the global stream.
     Which image stands there, and how it is cropped and flipped, depends on (seed, position) alone: not on
     the workers, and not on how the ranks share a global batch. Leaves the global random generators alone.
     """
@@ -137,6 +140,18 @@ def load_stream(
         generator=th.Generator(),  # else the loader would draw a seed from the global generator
     )
     return _endless(loader, dataset.max_bad)
+
+
+def load_once(dataset: "SquareImages", batch_size: int, num_workers: int = 0) -> Batches:
+    """All images once, in their order: (uint8 [b, C, H, W], {"y": int64 [b]} or {})."""
+    loader = DataLoader(
+        _Guarded(dataset),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=outlive_signals,
+    )
+    return _pass(loader, dataset.max_bad, set())
 
 
 def outlive_signals(_worker: int) -> None:
@@ -185,18 +200,19 @@ def open_dataset(
     if _is_npz(path):
         images, labels, names = _read_npz(path)
         if class_cond and labels is None:
-            raise UserValueError(
-                f"{path!r} has no labels: add them as integers [N] under 'labels' or 'arr_1'"
-            )
+            raise NoLabelsError(f"{path!r} has no labels: add them as integers [N] under 'labels' or 'arr_1'")
         if class_cond and class_names:
             labels, names = renumber(labels, names, class_names, path), class_names
         labels = labels if class_cond else None
         dataset = ArrayDataset(images, labels, resolution=image_size, class_names=names, **common)
     else:
-        found = (
-            list_labelled_images(path, label_from, class_names, num_classes)
-            if class_cond
-            else LabelledImages(list_images(path), None, [])
+        # One rank looks: to list a million files takes a minute, and all would ask one file server at once.
+        found = dist_util.from_rank_zero(
+            lambda: (
+                list_labelled_images(path, label_from, class_names, num_classes)
+                if class_cond
+                else LabelledImages(list_images(path), None, [])
+            )
         )
         dataset = ImageDataset(
             image_size,
@@ -267,14 +283,14 @@ class SquareImages(Dataset):
         raise NotImplementedError
 
     def load(self, idx: int, rng: random.Random = random) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Image `idx`: (float32 [C, H, W] in [-1, 1], {"y": int64 []} or {}). Raises BadImageError.
+        """Image `idx`: (uint8 [C, H, W], {"y": int64 []} or {}). Raises BadImageError.
 
         It is cropped and flipped with numbers from `rng`; none is drawn before the image has been read.
         """
         arr = self.pixels(idx, rng)
         if self.random_flip and rng.random() < 0.5:
             arr = arr[:, ::-1]
-        arr = np.ascontiguousarray(arr.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1
+        arr = np.ascontiguousarray(arr.transpose(2, 0, 1))
         if self.local_classes is None:
             return arr, {}
         return arr, {"y": np.array(self.local_classes[idx], dtype=np.int64)}
@@ -295,12 +311,15 @@ class SquareImages(Dataset):
         return None, {}, bad
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """`load` with Python's global generator. Warns of bad images; UserError at more than `max_bad`."""
+        """`load` with Python's global generator, the image as float32 in [-1, 1].
+
+        Warns of bad images; UserError at more than `max_bad`.
+        """
         arr, out_dict, bad = self.load_or_next(idx)
         _report(bad, self._bad, self.max_bad, warnings.warn)
         if arr is None:
             raise _none_readable(bad)
-        return arr, out_dict
+        return from_uint8(th.from_numpy(arr)).numpy(), out_dict
 
     def _crop(self, image: Image.Image, rng: random.Random) -> np.ndarray:
         if self.random_crop:
@@ -436,7 +455,7 @@ def hold_out(
             {} if dataset.local_classes is None else {"y": th.zeros(0, dtype=th.int64)},
         )
     images, cond, _ = _collate(items)
-    return rest, (images, cond)
+    return rest, (from_uint8(images), cond)
 
 
 class ResumableBatches(Sampler[list[tuple[int, int]]]):
@@ -560,8 +579,8 @@ def _collate(
     return th.from_numpy(np.stack(arrays)), cond, messages
 
 
-def _endless(loader: DataLoader, max_bad: int) -> Batches:
-    stream = _batches(loader, max_bad)
+def _endless(loader: DataLoader, max_bad: int, as_floats: bool = False) -> Batches:
+    stream = _batches(loader, max_bad, as_floats)
     # A program may end in the middle of a stream: closing it tells its workers, which one signal would not.
     atexit.register(_close, weakref.ref(stream))
     return stream
@@ -573,14 +592,19 @@ def _close(reference: weakref.ref) -> None:
         stream.close()
 
 
-def _batches(loader: DataLoader, max_bad: int) -> Batches:
+def _batches(loader: DataLoader, max_bad: int, as_floats: bool) -> Batches:
     seen: set[str] = set()
     while True:
-        for batch, cond, bad in loader:
-            _report(bad, seen, max_bad, logger.warn)
-            if batch is None:
-                raise _none_readable(bad)
-            yield batch, cond
+        for batch, cond in _pass(loader, max_bad, seen):
+            yield from_uint8(batch) if as_floats else batch, cond
+
+
+def _pass(loader: DataLoader, max_bad: int, seen: set[str]) -> Batches:
+    for batch, cond, bad in loader:
+        _report(bad, seen, max_bad, logger.warn)
+        if batch is None:
+            raise _none_readable(bad)
+        yield batch, cond
 
 
 def _report(bad: Sequence[str], seen: set[str], max_bad: int, warn: Callable[[str], Any]) -> None:

@@ -60,7 +60,7 @@ class BadImageError(UserError):
 
 
 class NoLabelsError(UserValueError):
-    """A folder whose files and folders give no labels with a meaning."""
+    """Data that give no labels with a meaning."""
 
 
 class LabelledImages(NamedTuple):
@@ -170,7 +170,8 @@ def list_labelled_images(
         kind, names = _names_with_meaning(data_dir, paths, label_from)
         class_names = sorted(set(names)) if class_names is not None else _numbered(names, num_classes)
     number = {name: i for i, name in enumerate(class_names)}
-    if missing := [name for name in class_names if name not in set(names)]:
+    used = set(names)
+    if missing := [name for name in class_names if name not in used]:
         tell(f"{data_dir} has no images of {len(missing)} of {len(class_names)} classes: {_some(missing)}")
     return LabelledImages(paths, [number[name] for name in names], list(class_names), kind)
 
@@ -436,7 +437,8 @@ def to_uint8(images: th.Tensor) -> th.Tensor:
 
 def from_uint8(images: th.Tensor) -> th.Tensor:
     """uint8 pixels as data sets give them: float32 in [-1, 1], on their device."""
-    return images.to(th.float32) / 127.5 - 1
+    # By a tensor: CUDA would multiply by the inverse of a number, which is not the CPU's last bit.
+    return images.to(th.float32) / th.full((), 127.5, device=images.device) - 1
 
 
 def stored_pixels(image: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ def main():
     import torch.nn.functional as F
 
     from guided_diffusion import cli, dist_util, logger
+    from guided_diffusion.image_files import from_uint8
     from guided_diffusion.script_util import sr_create_model_and_diffusion
 
     cli.start(args)
@@ -23,7 +24,7 @@ def main():
     def with_low_res(batches):
         for images, cond in batches:
             # Averages over areas: what a camera with larger pixels sees.
-            cond["low_res"] = F.interpolate(images, args.small_size, mode="area")
+            cond["low_res"] = F.interpolate(from_uint8(images), args.small_size, mode="area")
             yield images, cond
 
     cli.train(

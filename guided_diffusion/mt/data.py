@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import dist_util
 from ..errors import UserError, UserFileError, UserValueError, closest
 from ..image_datasets import MAX_BAD, SquareImages
 from ..image_files import (
@@ -400,13 +401,13 @@ def find_source(
         and any((where / name).is_dir() for name in IMAGE[:2])
         and (any((where / name).exists() for name in [*wanted, *TABLES]))
     ):
-        source = Folders(where, names, missing)
+        source = dist_util.from_rank_zero(lambda: Folders(where, names, missing))
     elif where.is_dir() and (table := next((where / t for t in TABLES if (where / t).is_file()), None)):
         source = Table(table)
         if not wanted and label not in source.names:
             return None  # the names of files and folders have the classes
     elif tars and all(tar.suffix == ".tar" for tar in tars):
-        source = Tar(tars)
+        source = dist_util.from_rank_zero(lambda: Tar(tars))
     if source is None:
         if wanted and where.exists():
             raise UserValueError(
@@ -429,7 +430,7 @@ def find_source(
 
 
 class JointImages(SquareImages):
-    """Rows of a source: (image float32 [C, H, W] in [-1, 1], {name: value}), for `image_datasets.load_stream`.
+    """Rows of a source: (image uint8 [C, H, W], {name: value}), for `image_datasets.load_stream`.
 
     modalities: those that the data bring; the label that is `y` is numbered by class_names. missing: what a value is
     that is not there, `error` or `value`: then it counts as missing, NAME_present being false. UserError names the
@@ -471,7 +472,9 @@ class JointImages(SquareImages):
         shape = (self.resolution, self.resolution)
         cut = draw_cut(size, shape, self.random_crop, self.random_flip, rng)
         pixels = cut_out(cut, image)
-        arr = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32) / 127.5 - 1
+        if pixels.dtype != np.uint8:  # resized with a number of channels that Pillow does not know
+            pixels = pixels.round().clip(0, 255).astype(np.uint8)
+        arr = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         values = {}
         for m in self.modalities:
             value, there = found[m.name], found[m.name] is not None
