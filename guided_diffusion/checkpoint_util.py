@@ -171,9 +171,11 @@ def weights_of(content: Any, source: str, choose: str = "ema") -> dict[str, th.T
             raise UserError(
                 f"{source} has no EMA {choose!r}; it has {', '.join(rates) or 'none'}, and `model`"
             )
-    elif isinstance(content, Mapping):
+    while isinstance(content, Mapping):
         inner = (content.get(key) for key in ("state_dict", "ema", "model"))
-        content = next((value for value in inner if isinstance(value, Mapping)), content)
+        if (found := next((value for value in inner if isinstance(value, Mapping)), None)) is None:
+            break
+        content = found
     if (
         not isinstance(content, Mapping)
         or not content

@@ -116,3 +116,14 @@ class Marker:
 
     def __init__(self, **params):
         called.append(params)
+
+
+class Labelled(Ramps):
+    """`Ramps` without their shift, each with another image beside it and a class of three."""
+
+    def __init__(self, size):
+        super().__init__(size, shift=0)
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "other": -sample["image"], "what": index % 3}

@@ -232,6 +232,20 @@ def test_inpainting_sees_the_mask_and_the_image_without_it(tmp_path):
     assert th.equal(mask, F.interpolate(batch["mask"].movedim(-1, 1), size=(8, 8)))
     assert th.equal(masked, batch["masked_image"].movedim(-1, 1))
     assert model.training_step(batch, 0).isfinite()
+    # What its configuration passes to log_images.
+    told = dict(
+        inpaint=False, plot_progressive_rows=False, plot_diffusion_rows=False, N=4, ddim_steps=4, ddim_eta=0.0
+    )
+    guided = dict(told, unconditional_guidance_scale=5.0)
+    first, second = (model.log_images(batch, **guided, unconditional_guidance_label=[k]) for k in (0, 2))
+    assert not th.equal(first["samples_cfg"], second["samples_cfg"])
+    assert th.equal(first["samples"], second["samples"])
+    with th.no_grad():
+        model.model.diffusion_model.out[-1].weight.mul_(3)  # and the average stays
+    own, average = (model.log_images(batch, use_ema_scope=use, **told)["samples"] for use in (False, True))
+    assert th.equal(average, first["samples"]) and not th.equal(own, average)
+    with pytest.raises(UserValueError, match="ddim_stepz.*did you mean ddim_steps"):
+        model.log_images(batch, ddim_stepz=3)
     with pytest.raises(UserValueError, match="give ckpt_path"):
         of("LatentInpaintDiffusion", **options)
     plain = small(**LABELLED, conditioning_key="crossattn", unet_config=context_unet())

@@ -18,7 +18,9 @@ from ldm.inference import load_model
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
+from ldm.models.diffusion.joint import JointLatentDiffusion
 from tests.compare import agree
+from tests.ldm_models import shaken
 from tests.parity.weights import named_weight
 
 FIXTURE = Path(__file__).parent / "parity" / "diffusers"
@@ -394,6 +396,22 @@ def test_the_exported_folder_is_the_model(exported, made, model):
     loaded = again.state_dict()
     assert all(th.equal(loaded[k], v) for k, v in own.items() if k.startswith(("model.", "first_stage")))
     assert all(th.equal(loaded[k], v) for k, v in own.items() if k.startswith("cond_stage"))
+
+
+@th.no_grad()
+def test_a_joint_model_leaves_as_its_model_of_captions(tmp_path, made):
+    """Without heads, presence and the channels of X: what it predicts where no modality is there."""
+    modalities = {"depth": {"preset": "image", "variant": "X"}, "other": {"preset": "image"}}
+    model = shaken(JointLatentDiffusion(**made[1], modalities=modalities).eval())
+    write_pipeline(model, tmp_path / "out")
+    plain = LatentDiffusion(**made[1], ckpt_path=str(tmp_path / "out")).eval()
+    z, t, cond = (
+        th.randn(2, 4, 16, 16),
+        th.tensor([3, 400]),
+        model.get_learned_conditioning(INDEX["captions"][:2]),
+    )
+    ours, _ = model.modalities.apply(model.model, z, t, {}, cond)
+    agree(plain.apply_model(z, t, cond), ours, rtol=1e-5)
 
 
 def test_what_stable_diffusion_is_not_is_named(made):

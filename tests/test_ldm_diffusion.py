@@ -32,7 +32,7 @@ TABLES = (
 
 def test_single_task_code_does_not_know_the_joint_models():
     """Nor do the encoders, the samplers or main.py, which the single task needs."""
-    single = "ddpm ddim plms dpm_solver sampling conditioning parameterization image_log".split()
+    single = "ddpm ddim plms dpm_solver sampling conditioning image_diffusion image_log".split()
     names = [*(f"ldm.models.diffusion.{name}" for name in single), "ldm.modules.encoders.modules", "main"]
     code = f"import sys, {', '.join(names)}; print([m for m in sys.modules if m.startswith('ldm') and ('joint' in m or 'vectors' in m)])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

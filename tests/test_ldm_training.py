@@ -234,6 +234,20 @@ def test_a_grid_has_rows_of_four():
     assert grid.sum() == images.sum()
 
 
+def test_images_may_be_drawn_in_half_precision(tmp_path):
+    seen = []
+
+    class Module(pl.LightningModule):
+        def log_images(self, batch, split):
+            seen.append((batch @ batch).dtype)
+            return {}
+
+    trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    for half in (False, True):
+        ImageLogger(10, 4, enable_autocast=half).log_img(trainer, Module(), th.ones(2, 2), 0, "val")
+    assert seen == [th.float32, th.bfloat16]
+
+
 def test_when_images_are_due():
     def due(**options):
         logger = ImageLogger(10, 4, **options)

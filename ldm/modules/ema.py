@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from guided_diffusion.nn import update_ema
+from ldm.sharding import like_shards, local
 
 
 class LitEma(nn.Module):
@@ -32,10 +33,16 @@ class LitEma(nn.Module):
         self.collected_params: list[torch.Tensor] = []
 
     def _pairs(self, model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(the copies, the parameters of `model`), in the same order."""
+        """(the copies, the parameters of `model`), in the same order; of those in shards this rank's shares."""
         own, shadows = dict(model.named_parameters()), dict(self.named_buffers())
         names = self.m_name2s_name.items()
-        return [shadows[shadow] for _, shadow in names], [own[name] for name, _ in names]
+        return local(shadows[shadow] for _, shadow in names), local(own[name] for name, _ in names)
+
+    def shard(self, model: nn.Module) -> None:
+        """Put the copies in shards, as the parameters of `model` are."""
+        own = dict(model.named_parameters())
+        for name, shadow in self.m_name2s_name.items():
+            setattr(self, shadow, like_shards(getattr(self, shadow), own[name]))
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
@@ -55,21 +62,21 @@ class LitEma(nn.Module):
 
     def store(self, parameters) -> None:
         """Keep `parameters`, for `restore`."""
-        self.collected_params = [parameter.detach().clone() for parameter in parameters]
+        self.collected_params = [parameter.clone() for parameter in local(parameters)]
 
     @torch.no_grad()
     def restore(self, parameters) -> None:
         """Give `parameters` the values that `store` kept."""
-        torch._foreach_copy_(list(parameters), self.collected_params)
+        torch._foreach_copy_(local(parameters), self.collected_params)
         self.collected_params = []
 
     @contextlib.contextmanager
     def in_place_of(self, model: nn.Module):
         """Inside, the parameters of `model` are their averages. May be nested."""
-        own = [parameter.detach().clone() for parameter in model.parameters()]
+        own = [parameter.clone() for parameter in local(model.parameters())]
         self.copy_to(model)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(list(model.parameters()), own)
+                torch._foreach_copy_(local(model.parameters()), own)

@@ -36,7 +36,7 @@ class ImageLogger(pl.Callback):
     [-1, 1]; increase_log_steps: also at steps 1, 2, 4, ... before; rescale: images are in [-1, 1], not
     [0, 1]; disabled: do nothing; log_on_batch_idx: count the epoch's batches, not the steps;
     log_first_step: also at step 0; log_images_kwargs: for `log_images`. Of every validation the first
-    batch is shown. save_dir: by default the trainer's folder. Files: NAME_gs-STEP_e-EPOCH_b-BATCH.png.
+    batch is shown. save_dir: by default the trainer's folder. enable_autocast: draw in half precision. Files: NAME_gs-STEP_e-EPOCH_b-BATCH.png.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class ImageLogger(pl.Callback):
         log_first_step: bool = False,
         log_images_kwargs: Mapping | None = None,
         save_dir: str | Path | None = None,
+        enable_autocast: bool = False,
     ):
         super().__init__()
         self.batch_freq = batch_frequency
@@ -58,7 +59,7 @@ class ImageLogger(pl.Callback):
         self.clamp, self.rescale, self.disabled = clamp, rescale, disabled
         self.log_on_batch_idx, self.log_first_step = log_on_batch_idx, log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
-        self.save_dir = save_dir
+        self.save_dir, self.enable_autocast = save_dir, enable_autocast
         powers = range(batch_frequency.bit_length()) if increase_log_steps else ()
         self.log_steps = {2**n for n in powers} if batch_frequency > 0 else set()
         self._logged_at = -1  # several batches of one step, when gradients accumulate, give one grid
@@ -90,7 +91,8 @@ class ImageLogger(pl.Callback):
             return
         was_training = pl_module.training
         pl_module.eval()
-        images = pl_module.log_images(batch, split=split, **self.log_images_kwargs)
+        with torch.autocast(pl_module.device.type, enabled=self.enable_autocast):
+            images = pl_module.log_images(batch, split=split, **self.log_images_kwargs)
         pl_module.train(was_training)
         if trainer.is_global_zero:
             place = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
+import torch.distributed.fsdp
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
 from guided_diffusion.errors import UserError, UserValueError
+from ldm.models.diffusion.image_diffusion import DDPM
 from ldm.training.callbacks import StepSeeds
 from ldm.training.config import Run, merged
 from ldm.util import instantiate_from_config
@@ -93,29 +95,25 @@ def make_strategy(config: Mapping, model: pl.LightningModule, find_unused: bool 
     """The strategy that `config` (prepared arguments of pl.Trainer) names: auto, ddp or fsdp.
 
     Where two optimizers take turns, DDP must look which parameters a loss reaches; elsewhere with find_unused
-    (lightning.find_unused_parameters). `UserValueError` for fsdp
-    without GPU, with two optimizers, and with a moving average, which needs whole weights.
+    (lightning.find_unused_parameters). fsdp is FSDP2, on GPUs and CPUs; its checkpoints are whole. `UserValueError` for
+    fsdp with what is no diffusion, or with learn_logvar.
     """
     strategy = config.get("strategy", "auto")
     if strategy == "fsdp":
         _check_fsdp(model)
-        return FSDPStrategy(state_dict_type="full")
+        return ModelParallelStrategy(world_size(config), 1, save_distributed_checkpoint=False)
     if strategy == "ddp" or (strategy == "auto" and world_size(config) > 1):
         return DDPStrategy(find_unused_parameters=find_unused or not model.automatic_optimization)
     return strategy
 
 
 def _check_fsdp(model):
-    if not torch.cuda.is_available():
-        raise UserValueError("strategy fsdp shards GPUs' memory, and there is no GPU; use ddp")
-    if not model.automatic_optimization:
-        raise UserValueError(
-            f"strategy fsdp cannot train {type(model).__name__} with two optimizers; use ddp"
-        )
-    if getattr(model, "use_ema", False):
-        raise UserValueError(
-            "strategy fsdp cannot follow the weights with a moving average: use_ema=False or ddp"
-        )
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        raise UserValueError(f"strategy fsdp needs torch 2.6 or newer, this is {torch.__version__}; use ddp")
+    if not isinstance(model, DDPM):
+        raise UserValueError(f"strategy fsdp trains diffusion models, not {type(model).__name__}; use ddp")
+    if model.learn_logvar:
+        raise UserValueError("strategy fsdp cannot train learn_logvar, which is in no block; use ddp")
 
 
 def make_callbacks(

@@ -202,7 +202,7 @@ def _learned(model, c):
 
 def null_conditioning(model, batch_size: int, null_label=None) -> dict:
     """The U-Net's inputs that say nothing, for classifier-free guidance: for the conditioner's `null` input, or
-    `null_label` (a caption, a class) in its place.
+    `null_label` (a caption, a class, or a list of one) in its place.
 
     UserValueError if the conditioner has none.
     """
@@ -215,6 +215,8 @@ def null_conditioning(model, batch_size: int, null_label=None) -> dict:
             "this model's conditioner has no null input: guidance needs one (give null_label, or train "
             "with ucg_training)"
         )
+    if isinstance(null_label, list | tuple) and len(null_label) == 1:
+        (null_label,) = null_label
     if isinstance(null_label, str):
         return model.get_learned_conditioning([null_label] * batch_size)
     labels = torch.full((batch_size,), null_label, device=model.device)

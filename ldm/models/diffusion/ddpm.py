@@ -2,6 +2,7 @@
 latent-diffusion, ldm/models/diffusion/ddpm.py. DDPM, which it extends, is in image_diffusion.py.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from guided_diffusion.errors import UserError, UserValueError
+from guided_diffusion.checkpoint_util import fit_channels
+from guided_diffusion.errors import UserError, UserValueError, closest
 from guided_diffusion.seeding import PerSample
 from ldm.checkpoint import is_weightless
 from ldm.models.diffusion import conditioning, sampling
@@ -51,6 +53,7 @@ class LatentDiffusion(DDPM):
     arguments as in DDPM.
     """
 
+    modality_channels = 0  # of the U-Net's input, between the latent and the conditioning
     configs: Mapping[
         str, Mapping | None
     ] = {}  # of further frozen parts, which subclasses set before they are made
@@ -450,14 +453,17 @@ class LatentDiffusion(DDPM):
         plot_diffusion_rows=True,
         **options,
     ):
-        """Images that show how training goes; see image_log.log_images."""
+        """Images that show how training goes; see image_log.log_images. UserValueError for unknown options."""
+        known = inspect.signature(log_images).parameters
+        if unknown := sorted(options.keys() - known.keys()):
+            raise UserValueError(f"log_images has no parameter {unknown[0]!r}{closest(unknown[0], known)}")
         rows = (plot_denoise_rows, plot_progressive_rows, plot_diffusion_rows)
         how = (N, n_row, sample, ddim_steps, ddim_eta, return_keys, quantize_denoised, inpaint, *rows)
         return log_images(self, batch, *how, **options)
 
-    def log_samples(self, batch, cond, n, steps, eta, scale, seed) -> dict[str, torch.Tensor]:
+    def log_samples(self, batch, cond, n, steps, eta, scale, null_label, seed) -> dict[str, torch.Tensor]:
         """Samples for `log_images`; see image_log.log_samples."""
-        return log_samples(self, cond, n, steps, eta, scale, seed)
+        return log_samples(self, cond, n, steps, eta, scale, null_label, seed)
 
     # Checkpoints
 
@@ -492,13 +498,22 @@ class LatentDiffusion(DDPM):
             )
 
     def adapt_weights(self, weights):
-        """See DDPM; a conditioner may know other forms of its weights (`adapt_weights` of its own)."""
+        """See DDPM; a conditioner may know other forms of its weights (`adapt_weights` of its own). The U-Net's first
+        layer gets zeros for the channels of modalities that the file lacks, so that its prediction stays what it was;
+        those of a joint model's file are left out where there are none."""
         for name, part in self.named_children():
             if hasattr(part, "adapt_weights"):
                 prefix = f"{name}."
                 own = {key.removeprefix(prefix): v for key, v in weights.items() if key.startswith(prefix)}
                 others = {key: value for key, value in weights.items() if not key.startswith(prefix)}
                 weights = others | {prefix + key: value for key, value in part.adapt_weights(own).items()}
+        first, extra = "diffusion_model.input_blocks.0.0.weight", self.modality_channels
+        own, joint = self.model.state_dict()[first], any("diffusion_model.heads." in name for name in weights)
+        for name in (f"model.{first}", first, "model_ema." + first.replace(".", "")):
+            given = weights[name].shape[1] if name in weights else None
+            if given == own.shape[1] - extra or (joint and given and not extra):
+                # The order is latent, modalities, conditioning (ModalitySet.apply, DiffusionWrapper).
+                weights = fit_channels(weights, {name: own}, name, at=self.channels)
         return weights
 
     def optional_weights(self, weights, prefix):

@@ -32,6 +32,7 @@ from ldm.models.diffusion.sampling import (
 )
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.ema import LitEma
+from ldm.sharding import gathered, shard
 from ldm.util import Schedule, count_params, instantiate_from_config
 
 _logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class DDPM(pl.LightningModule):
     """
 
     directions: tuple[str, ...] = ()  # what `network` takes beyond guidance
+    _averaged = False  # is the average in place of the weights?
 
     def __init__(
         self,
@@ -290,10 +292,10 @@ class DDPM(pl.LightningModule):
     # Training
 
     def batch_random(self, batch, batch_idx: int, stream: int = _TRAINING) -> PerSample:
-        """The generators of a batch's samples, on every rank others."""
+        """The generators of a batch's samples: one rank with the whole batch, which others share in turn, has the same."""
         size = len(next(value for value in batch.values() if isinstance(value, (torch.Tensor, list, tuple))))
-        first = self.global_rank * size if self._trainer is not None else 0
-        seeds = (derive_seed(self.seed, stream, batch_idx, first + place) for place in range(size))
+        rank, ranks = (0, 1) if self._trainer is None else (self.global_rank, self.trainer.world_size)
+        seeds = (derive_seed(self.seed, stream, batch_idx, rank + place * ranks) for place in range(size))
         return PerSample(seeds, self.device)
 
     def training_step(self, batch, batch_idx):
@@ -310,7 +312,8 @@ class DDPM(pl.LightningModule):
     @torch.no_grad()
     def validation_step(self, batch, batch_idx):
         random = self.batch_random(batch, batch_idx, _VALIDATION)
-        _, log = self.shared_step(batch, random)
+        with self.whole():
+            _, log = self.shared_step(batch, random)
         if self.use_ema:
             with self.ema_scope():  # with the same noise
                 _, average = self.shared_step(batch, self.batch_random(batch, batch_idx, _VALIDATION))
@@ -345,8 +348,33 @@ class DDPM(pl.LightningModule):
         """
         if context is not None and self.use_ema:
             _logger.info("%s: with the moving average's weights", context)
-        with self.model_ema.in_place_of(self.model) if self.use_ema else contextlib.nullcontext():
-            yield
+        before, self._averaged = self._averaged, self.use_ema
+        swap = self.use_ema and not before
+        try:
+            with self.model_ema.in_place_of(self.model) if swap else contextlib.nullcontext(), self.whole():
+                yield
+        finally:
+            self._averaged = before
+
+    # In shards
+
+    def configure_model(self):
+        """Lightning calls this with the devices of the strategy fsdp: what is trained, and its average, go into
+        shards; the frozen parts are whole on every device."""
+        if self._device_mesh is None or hasattr(self.model, "unshard"):
+            return
+        mesh = self._device_mesh["data_parallel"]
+        # Vectors that the U-Net encodes take a further pass where a batch has any.
+        often = any(m.needs_context for m in getattr(self, "modalities", ()))
+        shard(self.model, mesh, reshard=not often)
+        if getattr(self, "cond_stage_trainable", False):
+            shard(self.cond_stage_model, mesh, calls=("encode", self.cond_stage_forward))
+        if self.use_ema:
+            self.model_ema.shard(self.model)
+
+    def whole(self):
+        """A context in which every rank has all weights; see sharding.gathered."""
+        return gathered(self.model, getattr(self, "cond_stage_model", None))
 
     # Weights to start from
 

@@ -29,6 +29,8 @@ def log_images(
     plot_progressive_rows: bool,
     plot_diffusion_rows: bool,
     unconditional_guidance_scale: float = 1.0,
+    unconditional_guidance_label=None,
+    use_ema_scope: bool = True,
     split: str = "train",
 ) -> Images:
     """Images [n, C, H, W] in [-1, 1] by name, n = min(N, B): `inputs` (where the batch has them),
@@ -39,8 +41,9 @@ def log_images(
     `denoise_row`, the samples on their way; plot_progressive_rows: `progressive_row`, the predicted images of
     ancestral sampling; quantize_denoised: `samples_x0_quantized`, where the first stage has a codebook;
     inpaint: `samples_inpainting`, `samples_outpainting` and their `mask`, 1 where the input is kept. A row is
-    [n, C, H, k W], k images side by side. return_keys: only these, if any is there. The noise is always the same for the same
-    `split` of the data, train or val.
+    [n, C, H, k W], k images side by side. return_keys: only these, if any is there. unconditional_guidance_scale: of `samples_cfg`,
+    away from the null input or unconditional_guidance_label; use_ema_scope: by the average. The noise is always the same for
+    the same `split` of the data, train or val.
     """
     batch = {name: select(value, slice(N)) for name, value in batch.items() if hasattr(value, "__len__")}
     z, cond = model.get_input(batch, model.first_stage_key, force_c_encode=True)
@@ -57,9 +60,10 @@ def log_images(
     if plot_diffusion_rows:
         shown["diffusion_row"] = row(noised(model, z[:n_row], random()))
     steps = None if ddim_steps is None else min(ddim_steps, model.num_timesteps)
-    with model.ema_scope("images for the log"):
+    with model.ema_scope("images for the log") if use_ema_scope else model.whole():
         if sample:
-            shown |= model.log_samples(batch, cond, n, steps, ddim_eta, unconditional_guidance_scale, seed)
+            guidance = (unconditional_guidance_scale, unconditional_guidance_label)
+            shown |= model.log_samples(batch, cond, n, steps, ddim_eta, *guidance, seed)
             ddim = steps is not None
 
             def sampled(**options):
@@ -87,13 +91,15 @@ def log_images(
     return _clipped(shown, return_keys)
 
 
-def log_samples(model, cond, n: int, steps: int | None, eta: float, scale: float, seed: int) -> Images:
-    """`samples` of a LatentDiffusion, and where the scale is not 1 `samples_cfg` with guidance; steps None:
-    ancestral."""
+def log_samples(
+    model, cond, n: int, steps: int | None, eta: float, scale: float, null_label, seed: int
+) -> Images:
+    """`samples` of a LatentDiffusion by the weights in use, and where the scale is not 1 `samples_cfg` with guidance;
+    steps None: ancestral."""
     options = {} if steps is None else {"eta": eta}
     shown, guided = {}, {}
     if scale != 1:
-        free = model.get_unconditional_conditioning(n)
+        free = model.get_unconditional_conditioning(n, null_label)
         guided = {"unconditional_guidance_scale": scale, "unconditional_conditioning": free}
     for name, extra in (("samples", {}), ("samples_cfg", guided)):
         if name == "samples" or extra:

@@ -15,7 +15,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from guided_diffusion.checkpoint_util import fit_channels
 from guided_diffusion.errors import UserValueError
 from guided_diffusion.mt.aggregation import Aggregation
 from guided_diffusion.mt.denoiser import predict_modalities
@@ -153,6 +152,11 @@ class JointLatentDiffusion(LatentDiffusion):
             getattr(self, name, nn.Module()).eval()
         return self
 
+    @property
+    def modality_channels(self) -> int:
+        """Of the U-Net's input."""
+        return self.modalities.input_channels - self.channels
+
     # From data to the diffusion's terms (scaled latents, class probabilities, vectors in standard form) and back
 
     def modality_batch(self, batch: Mapping, random: PerSample | None = None) -> Batch:
@@ -278,7 +282,8 @@ class JointLatentDiffusion(LatentDiffusion):
         if self.codes is not None:
             self._codes_known = True
             like = torch.zeros(1, *self.latent_shape, device=self.device)
-            self.modalities.refresh_codes(Denoiser(self), like)
+            with self.whole():
+                self.modalities.refresh_codes(Denoiser(self), like)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """See torch; a file without codes leaves them to be computed."""
@@ -360,7 +365,8 @@ class JointLatentDiffusion(LatentDiffusion):
             loaders = None if self._trainer is None else self.trainer.val_dataloaders
             if loaders is None or not self._measured:
                 return
-            self.hold_out(loaders[0] if isinstance(loaders, (list, tuple)) else loaders)
+            with self.whole():
+                self.hold_out(loaders[0] if isinstance(loaders, (list, tuple)) else loaders)
         if not self._held_out:
             return
         latents, values, cond = self._held_out
@@ -500,15 +506,18 @@ class JointLatentDiffusion(LatentDiffusion):
             raise UserValueError("everything is given: nothing is left to sample")
         return wanted
 
-    def log_samples(self, batch, cond, n, steps, eta, scale, seed):
-        """Samples for `log_images`: image and modalities from nothing (`samples`, `samples_<name>`), the image
+    def log_samples(self, batch, cond, n, steps, eta, scale, null_label, seed):
+        """Samples for `log_images` by the weights in use: image and modalities from nothing (`samples`, `samples_<name>`), the image
         given each modality that is an image or a vector (`image_from_<name>`), and each image given the
         image (`<name>_from_image`)."""
         image, *images = self.image_names
-        options = {"steps": steps, "seed": seed, "conditioning": cond}
+        options = {"steps": steps, "seed": seed, "conditioning": cond, "use_ema": False}
         options |= {"sampler": "ddpm"} if steps is None else {"sampler": "ddim", "eta": eta}
         if scale != 1:
-            options |= {"guidance": scale, "unconditional": self.get_unconditional_conditioning(n)}
+            options |= {
+                "guidance": scale,
+                "unconditional": self.get_unconditional_conditioning(n, null_label),
+            }
         drawn = self.sample_joint(n, None, [image, *images], **options)
         shown = {"samples": drawn.pop(image), **{f"samples_{name}": value for name, value in drawn.items()}}
         values = self.modality_batch(batch).values
@@ -521,7 +530,7 @@ class JointLatentDiffusion(LatentDiffusion):
             shown[f"image_from_{name}"] = self.sample_joint(n, source, [image], **options)[image]
         if images:
             source = {f"{image}_latent": self.latents(batch, image) / self.scale_factor}
-            read = self.sample_joint(n, source, images, seed=seed, conditioning=cond)
+            read = self.sample_joint(n, source, images, seed=seed, conditioning=cond, use_ema=False)
             shown |= {f"{name}_from_image": value for name, value in read.items()}
         return shown
 
@@ -531,18 +540,6 @@ class JointLatentDiffusion(LatentDiffusion):
         """See DDPM; codes that the file lacks are computed when they are needed."""
         self._codes_known = False
         super().init_from_ckpt(path, ignore_keys, only_model)
-
-    def adapt_weights(self, weights):
-        """A single-task checkpoint serves too: the U-Net's first layer gets zeros for the channels of the
-        modalities, so that its prediction stays what it was."""
-        weights = dict(super().adapt_weights(weights))
-        first = "diffusion_model.input_blocks.0.0.weight"
-        own, extra = self.model.state_dict()[first], self.modalities.input_channels - self.channels
-        for name in (f"model.{first}", first, "model_ema." + first.replace(".", "")):
-            if name in weights and weights[name].shape[1] == own.shape[1] - extra:
-                # The order is latent, modalities, conditioning (ModalitySet.apply, DiffusionWrapper).
-                weights = fit_channels(weights, {name: own}, name, at=self.channels)
-        return weights
 
     def optional_weights(self, weights, prefix):
         """Beside LatentDiffusion's: the heads and what reads and scales vectors, where the file has nothing of
