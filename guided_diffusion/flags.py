@@ -26,6 +26,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 SWITCH = ("auto", "true", "false")
 SAMPLERS = ("ddpm", "ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc")
 AGGREGATIONS = ("bump", "late", "paper-normalized", "constant", "paper")
+LOSS_WEIGHTINGS = ("none", "p2", "min_snr")
+TASK_WEIGHTINGS = ("fixed", "uncertainty", "pcgrad")
 OWN_FOLDER = "$OPENAI_LOGDIR, or runs/DATE-NAME"  # where joint models' programs write without --log_dir
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp")  # kinds of images
 OWN_STRENGTH = "1, of an image the share of its dimensions whose held-out errors are independent"
@@ -301,6 +303,18 @@ FLAGS: dict[str, Flag] = {
     **_group(
         "optimisation",
         schedule_sampler=Flag("how timesteps are drawn", choices=SCHEDULE_SAMPLERS),
+        loss_weighting=Flag("of the image's squared error by timestep", choices=LOSS_WEIGHTINGS),
+        p2_k=Flag("k of --loss_weighting p2, 1 / (k + SNR)^gamma", low=0, above=True, high=1e6),
+        p2_gamma=Flag("gamma of --loss_weighting p2", low=0, high=100),
+        min_snr_gamma=Flag("gamma of --loss_weighting min_snr, min(SNR, gamma) / SNR", low=0, above=True),
+        task_weighting=Flag(
+            "of the image and the modalities: their lambdas, learned log-variances, or gradients without conflicts",
+            choices=TASK_WEIGHTINGS,
+        ),
+        image_weight=Flag("lambda of the image's own loss; 0: the modalities alone", low=0),
+        task_intervals=Flag(
+            "intervals of t that --task_weighting takes as tasks of their own", low=1, high=100
+        ),
         lr=Flag("learning rate of AdamW", low=0),
         weight_decay=Flag("of AdamW", low=0),
         lr_anneal_steps=Flag("steps over which the learning rate falls to 0, the end; 0: it stays", low=0),
@@ -764,6 +778,13 @@ def mt_training_defaults() -> dict:
             iterations=0,
             init_from="",
             ema_warmup=True,
+            loss_weighting="none",
+            p2_k=1.0,
+            p2_gamma=1.0,
+            min_snr_gamma=5.0,
+            task_weighting="fixed",
+            image_weight=1.0,
+            task_intervals=1,
             train="all",
             seed=0,
             precision="auto",

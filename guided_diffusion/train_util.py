@@ -433,13 +433,17 @@ class TrainLoop:
             # The ranks exchange gradients once per step, in the last backward pass.
             with contextlib.nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
                 losses, t, weights = self.compute_losses(micro, micro_cond)
-            loss = (losses["loss"] * weights).mean()
-            self.mp_trainer.backward(loss * (len(micro) / len(batch)))
+            self.backward(losses, weights, len(micro) / len(batch))
             losses = {name: values.detach() for name, values in losses.items()}
             self._micros.append((losses, t, weights))
             if isinstance(self.schedule_sampler, LossAwareSampler):
                 finite = th.isfinite(losses["loss"])
                 self.schedule_sampler.update_with_local_losses(t[finite], losses["loss"][finite])
+
+    def backward(self, losses, weights, share):
+        """Add the gradient of a microbatch, `share` of the batch, to the parameters'; arguments as `compute_losses`
+        returned them."""
+        self.mp_trainer.backward((losses["loss"] * weights).mean() * share)
 
     @staticmethod
     def _on_device(tensor):

@@ -21,10 +21,11 @@ _BATCH = 64
 
 @th.no_grad()
 def held_out_losses(
-    model: JointModel, images: th.Tensor, cond: dict[str, th.Tensor], seed: int
+    model: JointModel, images: th.Tensor, cond: dict[str, th.Tensor], seed: int, unshifted: float = 0.0
 ) -> dict[str, float]:
     """The terms of equation 6 on images [N, C, H, W] at timesteps that cover the process evenly, and the share of labels
-    that their heads put first; each in all and by quarter of the process (_q0 to _q3). The same noise in every call."""
+    that their heads put first; each in all and by quarter of the process (_q0 to _q3). The same noise in every call. unshifted: share of the shifts that
+    are left out; without any, heads read the image alone."""
     model.network.eval()
     table: dict[str, list[float]] = {}
     quarters: list[int] = []
@@ -38,7 +39,7 @@ def held_out_losses(
         # A stride that shares no factor with N spreads the quarters over the images.
         t = ((rows * 7919 % len(images)) * total // len(images)).to(images.device)
         found = model.losses(
-            batch, t, noise=random.randn_like(part), random=random, unshifted_probability=0.0
+            batch, t, noise=random.randn_like(part), random=random, unshifted_probability=unshifted
         )
         terms = {name: value.float().tolist() for name, value in found.terms.items()}
         terms |= label_hits(model, batch, found.predictions)

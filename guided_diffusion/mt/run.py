@@ -26,6 +26,7 @@ from .modality_set import batch_of
 from .model import CONFIG_NAME, FORMER, JointModel, config_of, initialise, write_config
 from .sampling import Known, random_labels
 from .training import JointTrainLoop
+from .weighting import PLAIN, Weighting
 
 GRID = 12  # samples drawn at every save of a training
 SHEET = 16  # samples in the sheet of a sampling
@@ -89,7 +90,9 @@ def train(flags: dict, open_judge: Callable | None = None) -> None:
         model.network.to(memory_format=th.channels_last)
     images, cond = held_out
     logger.log_config(flags, flags["wandb"])
+    plain = all(flags[name] == value for name, value in PLAIN.items())
     training = JointTrainLoop(
+        weighting=None if plain else Weighting(model.modalities, model.diffusion, flags),
         eval_every=flags["eval_every"],
         on_eval=evaluation_of(flags, model, source, held_out, open_judge) if flags["eval_every"] else None,
         held_out=(images.to(device), {key: value.to(device) for key, value in cond.items()}),
@@ -205,6 +208,14 @@ def open_data(flags: Mapping, source: Source | None, classes: Mapping, **options
     )
 
 
+def data_of(model: JointModel, path: str, missing: str = "error", label_from: str = "auto") -> SquareImages:
+    """Data at `path` as the model was trained on, neither cropped nor flipped at random."""
+    spec = as_mapping(model.flags["modalities"])
+    source = find_source(path, borne(spec), missing, label_in(spec))
+    flags = {**model.flags, "data_dir": path, "missing": missing}
+    return open_data(flags, source, classes_of(model.flags, label_from), random_flip=False)
+
+
 def log_formats() -> list[str] | None:
     """ADM's, and TensorBoard on rank 0, unless the environment chooses; None for the logger's own choice."""
     if "OPENAI_LOG_FORMAT" in os.environ or logger.get_rank_without_mpi_import() > 0:
@@ -226,6 +237,13 @@ def complete(flags: dict) -> dict:
                 f"--use_fp16 True contradicts --precision {flags['precision']}: give one of the two"
             )
         flags["precision"] = "fp16"
+    if flags["task_weighting"] == "pcgrad":
+        for name, value in (("precision", "fp16"), ("compile", "true"), ("use_checkpoint", True)):
+            if flags[name] == value:
+                raise UserValueError(
+                    f"--task_weighting pcgrad goes back once for every task: not with --{name} {value}"
+                )
+        flags["compile"] = "false"
     if flags["precision"] == "auto":
         half = on_gpu and th.cuda.is_bf16_supported() and flags["aggregation"] != "paper"
         flags["precision"] = "bf16" if half else "fp32"
@@ -616,10 +634,7 @@ def measure_bound(args) -> None:
     cli.open_log(args.log_dir, "mt_image_nll")
     model = JointModel.load(args.model_path, args.weights)
     model.network.to(dist_util.dev())
-    flags = {**model.flags, "data_dir": args.data_dir, "missing": args.missing}
-    spec = as_mapping(flags["modalities"])
-    source = find_source(args.data_dir, borne(spec), args.missing, label_in(spec))
-    dataset = open_data(flags, source, classes_of(model.flags, args.label_from), random_flip=False)
+    dataset = data_of(model, args.data_dir, args.missing, args.label_from)
     count = min(args.num_samples, len(dataset))
     own, rows = directions.own_share(count), {}
     for numbers in directions.batches(own, args.batch_size):

@@ -13,9 +13,10 @@ from ..seeding import PerSample, derive_seed
 from ..train_util import TrainLoop
 from .modality_set import ModalitySet, batch_of, derive_values
 from .model import JointModel
+from .weighting import Surgery, Weighting
 
-# Streams of random numbers beside the loop's own.
-_DATA, _HELD_OUT, _SINGLE_TASK = 1, 2, 3
+# Streams of random numbers beside the loop's own; 4 is evaluation.py's.
+_DATA, _HELD_OUT, _SINGLE_TASK, _SURGERY = 1, 2, 3, 5
 _PASSES = 2  # over the held-out images, to measure the heads
 _CODE_COST = 0.05  # of a step's time, which refreshing the codes may take
 _BACKWARD = 2  # forward passes that a backward pass costs
@@ -28,6 +29,7 @@ class JointTrainLoop(TrainLoop):
     save, the heads' squared errors on them become the heads' `variance`. With the model's
     single_task_probability a sample's modalities all count as missing, so that the network learns the image alone
     beside the joint model (M*, E*). Codes of labels are refreshed at steps 0, 1, 2, 4, ... and every code_interval.
+    weighting: of the tasks; None: equation 6 as it stands.
     on_eval(loop) measures the averaged weights after every eval_every-th step; what it returns is logged under eval/.
     Everything else as in TrainLoop.
     """
@@ -39,8 +41,11 @@ class JointTrainLoop(TrainLoop):
         held_out: tuple[th.Tensor, dict] | None = None,
         eval_every: int = 0,
         on_eval: Callable[["JointTrainLoop"], dict[str, float]] | None = None,
+        weighting: Weighting | None = None,
         **kwargs,
     ):
+        self.weighting = weighting and weighting.to(dist_util.dev())
+        self.surgery = Surgery(model.network) if weighting and weighting.kind == "pcgrad" else None
         self.joint, self.modalities, self.held_out = model, model.modalities, held_out
         self.eval_every, self.on_eval = eval_every, on_eval
         super().__init__(model=model.network, diffusion=model.diffusion, **kwargs)
@@ -48,6 +53,7 @@ class JointTrainLoop(TrainLoop):
             for m in self.modalities:
                 if m.head == "classifier":
                     self.model.heads[m.name].compile()
+        self.use_ddp = self.use_ddp and self.surgery is None
         self.code_interval = code_interval(model, self.global_batch)
         if rows := sum(m.encoded_rows for m in self.modalities):
             share = rows / self.code_interval / ((1 + _BACKWARD) * self.global_batch)
@@ -68,11 +74,52 @@ class JointTrainLoop(TrainLoop):
         noise = self.sample_noise(micro)
         with self.autocast():
             losses = self.joint.losses(batch, t, self.ddp_model, noise=noise, random=random)
-        return losses.terms, t, weights
+        terms = losses.terms
+        if self.weighting is not None:
+            self._tasks = self.weighting(terms, t)
+            terms = {**terms, "loss": sum(self._tasks)}
+        return terms, t, weights
+
+    def forward_backward(self, batch, cond):
+        """See TrainLoop."""
+        super().forward_backward(batch, cond)
+        if self.surgery is not None:
+            self.surgery.finish(derive_seed(self.seed, _SURGERY, self.step + self.resume_step))
+        if self.weighting is not None:
+            self.weighting.learn()
+
+    def backward(self, losses, weights, share):
+        """See TrainLoop; where gradients are combined, they wait for the whole batch."""
+        if self.surgery is None:
+            super().backward(losses, weights, share)
+        else:
+            self.surgery.add([(task * weights).mean() * share for task in self._tasks])
+
+    def _distribute(self, find_unused_parameters):
+        return self.model if self.surgery is not None else super()._distribute(find_unused_parameters)
+
+    def extra_state(self):
+        """See TrainLoop."""
+        if self.weighting is None or self.weighting.kind != "uncertainty":
+            return {}
+        return {
+            "log_variances": dict(
+                zip(self.weighting.lambdas, self.weighting.log_variances.tolist(), strict=True)
+            )
+        }
+
+    def load_extra_state(self, state):
+        """See TrainLoop."""
+        for k, name in enumerate(self.weighting.lambdas if self.weighting is not None else ()):
+            if name in state.get("log_variances", {}):
+                self.weighting.log_variances[k] = state["log_variances"][name]
 
     def log_step(self):
         """See TrainLoop; also evaluates where that is due."""
         super().log_step()
+        if not self.step % self.log_interval:
+            for name, value in self.extra_state().get("log_variances", {}).items():
+                logger.logkv(f"log_variance_{name}", value)
         done = self.step + self.resume_step + 1
         if self.on_eval is not None and self.eval_every and done % self.eval_every == 0:
             kept = rng_state()
