@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from guided_diffusion import dist_util, sample_shards
+from guided_diffusion.sample_shards import Shards
 from guided_diffusion.seeding import PerSample
 from ldm import inference, sample_diffusion
 from ldm.data.paired import CamVid
@@ -515,3 +516,50 @@ def test_mistakes_in_txt2img_are_one_line(run, text_model, tmp_path, arguments, 
     code, _, err = run("txt2img", *text_model, "--outdir", tmp_path, *arguments)
     assert code == 2 and said in err and err.count("\n") == 1
     assert not list(Path(tmp_path).glob("samples/*"))
+
+
+class Killed(BaseException):
+    """In place of SIGKILL, at a moment that a test chooses."""
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script", ["sample_diffusion", "txt2img"])
+def test_a_killed_command_goes_on_to_the_same_files(
+    run, joint_run, colour_model, tmp_path, monkeypatch, script
+):
+    """It ends after the images of the third batch, the last one torn, and before their shard."""
+    drawn, add = [], Shards.add
+
+    def torn(self, numbers, *arrays):
+        drawn.append(numbers)
+        if len(drawn) == 3 and not killed:
+            last = max(tmp_path.rglob("*.png"), key=lambda path: path.stat().st_mtime_ns)
+            last.write_bytes(last.read_bytes()[:20])
+            killed.append(last)
+            raise Killed
+        add(self, numbers, *arrays)
+
+    def draw(folder):
+        if script == "txt2img":
+            colours = ("--want", "image,colour", "--n_samples", 1, "--n_iter", 5)
+            arguments = (*colour_model, *colours, "--prompt", "a cat", "--outdir", folder)
+        else:
+            arguments = ("-r", joint_run[0], "-n", 5, "-c", 3, "--batch_size", 1, "-l", folder)
+        code, out, err = run(script, *arguments)
+        assert code == 0, err
+        return files(folder if script == "txt2img" else newest(folder)), out
+
+    killed = [None]
+    monkeypatch.setattr(Shards, "add", torn)
+    expected, _ = draw(tmp_path / "straight")
+    assert len(drawn) == 5
+    drawn.clear(), killed.clear()
+    with pytest.raises(Killed):
+        draw(tmp_path / "killed")
+    assert killed and not list((tmp_path / "killed").rglob("*.npy"))
+    found, printed = draw(tmp_path / "killed")
+    assert "going on" in printed and [list(numbers) for numbers in drawn] == [[0], [1], [2], [2], [3], [4]]
+    assert found == expected and len(expected) > 10 - 4 * (script == "txt2img")
