@@ -43,9 +43,9 @@ class ArrayImages:
 
 
 class NpzImages:
-    """Images under `key` in an .npz file, read from the file piece by piece."""
+    """Images under `key` in an .npz file, read from the file piece by piece. grey: also [N, H, W, 1], as RGB."""
 
-    def __init__(self, path: str | Path, key: str = "arr_0"):
+    def __init__(self, path: str | Path, key: str = "arr_0", grey: bool = False):
         self.path, self.key, self.name = Path(path), key, f"{key} of {path}"
         keys = npz_keys(path)
         if key not in keys:
@@ -53,11 +53,14 @@ class NpzImages:
                 f"{path} has no array {key} (it holds {', '.join(sorted(keys)) or 'nothing'})"
             )
         with self._member() as member:
-            self.shape, self._fortran, self._dtype = _read_header(member, self.name)
+            self._stored, self._fortran, self._dtype = _read_header(member, self.name)
+        is_grey = grey and self._stored[3:] == (1,)
+        self.shape = (*self._stored[:3], 3) if is_grey else self._stored
         check_array(self.shape, self._dtype, self.name, lambda: self._rows(0, self.shape[0], 256))
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        yield from self._rows(start, stop, size)
+        for rows in self._rows(start, stop, size):
+            yield np.broadcast_to(rows, (len(rows), *self.shape[1:]))
 
     @contextlib.contextmanager
     def _member(self) -> Iterator[IO[bytes]]:
@@ -75,7 +78,7 @@ class NpzImages:
             array = load_array(self.path, self.key)
             yield from (array[first : min(first + size, stop)] for first in range(start, stop, size))
             return
-        row = int(np.prod(self.shape[1:])) * self._dtype.itemsize
+        row = int(np.prod(self._stored[1:])) * self._dtype.itemsize
         with self._member() as member:
             _read_header(member, self.name)
             member.seek(start * row, 1)
@@ -84,7 +87,7 @@ class NpzImages:
                 data = member.read(count * row)
                 if len(data) < count * row:
                     raise UserValueError(f"{self.name} ends early: the file is incomplete, write it again")
-                yield np.frombuffer(data, self._dtype).reshape(count, *self.shape[1:])
+                yield np.frombuffer(data, self._dtype).reshape(count, *self._stored[1:])
 
 
 class FolderImages:

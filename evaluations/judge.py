@@ -4,7 +4,7 @@ or where its weights cannot be had. They compare models on one data set, and are
     python evaluations/judge.py train cifar10/train judge.pt --image_size 16
     python evaluations/judge.py score judge.pt cifar10/test samples.npz --image_size 16 --labels label --json scores.json
 
-Images are folders, or .npz files with uint8 [N, H, W, 3] under arr_0. `train` needs their classes, leaves every tenth
+Images are folders, or .npz files with uint8 [N, H, W, 1 or 3] under arr_0. `train` needs their classes, leaves every tenth
 image out and prints the accuracy there. `score` prints Frechet distance, precision and recall of the judge's 256
 features, the Inception Score formula, and with --labels how often a generated label is the one that the judge sees.
 """
@@ -21,7 +21,7 @@ def parser() -> Parser:
     own = Parser(__doc__)
     commands = own.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a judge on labelled images")
-    train.add("data", path="source", help="folder of images, or .npz with arr_0 and arr_1")
+    train.add("data", path="source", help="folder of images, or .npz with arr_0 and labels (or arr_1)")
     train.add("judge", kind=Path, path="file", help="the file to write")
     add_label_option(train)
     train.add("--epochs", default=6, low=1, high=100_000, group="optimisation", help="passes over the images")
@@ -250,7 +250,7 @@ def _images(
 ):
     """(images uint8 [N, H, W, 3], classes [N] or None, their names or None) of a folder or .npz, or `number` of them
     drawn by `seed`."""
-    selection = select(source, size, label_from=label_from)
+    selection = select(source, size, label_from=label_from, grey=True)
     chosen = np.arange(selection.images.shape[0])
     if number and number < len(chosen):
         chosen = np.sort(np.random.default_rng(seed).choice(len(chosen), number, replace=False))
@@ -275,7 +275,9 @@ def main() -> None:
         if args.command == "train":
             images, labels, names = _images(args.data, args.image_size, label_from=args.label_from)
             if labels is None:
-                raise UserValueError(f"{args.data} has no labels: arr_1, file names CLASS_..., or folders")
+                raise UserValueError(
+                    f"{args.data} has no labels: labels in an .npz, file names CLASS_..., or folders"
+                )
             judge, accuracy = train_judge(images, labels, args.epochs, args.seed, device, True, names)
             save_judge(judge.cpu(), accuracy, args.judge)
             print(f"accuracy on held-out images: {accuracy:.4f}")

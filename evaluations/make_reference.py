@@ -108,11 +108,13 @@ def select(
     image_size: int | None = None,
     classes: list[str] | None = None,
     label_from: str = "auto",
+    grey: bool = False,
 ) -> Selection:
-    """Images of a folder or .npz, only those of `classes` if given. Raises UserError where none are left."""
+    """Images of a folder or .npz, only those of `classes` if given. Raises UserError where none are left. grey: as of
+    `NpzImages`."""
     source = Path(source).expanduser()
     if source.is_file():
-        return _select_from_npz(source, image_size, classes)
+        return _select_from_npz(source, image_size, classes, grey)
     try:
         found = image_files.list_labelled_images(source, label_from)
     except image_files.NoLabelsError:
@@ -127,19 +129,23 @@ def select(
     return Selection(images, np.array(found.labels)[kept], found.class_names)
 
 
-def _select_from_npz(source: Path, image_size: int | None, classes: list[str] | None) -> Selection:
-    images = NpzImages(source)
+def _select_from_npz(
+    source: Path, image_size: int | None, classes: list[str] | None, grey: bool
+) -> Selection:
+    images = NpzImages(source, grey=grey)
     if image_size and images.shape[1:3] != (image_size, image_size):
         raise UserValueError(
             f"{images.name} has shape {list(images.shape)}: --image_size scales folders only"
         )
     labels, names = None, class_names(source)
-    if "arr_1" in npz_keys(source):
-        labels = image_files.check_labels(load_array(source, "arr_1"), images.shape[0], f"arr_1 of {source}")
+    # ADM's name, or that of this project's data.
+    key = next((name for name in ("arr_1", "labels") if name in npz_keys(source)), None)
+    if key is not None:
+        labels = image_files.check_labels(load_array(source, key), images.shape[0], f"{key} of {source}")
     if classes is None:
         return Selection(images, labels, names)
     if labels is None:
-        raise UserValueError(f"{source} has no labels (arr_1) to select classes by")
+        raise UserValueError(f"{source} has no labels (arr_1 or labels) to select classes by")
     numbers = {name: i for i, name in enumerate(names or map(str, range(labels.max(initial=-1) + 1)))}
     wanted = [numbers.get(name) for name in classes]
     if not set(wanted) <= set(labels.tolist()):

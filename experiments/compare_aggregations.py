@@ -59,13 +59,13 @@ def main():
         return fit(network(quickstart.as_tensor(images)).detach())
 
     reference = features(arrays["train"])
-    sheet = [Row("digits", arrays["train"][:SHOWN])]
+    sheet = [Row("digits", arrays["train"][:SHOWN], mark="true")]
     rows = [("held-out digits", frechet_distance(features(arrays["heldout"]), reference), 0.0)]
     for name in ("single task", *SCHEDULES):
         started = time.time()
         joint = {} if name == "single task" else {"aggregation": name}
         images = train_and_sample(out, args, joint)
-        sheet.append(Row(name, images[:SHOWN]))
+        sheet.append(Row(name, images[:SHOWN], mark="generated"))
         rows.append((name, frechet_distance(features(images), reference), time.time() - started))
     table = "| aggregation | Frechet distance | seconds |\n|---|---|---|\n"
     table += "".join(f"| {name} | {distance:.1f} | {seconds:.0f} |\n" for name, distance, seconds in rows)

@@ -274,7 +274,7 @@ def draw(images, labels, made, out):
     """sheet.png: every direction, as a person would judge it."""
     with np.load(out / "data/masked.npz") as arrays:
         mask = arrays["mask"][:SHOWN, ..., None]
-    held = images["heldout"][:SHOWN]
+    held, labels = images["heldout"][:SHOWN], labels["heldout"]
 
     def names(probabilities):
         return [str(k) for k in probabilities[:SHOWN].argmax(axis=1)]
@@ -285,16 +285,21 @@ def draw(images, labels, made, out):
             "joint samples: image, with the label it came with",
             made["joint"]["arr_0"][:SHOWN],
             names(made["joint"]["label"]),
+            "generated",
         ),
-        Row("... and the masked image it came with", made["joint"]["masked"][:SHOWN]),
-        Row("single task", made["single"]["arr_0"][:SHOWN]),
+        Row("... and the masked image it came with", made["joint"]["masked"][:SHOWN], mark="generated"),
+        Row("single task", made["single"]["arr_0"][:SHOWN], mark="generated"),
         Row(
-            "given the label below", made["given_label"]["arr_0"][:SHOWN], [str(k % 10) for k in range(SHOWN)]
+            "for the label below",
+            made["given_label"]["arr_0"][:SHOWN],
+            [str(k % 10) for k in range(SHOWN)],
+            "generated",
         ),
-        Row("held-out digits, with the label that the model reads", held, names(made["labelled"]["label"])),
-        Row("the same with holes (grey)", holes),
-        Row("restored by the joint model", made["restored"]["arr_0"][:SHOWN]),
-        Row("restored by the single-task model", made["single_restored"]["arr_0"][:SHOWN]),
+        Row("held-out digits; the label is the model's", held, names(made["labelled"]["label"]), "given"),
+        Row("the same; the label is the true one", held, [str(int(k)) for k in labels[:SHOWN]], "true"),
+        Row("the same with holes (grey)", holes, mark="given"),
+        Row("restored by the joint model", made["restored"]["arr_0"][:SHOWN], mark="generated"),
+        Row("restored by the single-task model", made["single_restored"]["arr_0"][:SHOWN], mark="generated"),
     ]
     contact_sheet(rows, tile=48).save(out / "sheet.png")
 

@@ -203,7 +203,7 @@ class Bench:
             },
             "by_strength": [],
         }
-        rows = [Row("given: the representation of", to_uint8(data.images[:SHEET]))]
+        rows = [Row("the representation of", to_uint8(data.images[:SHEET]), mark="given")]
         owners = torch.arange(len(given)).repeat(self.args.each)
         for strength in strengths:
             images = self.draw([""] * len(owners), given[owners], strength=strength, scale=1.0)["image"]
@@ -215,7 +215,7 @@ class Bench:
                     **self.retrieval(drawn, given, owners),
                 }
             )
-            rows.append(Row(f"variations, strength {strength:g}", to_uint8(images[:SHEET])))
+            rows.append(Row(f"variations, strength {strength:g}", to_uint8(images[:SHEET]), mark="generated"))
         contact_sheet(rows).save(Path(self.args.out) / "variations.png")
         return found
 
@@ -240,9 +240,9 @@ class Bench:
                 "plain_sampler": nearest(self.extract(plain["image"]), texts),
             }
         rows = [
-            Row("real, with these captions", to_uint8(data.images[:SHEET])),
-            Row("MT-Diffusion, by the captions", to_uint8(joint["image"][:SHEET])),
-            Row("the plain sampler, same seeds", to_uint8(plain["image"][:SHEET])),
+            Row("with these captions", to_uint8(data.images[:SHEET]), mark="true"),
+            Row("MT-Diffusion, by the captions", to_uint8(joint["image"][:SHEET]), mark="generated"),
+            Row("the plain sampler, same seeds", to_uint8(plain["image"][:SHEET]), mark="generated"),
         ]
         contact_sheet(rows).save(Path(self.args.out) / "drawn.png")
         return found

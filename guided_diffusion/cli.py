@@ -23,7 +23,7 @@ from .flags import (
     sr_model_and_diffusion_defaults,
 )
 from .image_datasets import SquareImages, classes_of, load_stream, open_dataset
-from .image_files import are_numbers, check_labels, open_arrays
+from .image_files import NoLabelsError, are_numbers, check_labels, open_arrays
 from .resample import create_named_schedule_sampler
 from .sample_shards import Shards, fingerprint
 from .seeding import derive_seed
@@ -119,14 +119,18 @@ def train(
     name that depends on the data. The classes' names go into the run's configuration, and those of a run that is
     continued hold.
     """
-    dataset = open_dataset(
-        args.data_dir,
-        image_size,
-        class_cond=class_cond,
-        random_crop=random_crop,
-        image_channels=args.image_channels,
-        **known_classes(args, class_cond),
-    )
+    try:
+        dataset = open_dataset(
+            args.data_dir,
+            image_size,
+            class_cond=class_cond,
+            random_crop=random_crop,
+            image_channels=args.image_channels,
+            **known_classes(args, class_cond),
+        )
+    except NoLabelsError as error:
+        without = "; or train without labels: --class_cond False" if hasattr(args, "class_cond") else ""
+        raise UserValueError(f"{error}{without}") from None
     if class_cond:
         check_classes(dataset.class_names, args.num_classes, fixed=bool(args.resume_checkpoint))
         args.class_names, args.label_from = dataset.class_names, dataset.label_from

@@ -233,13 +233,13 @@ def _names_with_meaning(data_dir: str, paths: list[str], label_from: str) -> tup
         raise NoLabelsError(
             f"{data_dir!r} has no labels with a meaning: among its {len(paths)} images "
             f"{_tried(label_from)} at least two classes of several images. Name the files "
-            "CLASS_anything.png, or put each class into a folder of its own, or train without class_cond"
+            "CLASS_anything.png, or put each class into a folder of its own"
         )
     if label_from == "auto" and all(names.values()) and not _same_partition(*names.values()):
         prefixes, folders = (sorted(set(names[kind])) for kind in ("prefix", "folder"))
         tell(
             f"labels: file names ({', '.join(prefixes[:3])}, ...) and folders ({', '.join(folders[:3])}, ...) "
-            "differ; using the file names. label_from=folder takes the folders"
+            "differ; using the file names. --label_from folder takes the folders"
         )
     return chosen, names[chosen]
 

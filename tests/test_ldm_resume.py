@@ -181,7 +181,7 @@ def test_a_finished_run_says_so(tmp_path, whole, caplog):
     run = Run(tmp_path / "run", False, "max_steps")
     caplog.set_level("INFO")
     run.resume()
-    assert "is finished after 8 steps: to go on, raise lightning.trainer.max_steps" in caplog.text
+    assert "finished at step 8; to go on, raise lightning.trainer.max_steps" in caplog.text
     assert_same(run, whole(False, "max_steps"))
 
 

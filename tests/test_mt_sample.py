@@ -5,8 +5,10 @@ import pytest
 import torch as th
 from PIL import Image
 
+from guided_diffusion.figures import MARKS
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.mt.model import JointModel
+from guided_diffusion.mt.run import true_values
 from guided_diffusion.mt.sampling import SAMPLERS
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.seeding import PerSample
@@ -416,3 +418,27 @@ def test_the_denoising_is_filmed(trained, data, tmp_path, capsys):
         film,
     )
     assert "nothing is denoised" in refusal(capsys, "mt_image_sample", *given)
+
+
+def test_the_sheet_shows_the_truth_where_the_given_file_has_it(trained, tmp_path):
+    """An .npz of images with labels, a folder of classes, and images without either."""
+    source, model = digits(tmp_path / "held.npz", 4), JointModel.load(str(trained))
+    with np.load(source) as data:
+        images, labels = data["arr_0"], data["labels"]
+    np.savez(tmp_path / "bare.npz", arr_0=images)
+    for k, image in enumerate(images):
+        path = tmp_path / "classes" / str(k % 2) / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(path)
+    sample(trained, tmp_path / "reads", "--given", f"image={source}", "--want", "label")
+    with Image.open(tmp_path / "reads" / "samples.png") as sheet:
+        assert (
+            sheet.height == 2 * (18 + 64 + 17 + 6) + 6
+        )  # the images with what is read, and with what is true
+        assert (np.abs(np.asarray(sheet, int) - MARKS["true"]).max(axis=-1) < 40).any()
+    found = {
+        name: true_values([f"image={tmp_path / name}"], model, ["label"])
+        for name in ("held.npz", "bare.npz", "classes")
+    }
+    assert found["held.npz"]["label"].argmax(dim=1).tolist() == labels.tolist() and found["bare.npz"] == {}
+    assert found["classes"]["label"].argmax(dim=1).tolist() == [0, 0, 1, 1]

@@ -13,7 +13,7 @@ from ..execution import Execution
 from ..figures import Row, contact_sheet, is_frame, label_captions, save_film, to_uint8
 from ..flags import model_and_diffusion_defaults, mt_defaults
 from ..image_datasets import SquareImages, classes_of, hold_out, load_stream, open_dataset
-from ..image_files import are_numbers
+from ..image_files import are_numbers, list_labelled_images, open_arrays
 from ..sample_shards import Shards, fingerprint
 from ..seeding import PerSample
 from . import directions
@@ -21,7 +21,7 @@ from .data import JointImages, Source, borne, completed, covers, find_source, la
 from .evaluation import held_out_losses, judged_samples
 from .files import GivenImages, read_images
 from .guidance import ClassGuidance, classifier_guide
-from .modalities import Modality, as_mapping, label_in, parse_modalities, wants_labels
+from .modalities import Modality, as_mapping, label_in, one_hot, parse_modalities, wants_labels
 from .modality_set import batch_of
 from .model import CONFIG_NAME, FORMER, JointModel, config_of, initialise, write_config
 from .sampling import Known, random_labels
@@ -405,7 +405,7 @@ def sample(args) -> None:
     told = {name: np.array(names) for name, names in told.items() if names and not are_numbers(names)}
     shards.join(count, cli.samples_path, told)
     if dist_util.get_rank() == 0:
-        draw_sheet(shards, count, given, holes)
+        draw_sheet(shards, count, given, holes, model, true_values(args.given, model, {*wanted} - {*given}))
     shards.remove()
 
 
@@ -611,8 +611,32 @@ def stored(
     return made | {f"{name}_known": where[:, 0].numpy() for name, where in holes.items()}
 
 
-def draw_sheet(shards: Shards, count: int, given: dict, holes: dict) -> None:
-    """samples.png in the log's folder, of the first ones of `count` samples."""
+def true_values(specs: list[str], model: JointModel, names: Collection[str]) -> dict[str, th.Tensor]:
+    """The true values [N, ...] of the modalities `names`, where a source of --given has them beside what is given: an
+    .npz by their names (labels also as in data), a folder of images by its classes."""
+    found: dict[str, th.Tensor] = {}
+    for source in directions.sources_given(specs, ["image", *model.modalities.names]).values():
+        for m in (m for m in model.modalities if m.name in names):
+            try:
+                own = m.data_key == "y"
+                if own and os.path.isdir(source):
+                    known = list_labelled_images(source, class_names=model.class_names or None)
+                    if max(known.labels) < m.shape[0]:
+                        found[m.name] = one_hot(th.tensor(known.labels), m.shape[0])
+                elif source.endswith(".npz"):
+                    with open_arrays(source) as arrays:
+                        there = m.name in arrays or own and "labels" in arrays
+                    if there:
+                        found[m.name] = m.read(source, model.shape, model.class_names)
+            except UserError:  # no truth that this model knows: the samples need none
+                continue
+    return found
+
+
+def draw_sheet(
+    shards: Shards, count: int, given: dict, holes: dict, model: JointModel, truth: Mapping[str, th.Tensor]
+) -> None:
+    """samples.png in the log's folder, of the first ones of `count` samples; below them what is true."""
     count = min(SHEET, count)
     names = shards.names()
     captions = [str(row) for row in shards.rows(_CAPTIONS, count)] if _CAPTIONS in names else []
@@ -620,6 +644,11 @@ def draw_sheet(shards: Shards, count: int, given: dict, holes: dict) -> None:
         Row(name, np.stack(list(shards.rows(_SHOWN + name, count))), captions, mark_of(name, given, holes))
         for name in (name.removeprefix(_SHOWN) for name in names if name.startswith(_SHOWN))
     ]
+    truth = {name: value[th.arange(count) % len(value)] for name, value in truth.items()}
+    shown = {name: model.modalities[name].pixels(value) for name, value in truth.items()}
+    rows += [Row(name, pixels, mark="true") for name, pixels in shown.items() if pixels is not None]
+    if told := _captions(model, truth):
+        rows.append(Row("labels", rows[0].images, told, "true"))
     sheet = os.path.join(logger.get_dir(), "samples.png")
     contact_sheet(rows).save(sheet)
     logger.log(f"saved {sheet}")

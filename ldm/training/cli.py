@@ -130,7 +130,7 @@ def _work(trainer, model, data, run: Run, options, resume: ExactResume):
         trainer.fit(model, data, ckpt_path=checkpoint)
         if not resume.begun and trainer.is_global_zero:
             _logger.info(
-                "the run %s is finished after %d steps: to go on, raise lightning.trainer.max_steps or max_epochs",
+                "%s: finished at step %d; to go on, raise lightning.trainer.max_steps or max_epochs",
                 run.logdir,
                 trainer.global_step,
             )
