@@ -226,7 +226,7 @@ def parser() -> Parser:
     own.add("--num_images", default=200, help="images of 64x64 per pass", **many)
     own.add("--repetitions", default=3, low=1, high=10_000, group="results", help="passes")
     own.add("--batch_size", default=64)
-    own.add("--threads", kind=int, low=1, high=4096, group="machine", unset="all", help="of the CPU")
+    own.add("--threads", kind=int, low=1, high=4096, group="machine", unset="all", help="threads of the CPU")
     own.add(
         "--metrics",
         action="store_true",

@@ -42,7 +42,7 @@ def parser() -> Parser:
     own = Parser(__doc__)
     own.add("--batch_size", default=32)
     own.add("--repetitions", default=15, low=1, high=10_000, group="results", help="updates that are timed")
-    own.add("--threads", default=1, low=1, high=4096, group="machine", help="of the CPU")
+    own.add("--threads", default=1, low=1, high=4096, group="machine", help="threads of the CPU")
     return own
 
 

@@ -430,7 +430,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="of all together, about")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all parts together, about")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--data", type=Path, help="folder with train/ and test/ (default: digits, toy size)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")

@@ -51,7 +51,7 @@ def parser() -> Parser:
     own.add("--kills", default=30, low=1, high=100_000, group="results", help="how often to kill")
     own.add("--ranks", default=1, low=1, high=1024, group="machine", help="processes of a run")
     own.add("--latent", action="store_true", group="model", help="train a latent diffusion model by main.py")
-    own.add("--seed", default=0, help="of the moments")
+    own.add("--seed", default=0, help="seed of the moments")
     return own
 
 

@@ -28,7 +28,7 @@ def parser() -> Parser:
         group="results",
         help="95 % intervals of FID and sFID from so many draws",
     )
-    own.add("--seed", default=0, help="of the bootstrap and of the bias estimate")
+    own.add("--seed", default=0, help="seed of the bootstrap and of the bias estimate")
     return own
 
 

@@ -37,11 +37,11 @@ def parser() -> Parser:
     own.add(
         "--palette",
         group="data",
-        help="of segmentation maps: cityscapes, camvid, or a file with `R G B name` lines",
+        help="palette of segmentation maps: cityscapes, camvid, or a file with `R G B name` lines",
     )
     add_network_options(own)
     add_json_option(own)
-    own.add("--seed", default=0, help="of the regroupings")
+    own.add("--seed", default=0, help="seed of the regroupings")
     return own
 
 

@@ -30,7 +30,12 @@ def parser() -> Parser:
     judge.add("reference", path="source", help="folder of images, or .npz with arr_0")
     judge.add("samples", path="source", help=".npz with arr_0")
     judge.add(
-        "--num_images", kind=int, low=1, group="data", unset="all", help="of the reference, drawn by --seed"
+        "--num_images",
+        kind=int,
+        low=1,
+        group="data",
+        unset="all",
+        help="images of the reference to use, drawn by --seed",
     )
     judge.add("--labels", metavar="KEY", group="data", help="the array of the samples' generated labels")
     add_json_option(judge)

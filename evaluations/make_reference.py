@@ -41,7 +41,7 @@ def parser() -> Parser:
         help="also write the labels of the kept images, as arr_1",
     )
     add_label_option(own)
-    own.add("--seed", default=0, help="of the choice of the images kept")
+    own.add("--seed", default=0, help="seed that chooses the images to keep")
     add_network_options(own)
     return own
 

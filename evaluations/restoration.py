@@ -68,7 +68,7 @@ def parser() -> Parser:
         group="results",
         help="a further method; {m}: masks",
     )
-    table.add("--net", choices=NETS, default="alex", group="model", help="of LPIPS")
+    table.add("--net", choices=NETS, default="alex", group="model", help="network of LPIPS")
     table.add(
         "--lpips_weights",
         nargs="+",

@@ -24,7 +24,11 @@ def parser() -> flags.Parser:
     own.add("--prefix", choices=("val", "train"), default="val", group="data", help="which accuracies")
     own.add("--title", default="Finetuning the classifier")
     own.add(
-        "--classes", default=0, low=0, group="results", help="of the data, for the line of chance; 0: no line"
+        "--classes",
+        default=0,
+        low=0,
+        group="results",
+        help="classes of the data, for the line of chance; 0: no line",
     )
     own.add("--out", default="figure6.png", path="image", help="the plot, also as .pdf")
     return own

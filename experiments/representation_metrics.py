@@ -28,7 +28,11 @@ def parser() -> flags.Parser:
     )
     own.add("--data_dir", required=True, help="captioned images, see ldm/data/captions.py")
     own.add(
-        "--part", default="held_out", choices=("held_out", "train", "all"), group="data", help="of the images"
+        "--part",
+        default="held_out",
+        choices=("held_out", "train", "all"),
+        group="data",
+        help="which of the images",
     )
     own.add("--held_out_every", default=10, low=2, group="data", help="one image in so many, as in training")
     own.add("--images", default=32, low=1, group="sampling", help="that many, for variations and drawn")
@@ -39,11 +43,11 @@ def parser() -> flags.Parser:
         kind=flags.numbers,
         low=0,
         group="sampling",
-        help="of the conditioning on a given representation",
+        help="strengths of the conditioning on a given representation",
     )
     own.add("--times", default="0,100,200,300,400,500,600,700,800,900", help="timesteps of cosine.png")
     own.add("--steps", default=25, low=1, high=100_000, help="sampling steps (DPM-Solver++)")
-    own.add("--scale", default=3.0, help="of classifier-free guidance by captions; 1 is none")
+    own.add("--scale", default=3.0, help="strength of classifier-free guidance by captions; 1 is none")
     own.add("--clip", default="", path="source", group="model", help="the whole CLIP, for its text encoder")
     own.add("--batch_size", default=32)
     own.add("--seed", default=0)

@@ -28,7 +28,7 @@ def parser() -> flags.Parser:
         required=True,
         low=0,
         group="data",
-        help="of training, for each method",
+        help="steps of training, for each method",
     )
     own.add("--out", default="curve.png", path="file", help="the plot")
     return own

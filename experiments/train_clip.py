@@ -37,7 +37,7 @@ def parser() -> flags.Parser:
         group="model",
         help="channels of both encoders, and of their embeddings",
     )
-    own.add("--layers", default=3, low=1, high=1000, group="model", help="of each encoder")
+    own.add("--layers", default=3, low=1, high=1000, group="model", help="layers of each encoder")
     own.add(
         "--patch",
         default=16,
@@ -53,7 +53,7 @@ def parser() -> flags.Parser:
     own.add("--weight_decay", default=0.1, high=10)
     own.add("--dropout", default=0.1, help="share of attention that is dropped", below=False, **share)
     own.add("--word_dropout", default=0.1, help="share of a caption's tokens that is dropped", **share)
-    own.add("--label_smoothing", default=0.1, help="of the targets", **share)
+    own.add("--label_smoothing", default=0.1, help="label smoothing of the targets", **share)
     own.add("--seed", default=0)
     own.add(
         "--held_out_every", default=10, low=2, group="data", help="one image in so many is not trained on"

@@ -187,15 +187,16 @@ FLAGS: dict[str, Flag] = {
         data_dir=Flag("images: a folder or an .npz file", path="source"),
         val_data_dir=Flag("labelled images to validate on: a folder or an .npz file", path="source"),
         base_samples=Flag("images to enlarge: the .npz file of image_sample.py", path="source"),
-        image_channels=Flag("of an image: 1 grey, 3 RGB, 4 RGBA", low=1, high=64),
+        image_channels=Flag("channels of an image: 1 grey, 3 RGB, 4 RGBA", low=1, high=64),
         num_classes=Flag("classes of the labels", low=1, high=1_000_000),
-        held_out=Flag("images that measure the heads and are not trained on, a tenth at most", low=0),
+        held_out=Flag("images that are not trained on but measure the heads, at most a tenth", low=0),
         random_crop=Flag("crop images at random places in place of the centre"),
         random_flip=Flag("flip half of the images left-right"),
         class_names=Flag("names of the classes by number, separated by commas", unset="those of the data"),
         label_from=Flag("what gives the classes of a folder's images", choices=LABEL_FROM),
         missing=Flag(
-            "a partner or entry of an image that is not there: an error, or a missing value", choices=MISSING
+            "if a file or entry of an image is missing: an error, or train without that value",
+            choices=MISSING,
         ),
         max_bad=Flag("unreadable images before training stops", low=0),
     ),
@@ -223,7 +224,9 @@ FLAGS: dict[str, Flag] = {
         use_fp16=Flag("half precision (float16) inside the network"),
         use_new_attention_order=Flag("split queries, keys and values before the heads"),
         model_path=Flag("the weights: a model*.pt or ema_*.pt file", path="source"),
-        weights=Flag("of a complete checkpoint: ema (its first), a rate such as 0.9999, or model"),
+        weights=Flag(
+            "which weights of a complete checkpoint: ema (the first average), a rate such as 0.9999, or model"
+        ),
     ),
     **_group(
         "classifier",
@@ -232,11 +235,11 @@ FLAGS: dict[str, Flag] = {
         classifier_use_fp16=Flag("half precision (float16) inside the classifier"),
         classifier_width=Flag("channels of its first level, a multiple of 32", low=1, high=16384),
         classifier_depth=Flag("residual blocks of a level", low=1, high=64),
-        classifier_attention_resolutions=Flag("as attention_resolutions, of the classifier"),
+        classifier_attention_resolutions=Flag("attention_resolutions of the classifier"),
         classifier_use_scale_shift_norm=Flag("the timestep scales and shifts after the normalisation"),
         classifier_resblock_updown=Flag("residual blocks change the resolution"),
         classifier_pool=Flag("how its last features become one vector", choices=POOLS),
-        classifier_channel_mult=Flag("as channel_mult, of the classifier", unset="by the image's size"),
+        classifier_channel_mult=Flag("channel_mult of the classifier", unset="by the image's size"),
         noised=Flag("train on noised images; otherwise on images as they are"),
     ),
     **_group(
@@ -254,19 +257,22 @@ FLAGS: dict[str, Flag] = {
         "modalities",
         modalities=Flag(
             "what is generated beside the image, with its variant: masked:X,label:U,depth=image, or YAML: "
-            '"{sound: {preset: representation}}"; "" for the image alone'
+            '"{sound: {preset: representation}}"; "" for only the image'
         ),
         aggregation=Flag("how strongly modalities shift the latent by timestep", choices=AGGREGATIONS),
         detectability=Flag(
-            "largest d_t of labels and vectors in the latent; 0: they share a peak of 0.5 like images", low=0
+            "how clearly labels and vectors show in the noise, their largest d_t; 0: a peak of 0.5, as images",
+            low=0,
         ),
         presence=Flag("tell the network which modalities are in the latent"),
         unshifted_probability=Flag(
-            "share of the samples without a modality's shift, whose loss stays", low=0, high=1
+            "share of the samples without a modality's shift; its head is trained all the same", low=0, high=1
         ),
-        code_interval=Flag("steps between two encodings of the labels; 0: as cheap as 5 % of a step", low=0),
+        code_interval=Flag(
+            "steps between two encodings of the labels; 0: so many that they cost 5 % of the time", low=0
+        ),
         single_task_probability=Flag(
-            "share of the samples that learn the image alone beside the joint model", low=0, high=1
+            "share of the samples that train the image without any modality", low=0, high=1
         ),
     ),
     **_group(
@@ -282,23 +288,28 @@ FLAGS: dict[str, Flag] = {
         ),
         given=Flag("what is known, NAME=FILE_OR_FOLDER; may be repeated"),
         want=Flag("what to generate, names separated by commas", unset="everything that is not given"),
-        without=Flag("modalities that are left out, neither in the latent nor generated: label,masked"),
+        without=Flag("modalities to leave out, neither in the latent nor generated, such as label,masked"),
         strength=Flag(
-            "of conditioning on a given U modality: 1 is Bayes for independent errors, 0 holds it only",
+            "how strongly a given U modality conditions: 1 is Bayes' rule for independent errors, 0 is none",
             low=0,
             high=1e6,
         ),
         guidance_scale=Flag(
-            "of classifier-free guidance, towards given X modalities, or all of a model trained with "
+            "classifier-free guidance, towards given X modalities, or all of a model trained with "
             "--single_task_probability; 1 is none",
             low=-1e6,
             high=1e6,
         ),
-        scale=Flag("of classifier-free guidance; 1 is none", low=-1e6, high=1e6),
+        scale=Flag("strength of classifier-free guidance; 1 is none", low=-1e6, high=1e6),
         replace_known=Flag("put known pixels back at every step, not only at the end"),
         resample=Flag("passes over every step, with --replace_known (RePaint; ddpm)", low=1, high=1000),
-        times=Flag("timesteps at which a given image is read; the mean counts", kind=integers, low=0),
-        order=Flag("of prediction and encoding; paper: Algorithm 1", choices=("posterior", "paper")),
+        times=Flag(
+            "timesteps at which a given image is read; the readings are averaged", kind=integers, low=0
+        ),
+        order=Flag(
+            "posterior: predict, then encode; paper: Algorithm 1, encode first",
+            choices=("posterior", "paper"),
+        ),
     ),
     **_group(
         "optimisation",
@@ -316,19 +327,21 @@ FLAGS: dict[str, Flag] = {
             "intervals of t that --task_weighting takes as tasks of their own", low=1, high=100
         ),
         lr=Flag("learning rate of AdamW", low=0),
-        weight_decay=Flag("of AdamW", low=0),
-        lr_anneal_steps=Flag("steps over which the learning rate falls to 0, the end; 0: it stays", low=0),
+        weight_decay=Flag("weight decay of AdamW", low=0),
+        lr_anneal_steps=Flag(
+            "steps over which the learning rate falls to 0 and training ends; 0: it stays constant", low=0
+        ),
         anneal_lr=Flag("the learning rate falls to 0 over the iterations"),
         batch_size=Flag("images of a step on every rank", low=1, high=100_000),
         microbatch=Flag("images of a backward pass; -1: all of the batch", low=1, also=(-1,)),
-        ema_rate=Flag("of the moving averages of the weights, from 0 to below 1, separated by commas"),
+        ema_rate=Flag("rates of the moving averages of the weights, from 0 to below 1, separated by commas"),
         iterations=Flag("steps of training in all; 0: until stopped", low=0),
         resume_checkpoint=Flag("a run's folder or a checkpoint to continue", path="source"),
         init_from=Flag(
             "a run or checkpoint whose weights, and network's flags, this run begins with", path="source"
         ),
         train=Flag("which weights change; heads: the U-Net keeps its own", choices=("all", "heads")),
-        ema_warmup=Flag("averages soon forget the untrained start"),
+        ema_warmup=Flag("let the averages forget the untrained start sooner"),
         fp16_scale_growth=Flag("growth of log2 of fp16's loss scale in a step", low=0, above=True),
         max_nonfinite=Flag("steps that may be skipped for NaN or infinity", low=0),
     ),
@@ -341,14 +354,16 @@ FLAGS: dict[str, Flag] = {
         ),
         num_workers=Flag("processes that read images, on every rank", low=0, high=1024),
         device=Flag("such as cpu, cuda or cuda:1", kind=device_name, unset="the GPU where there is one"),
-        seed=Flag("of all random numbers: the same seed gives the same result", low=0, high=_SEED, kind=int),
+        seed=Flag(
+            "seed of all random numbers: the same seed gives the same result", low=0, high=_SEED, kind=int
+        ),
     ),
     **_group(
         "page",
         host=Flag("address to listen on; 0.0.0.0: every network of this machine"),
         port=Flag("port to listen on; 0: any free one", low=0, high=65535),
-        queue=Flag("drawings that may wait in line", low=0, high=10_000),
-        max_upload=Flag("MiB that one request may bring", low=0, above=True, high=1024),
+        queue=Flag("requests that may wait", low=0, high=10_000),
+        max_upload=Flag("largest request, in MiB", low=0, above=True, high=1024),
     ),
     **_group(
         "logging",
@@ -379,8 +394,8 @@ FLAGS: dict[str, Flag] = {
         ),
         out=Flag("where the results go", path="folder"),
         film=Flag("a .gif of the denoising, image and modalities at every step", path="file"),
-        json=Flag("also write the numbers, and all they depend on, as JSON", path="file"),
-        title=Flag("of the plot"),
+        json=Flag("also write the numbers, and what they depend on, as JSON", path="file"),
+        title=Flag("title of the plot"),
     ),
 }
 

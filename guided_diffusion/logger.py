@@ -177,7 +177,12 @@ class TensorBoardOutputFormat(KVWriter):
         os.makedirs(dir, exist_ok=True)
         self.dir = dir
         self.step = 1
-        self.writer = SummaryWriter(dir)
+        self._open = SummaryWriter
+
+    @functools.cached_property
+    def writer(self):
+        """Opened at the first value: a command that finds a finished run leaves no file."""
+        return self._open(self.dir)
 
     def drop_from(self, step: int) -> None:
         self.writer.flush()
@@ -201,7 +206,8 @@ class TensorBoardOutputFormat(KVWriter):
         self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        if "writer" in vars(self):
+            self.writer.close()
 
 
 def grouped(key: str) -> str:

@@ -396,7 +396,7 @@ def diff(checkout: Path, changed: dict[str, bytes]) -> str:
 def flags() -> Parser:
     """The flags of this program."""
     own = Parser(__doc__)
-    own.add("checkout", kind=Path, path="source", help="of openai/guided-diffusion, or a fork")
+    own.add("checkout", kind=Path, path="source", help="checkout of openai/guided-diffusion, or of a fork")
     own.add("--remove", action="store_true", help="take the change out again", group="results")
     own.add("--dry_run", action="store_true", help="print only", group="results")
     return own

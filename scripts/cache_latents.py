@@ -22,7 +22,7 @@ def parser() -> flags.Parser:
         action="append",
         group="model",
         path="source",
-        help="of the latent diffusion (.yaml); of several, later ones win",
+        help="configuration of the latent diffusion (.yaml); of several, later ones win",
     )
     own.add(
         "--ckpt",
@@ -51,7 +51,7 @@ def parser() -> flags.Parser:
         choices=("float32", "float16"),
         default="float32",
         group="results",
-        help="of the latents",
+        help="number format of the latents",
     )
     own.add(
         "--shard_size",

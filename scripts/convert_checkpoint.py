@@ -12,7 +12,7 @@
 The first begins with ADM's weights and fresh heads; mt_image_train.py --init_from goes on from it. The
 second drops the heads and the input channels of X modalities, and writes the flags for ADM's scripts into
 single.flags. For diffusers the heads are dropped too; what it cannot express is refused, and a UNet2DModel's folder is
-also a source. A source that is already what --to asks for changes its file format alone. safetensors files
+also a source. If the source already is what --to asks for, only the file format changes. safetensors files
 carry the model's flags.
 """
 

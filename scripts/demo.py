@@ -5,10 +5,10 @@
     python scripts/demo.py --model_path logs/RUN --port 8000
         the same for a latent diffusion model of main.py
 
-Upload or draw an image, paint out what is to be restored, choose a class, say what is given and what is wanted, and see
-image and modalities side by side, with the denoising as a film. Needs the extra `demo`: pip install -e ".[demo]". The page
-answers on this machine alone unless --host names another address; whoever reaches it can use the model. Nothing is sent
-anywhere else.
+Upload or draw an image, mask what the model is to restore, choose a class, set what is given and what to generate. Image
+and modalities appear side by side, with the denoising as a film. Needs the extra `demo`: pip install -e ".[demo]". The page
+listens only on this machine unless --host names another address; anyone who can reach it can use the model. It sends
+nothing to other machines.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Sample a model of mt_image_train.py in any direction: these modalities are given, those are wanted.
+"""Sample a model of mt_image_train.py: give any of the image and its modalities, generate the rest.
 
     python scripts/mt_image_sample.py --model_path runs/mine                                  # all modalities
     python scripts/mt_image_sample.py --model_path runs/mine --given label=3
@@ -8,7 +8,7 @@
 
 The model's configuration is in the checkpoint. The same seed gives the same images for any batch size and number
 of ranks. In the log's folder: samples_NxHxWxC.npz (arr_0 = uint8 images as ADM writes them, every modality under its
-name, arr_1 = classes that were drawn or guided to) and samples.png. --film FILE.gif shows the denoising of the first samples.
+name, arr_1 = classes that were drawn or guided to) and samples.png, which marks what is given, generated and true. --film FILE.gif shows the denoising of the first samples.
 The same command with that --log_dir goes on where it was interrupted.
 """
 
@@ -54,7 +54,9 @@ def parser() -> flags.Parser:
     )
     own.add("--classifier_scale", default=1.0)
     own.add(
-        "--num_classes", default=0, help="of the classifier where the model has no labels; 0: the model's"
+        "--num_classes",
+        default=0,
+        help="classes of the classifier where the model has no labels; 0: the model's",
     )
     own.add_flags(flags.classifier_flags())
     own.add("--film", default="")

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 scripts/mt_image_train.py --config mine.yaml --data_dir images/
 
 Flags: ADM's, and those of the modalities. `--config FILE.yaml` sets any of them; the command line wins. The same
-command continues a run that was stopped, bit for bit. --init_from RUN finetunes: with --modalities "" the generator
-alone, with --train heads what reads the modalities off it alone. --log_dir receives checkpoint*.pt (complete),
+command continues a run that was stopped, bit for bit. --init_from RUN finetunes: with --modalities "" only the
+generator, with --train heads only the heads. --log_dir receives checkpoint*.pt (complete),
 with --adm_files True model*.pt, ema_*.pt, opt*.pt (as ADM writes them), config.yaml, progress.csv, tb/ (TensorBoard) and samples*.png.
 """
 

@@ -171,8 +171,14 @@ def test_load_paint_generate_and_see(demo, browser, tmp_path):
     image = np.full((8, 8), 200, np.uint8)
     Image.fromarray(image).save(tmp_path / "given.png")
     page.check("#given-image")
+    page.click("#go")
+    page.locator("#error", has_text="image is given but empty").wait_for()
+    (tmp_path / "notes.txt").write_text("not an image")
+    page.set_input_files("#file-image", tmp_path / "notes.txt")
+    page.locator("#error", has_text="cannot read that file").wait_for()
     page.set_input_files("#file-image", tmp_path / "given.png")
     page.wait_for_selector("#canvas-image[data-empty=false]")
+    assert not page.locator("#error").is_visible()
     page.click("#hide-image")
     box = page.locator("#canvas-image").bounding_box()
     cell = box["width"] / 8
@@ -205,6 +211,12 @@ def test_load_paint_generate_and_see(demo, browser, tmp_path):
     page.click("#go")
     finished.wait_for(timeout=60_000)
     assert not page.locator("#error").is_visible()
+    page.fill("#steps", "40")
+    page.fill("#count", "16")
+    page.click("#go")
+    page.locator("#status", has_text="Step").wait_for()
+    page.click("#stop")
+    page.locator("#status", has_text="Stopped.").wait_for()
     assert [w for w in wrong if "400" not in w] == []
     assert all(url.startswith((demo, "data:", "blob:")) for url in asked)  # nothing from elsewhere
 

@@ -353,11 +353,19 @@ def test_saving_and_drawing_do_not_disturb_training(data, tmp_path):
         assert same(often[part], once[part])
 
 
-def test_nothing_changes_for_a_finished_run(data, tmp_path):
+def test_nothing_changes_for_a_finished_run(data, tmp_path, monkeypatch):
+    """But for the log, which says so, and the lock."""
+    monkeypatch.setattr("tests.mt_driver.ENVIRONMENT", {"OPENAI_LOG_FORMAT": "log,csv,tensorboard"})
+
+    def files():
+        found = (path for path in tmp_path.rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in found if path.name not in ("log.txt", ".lock")}
+
     train(data, tmp_path, "--iterations", 3)
-    before = load_complete(str(tmp_path / "checkpoint000003.pt"))
+    before = files()
     train(data, tmp_path, "--iterations", 3)
-    assert same(before, load_complete(str(tmp_path / "checkpoint000003.pt")))
+    assert files() == before and any("tfevents" in path.name for path in before)
+    assert "finished at step 3" in (tmp_path / "log.txt").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- the heads'

@@ -19,7 +19,7 @@ def parser() -> Parser:
     )
     run, work, machine = dict(group="results"), dict(group="optimisation"), dict(group="machine")
     switch = dict(nargs="?", const=True, choices=())
-    own.add("-n", "--name", help="of the run, after the time in its folder's name", **run)
+    own.add("-n", "--name", help="name of the run, which follows the time in its folder's name", **run)
     own.add("-r", "--resume", path="source", help="continue from this run's folder or checkpoint", **work)
     own.add(
         "-b",
@@ -48,7 +48,7 @@ def parser() -> Parser:
     own.add(
         "--devices", unset="all GPUs, or one CPU process", help="a number, or a list such as 0,1", **machine
     )
-    own.add("--gpus", help="as --devices, as upstream calls it (0, means GPU 0)", **machine)
+    own.add("--gpus", help="--devices under upstream's name (0, means GPU 0)", **machine)
     own.add(
         "--strategy",
         choices=("auto", "ddp", "fsdp"),
