@@ -72,7 +72,9 @@ class LatentStudio(Studio):
         with model.ema_scope():
             made = sample_diffusion.sample(args, model, part, wanted, numbers, seen)
         shown = {
-            name: value for name, value in part.items() if isinstance(value, torch.Tensor) and value.ndim == 4
+            name: value
+            for name, value in part.items()
+            if isinstance(value, torch.Tensor) and value.ndim in (2, 4)
         }
         images, labels, vectors = {}, {}, {}
         for name, value in {**shown, **made}.items():

@@ -184,7 +184,7 @@ def test_prefixes_win_over_folders_and_the_other_choice_is_named(class_folder, c
     for path in list(class_folder.rglob("*.png")):
         path.rename(path.with_name(f"{2020 + int(path.stem) % 2}_{path.name}"))
     assert list_labelled_images(str(class_folder)).class_names == ["2020", "2021"]
-    assert "label_from=folder" in caplog.text
+    assert "--label_from folder" in caplog.text
     assert list_labelled_images(str(class_folder), "folder").class_names == ["cat", "dog", "owl"]
     with pytest.raises(UserValueError, match="auto, prefix or folder"):
         list_labelled_images(str(class_folder), "directory")

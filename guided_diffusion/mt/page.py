@@ -414,7 +414,10 @@ class Job:
         except _Left:
             pass
         except UserError as error:
-            self._messages.put({"error": one_line(error)})
+            folder = (
+                f"{self.folder.name}/" if self.folder else ""
+            )  # the page knows files by their part's name
+            self._messages.put({"error": one_line(error).replace(folder, "")})
         except Exception as error:  # the page says so, and serves on
             _logger.exception("a drawing failed")
             self._messages.put(

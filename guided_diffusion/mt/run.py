@@ -89,7 +89,6 @@ def train(flags: dict, open_judge: Callable | None = None) -> None:
     if device.type == "cuda":
         model.network.to(memory_format=th.channels_last)
     images, cond = held_out
-    logger.log_config(flags, flags["wandb"])
     plain = all(flags[name] == value for name, value in PLAIN.items())
     training = JointTrainLoop(
         weighting=None if plain else Weighting(model.modalities, model.diffusion, flags),
@@ -128,8 +127,10 @@ def train(flags: dict, open_judge: Callable | None = None) -> None:
             )
         },
     )
-    if dist_util.get_rank() == 0 and not training.is_finished():
-        write_config(flags, os.path.join(logger.get_dir(), CONFIG_NAME))
+    if not training.is_finished():
+        logger.log_config(flags, flags["wandb"])
+        if dist_util.get_rank() == 0:
+            write_config(flags, os.path.join(logger.get_dir(), CONFIG_NAME))
     training.run_loop()
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from evaluations.judge import _augment, _tensor, inspect, load_judge, save_judge, score, train_judge
+from evaluations.judge import _augment, _images, _tensor, inspect, load_judge, save_judge, score, train_judge
 from guided_diffusion.errors import UserError
 
 from .conftest import sample_images
@@ -98,3 +98,11 @@ def test_refusals(trained, tmp_path):
         load_judge(tmp_path / "absent.pt")
     with pytest.raises(UserError, match="reference images are .*, samples"):
         score(trained[0], images, images[:, :8, :8], None)
+
+
+def test_data_as_training_takes_them_are_judged(tmp_path):
+    """Grey images [N, H, W, 1] and `labels` in an .npz."""
+    images, labels = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8, 1), np.array([0, 1, 0, 1])
+    np.savez(tmp_path / "digits.npz", arr_0=images, labels=labels)
+    found, classes, _ = _images(str(tmp_path / "digits.npz"), None)
+    assert np.array_equal(found, images.repeat(3, axis=3)) and np.array_equal(classes, labels)
