@@ -41,6 +41,14 @@ def unet_config(**changes):
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {**UNET, **changes}}
 
 
+PLAIN = dict(
+    first_stage_config=IDENTITY,
+    cond_stage_config="__is_unconditional__",
+    unet_config=unet_config(),
+    image_size=8,
+    channels=2,
+    timesteps=40,
+)
 CONTEXT = unet_config(use_spatial_transformer=True, context_dim=6)
 
 
@@ -48,15 +56,7 @@ def small(cls=LatentDiffusion, shake=True, **changes):
     """A model of 2 x 8 x 8 latents (the images themselves, unless first_stage_config is changed) in 40
     steps; unless `shake` is off, every weight of its network is away from its initial zeros."""
     th.manual_seed(0)
-    options = dict(
-        first_stage_config=IDENTITY,
-        cond_stage_config="__is_unconditional__",
-        unet_config=unet_config(),
-        image_size=8,
-        channels=2,
-        timesteps=40,
-    )
-    model = cls(**{**options, **changes}).eval()
+    model = cls(**{**PLAIN, **changes}).eval()
     return shaken(model) if shake else model
 
 

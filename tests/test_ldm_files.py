@@ -12,18 +12,9 @@ from ldm import inference
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.joint import FORMER, JointLatentDiffusion
 from tests.compare import agree
-from tests.ldm_models import IDENTITY, maps, small, unet_config
+from tests.ldm_models import PLAIN, maps, small, unet_config
 from tests.test_main import TRAINER, assert_same_training, final, train  # noqa: F401
 from tests.test_main import resume as go_on
-
-PLAIN = dict(
-    first_stage_config=IDENTITY,
-    cond_stage_config="__is_unconditional__",
-    unet_config=unet_config(),
-    image_size=8,
-    channels=2,
-    timesteps=40,
-)
 
 
 def config_of(cls, **changes):
