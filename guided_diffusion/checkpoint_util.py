@@ -243,11 +243,23 @@ def _flags_in(source: Path) -> dict:
     elif not zipfile.is_zipfile(source):
         return {}
     else:
-        with _released_globals():  # maps the file: its tensors are not read
-            content = th.load(str(source), map_location="cpu", weights_only=True, mmap=True)
-        is_complete = isinstance(content, dict) and content.get("format") == FORMAT
-        found = content.get("config") if is_complete else None
+        content = _mapped(source)
+        found = content.get("config") if content.get("format") == FORMAT else None
     return found if isinstance(found, dict) else {}
+
+
+def _mapped(path: str | os.PathLike) -> dict:
+    """The dict in a local file of torch.save's, {} where there is something else; its tensors are not read."""
+    with _released_globals():
+        content = th.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+    return content if isinstance(content, dict) else {}
+
+
+def is_complete(path: str | os.PathLike) -> bool:
+    """Whether a local file says that it is a complete checkpoint, whatever its name; `load_complete` checks it."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError, pickle.UnpicklingError):
+        return zipfile.is_zipfile(path) and _mapped(path).get("format") == FORMAT
+    return False
 
 
 def with_flags_of(

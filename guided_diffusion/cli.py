@@ -16,7 +16,6 @@ from . import checkpoint_util, dist_util, logger
 from .errors import UserValueError
 from .execution import Execution
 from .flags import (
-    NUM_CLASSES,
     args_to_dict,
     classifier_defaults,
     model_and_diffusion_defaults,
@@ -132,7 +131,8 @@ def train(
         without = "; or train without labels: --class_cond False" if hasattr(args, "class_cond") else ""
         raise UserValueError(f"{error}{without}") from None
     if class_cond:
-        check_classes(dataset.class_names, args.num_classes, fixed=bool(args.resume_checkpoint))
+        fixed = bool(args.resume_checkpoint) or "num_classes" not in getattr(args, "typed", ())
+        check_classes(dataset.class_names, args.num_classes, fixed)
         args.class_names, args.label_from = dataset.class_names, dataset.label_from
     check_batch(len(dataset), args.batch_size)
     more |= {name: make(dataset) for name, make in (from_data or {}).items()}
@@ -181,14 +181,9 @@ def known_classes(args: argparse.Namespace, class_cond: bool) -> dict:
 
 
 def check_classes(class_names: list[str], num_classes: int, fixed: bool = False) -> None:
-    """UserValueError if the model has other classes than the data. A model whose number is `fixed` by its weights, or left at
-    upstream's 1000, may have more, which is told."""
-    if (
-        len(class_names) > num_classes
-        or len(class_names) < num_classes
-        and not fixed
-        and num_classes != NUM_CLASSES
-    ):
+    """UserValueError if the model has other classes than the data. A model whose number is `fixed`, by its weights or as upstream's
+    default, may have more, which is told."""
+    if len(class_names) > num_classes or len(class_names) < num_classes and not fixed:
         raise UserValueError(
             f"the data have {len(class_names)} classes, the model would have {num_classes}: give --num_classes "
             f"{len(class_names)}"

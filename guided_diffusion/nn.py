@@ -9,11 +9,13 @@ from torch.utils.checkpoint import checkpoint as _torch_checkpoint
 SiLU = nn.SiLU
 
 _WINOGRAD_FROM = 16  # pixels along an edge; below, the direct convolution is faster
+_BY_ONE_ABOVE = 24  # pixels along an edge
 
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d; on a CPU, in float32, 3x3 convolutions of images that are not small go by Winograd's algorithm (Lavin and
-    Gray 2016): 0.6 of the time of oneDNN's direct one, equal to it to about 1e-6 of the largest value."""
+    Gray 2016): 0.6 of the time of oneDNN's direct one, equal to it to about 1e-5 of the largest value, and the same for
+    an image alone as in a batch."""
 
     def _conv_forward(self, input, weight, bias):
         if self._suits_winograd(input, weight):
@@ -32,9 +34,17 @@ class Conv2d(nn.Conv2d):
             and self.padding_mode == "zeros"
             and self.groups == 1
             and th.backends.nnpack.is_available()
+            and th._C._get_nnpack_enabled()  # th.backends.nnpack.set_flags(False) leaves nn.Conv2d's own bits
             and not th.is_autocast_enabled("cpu")
             and not th.compiler.is_compiling()
         )
+
+
+def _by_tiles(input, weight, bias):
+    """NNPACK's 3x3 convolution with padding 1."""
+    # Of several larger images it takes Fourier transforms, of one never: the bits would depend on the batch size.
+    parts = input.split(1) if max(input.shape[2:]) > _BY_ONE_ABOVE else [input]
+    return th.cat([th._nnpack_spatial_convolution(part, weight, bias, padding=[1, 1]) for part in parts])
 
 
 class _Winograd(th.autograd.Function):
@@ -44,7 +54,7 @@ class _Winograd(th.autograd.Function):
     def forward(ctx, input, weight, bias):
         ctx.save_for_backward(input, weight)
         ctx.has_bias = bias is not None
-        return th._nnpack_spatial_convolution(input, weight, bias, padding=[1, 1])
+        return _by_tiles(input, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -53,7 +63,7 @@ class _Winograd(th.autograd.Function):
         to_input = None
         if ctx.needs_input_grad[0]:
             turned = weight.flip(2, 3).transpose(0, 1).contiguous()
-            to_input = th._nnpack_spatial_convolution(grad.contiguous(), turned, None, padding=[1, 1])
+            to_input = _by_tiles(grad.contiguous(), turned, None)
         sizes = [weight.shape[0]] if ctx.has_bias else None
         one = [1, 1]
         _, to_weight, to_bias = th.ops.aten.convolution_backward(

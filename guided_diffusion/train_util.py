@@ -594,8 +594,15 @@ class TrainLoop:
         raise UserError(
             f"{self.nonfinite_steps - self._skipped_before} steps had a loss or gradient that is not finite, more than "
             f"max_nonfinite = {self.max_nonfinite}: look at the data, lower lr, or use another precision. "
-            f"{_last_finite()}"
+            f"{self._last_finite()}"
         )
+
+    def _last_finite(self):
+        """Where a run that failed can go on, once that is written."""
+        self._finish_writing()
+        folder = get_blob_logdir()
+        found = None if is_remote(folder) else find_complete_checkpoint(folder)
+        return f"The last finite checkpoint is {found}" if found else f"No checkpoint is in {folder}"
 
     def _weights_finite(self):
         params = [*self.mp_trainer.master_params, *(p for params in self.ema_params for p in params)]
@@ -636,7 +643,7 @@ class TrainLoop:
         if not self._weights_finite():
             raise UserError(
                 f"the weights are not finite after {self.steps_done} steps and are not saved: look at the data, lower lr, or "
-                f"use another precision. {_last_finite()}"
+                f"use another precision. {self._last_finite()}"
             )
         if self.on_save is not None:
             kept = rng_state()
@@ -836,7 +843,7 @@ def _complete_checkpoint_for(path):
         return found
     if not os.path.exists(path):
         raise UserFileError(f"no such checkpoint: {path}")
-    if name.startswith("checkpoint"):
+    if name.startswith("checkpoint") or checkpoint_util.is_complete(path):
         return path
     beside = os.path.join(folder, name.replace("model", "checkpoint", 1))
     return (
@@ -935,10 +942,3 @@ def _one_line_where_it_does_not_fit(what, source="the checkpoint"):
         raise UserError(
             f"{what} in {source} does not fit this run ({type(error).__name__}: {reason})"
         ) from error
-
-
-def _last_finite():
-    """Where a run that failed can go on."""
-    folder = get_blob_logdir()
-    found = None if is_remote(folder) else find_complete_checkpoint(folder)
-    return f"The last finite checkpoint is {found}" if found else f"No checkpoint is in {folder}"

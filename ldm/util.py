@@ -1,10 +1,12 @@
 """Objects from configurations, and small helpers (interface: latent-diffusion, ldm/util.py)."""
 
+import contextlib
 import difflib
 import importlib
 import inspect
 import logging
 import re
+from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -45,12 +47,14 @@ _UNKNOWN = re.compile(r"got an unexpected keyword argument '(\w+)'")
 _NOTHING_TO_MAKE = ("__is_first_stage__", "__is_unconditional__")
 
 
-@runtime_checkable
-class Indexed(Protocol):
-    """Anything with a length and items."""
+class Indexed(ABC):  # noqa: B024
+    """Any class whose objects have a length and items that cannot be set: an array or a table of a file could write to it
+    as soon as it is made."""
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, index): ...
+    @classmethod
+    def __subclasshook__(cls, other):
+        has = [hasattr(other, name) for name in ("__len__", "__getitem__", "__setitem__")]
+        return has == [True, True, False]
 
 
 @runtime_checkable
@@ -114,7 +118,11 @@ def resolve(config: Mapping, expected: type | None = None, key: str = ""):
     if expected is None:
         return made
     # A function may make what belongs here, and says so: `def load_lpips(...) -> LPIPS`.
-    makes = inspect.get_annotations(made, eval_str=True).get("return") if inspect.isfunction(made) else made
+    makes = made
+    if inspect.isfunction(made):
+        makes = None
+        with contextlib.suppress(Exception):  # annotations are any expressions
+            makes = inspect.get_annotations(made, eval_str=True).get("return")
     if not inspect.isclass(makes) or not issubclass(makes, expected):
         raise UserValueError(
             f"{at}target {target} is {'another class' if inspect.isclass(made) else 'no class'}: "

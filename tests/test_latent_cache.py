@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from guided_diffusion.errors import UserError, UserValueError
@@ -348,6 +349,40 @@ def test_a_cache_of_changed_images_is_refused(folders, tmp_path, change, said):
     with pytest.raises(UserError, match=said) as caught:
         fill(other, tmp_path / "c")
     assert "\n" not in str(caught.value) and contents(tmp_path / "c") == there
+
+
+def test_a_cache_of_other_captions_is_refused(folders, tmp_path):
+    root = shutil.copytree(folders / "a", tmp_path / "images")
+    for path in root.glob("*.png"):
+        path.with_suffix(".txt").write_text(f"{path.stem} one\n")
+    fill(CaptionFolder(root, [16, 20]), tmp_path / "c")
+    assert CachedLatents(tmp_path / "c", images=CaptionFolder(root, [16, 20]))[2]["txt"] == "2 one"
+    (root / "2.txt").write_text("another\n")
+    with pytest.raises(UserError, match="was made with other captions"):
+        CachedLatents(tmp_path / "c", images=CaptionFolder(root, [16, 20]))
+    with pytest.raises(UserError, match="was made with other captions"):
+        fill(CaptionFolder(root, [16, 20]), tmp_path / "c")
+
+
+def test_a_cache_from_before_images_were_turned_upright_is_refused_where_one_is_turned(folders, tmp_path):
+    root = shutil.copytree(folders / "a", tmp_path / "images")
+    images = ImageFolder(root, [16, 20])
+    fill(images, tmp_path / "straight")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    with Image.open(root / "2.png") as image:
+        image.save(root / "2.png", exif=exif)
+    fill(images, tmp_path / "turned")
+    for name in ("straight", "turned"):
+        path = tmp_path / name / "index.json"
+        index = json.loads(path.read_text())
+        assert index["options"].pop("orientation") == "upright"
+        path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"former version, which may have read .*2\.png as it is stored"):
+        CachedLatents(tmp_path / "turned", images=images)
+    shutil.copy(folders / "a/2.png", root / "2.png")
+    shutil.copystat(folders / "a/2.png", root / "2.png")
+    assert len(CachedLatents(tmp_path / "straight", images=images)) == COUNT
 
 
 def test_a_cache_that_does_not_say_what_it_is_of_is_read_with_a_warning(pairs, tmp_path, caplog):

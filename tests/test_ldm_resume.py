@@ -185,6 +185,52 @@ def test_a_finished_run_says_so(tmp_path, whole, caplog):
     assert_same(run, whole(False, "max_steps"))
 
 
+BROKEN = {
+    "state_dict": (3, None, {"weight": 3}),
+    "loops": (3, {}, {"fit_loop": {}}),
+    "optimizer_states": (None, [3], [{}], [{"state": {}, "param_groups": []}]),
+    "lr_schedulers": (None, ["text"]),
+    "callbacks": (3, None),
+    "global_step": ("two",),
+    "epoch": (None,),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("stopped") / "run", False, "max_steps", stop=ended(("SIGTERM", 1)))
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "mine.ckpt"])
+@pytest.mark.parametrize("part", [*BROKEN, "epoch_means", "callback_metrics", "DataModuleFromConfig"])
+def test_a_checkpoint_that_lacks_a_part_or_has_another_type_there_is_one_line(stopped, part, name):
+    path = stopped.checkpoint("last.ckpt")
+    content = th.load(path, weights_only=True)
+    for value in BROKEN.get(part, (3,)):
+        broken = {k: v for k, v in content.items() if k != part} | (
+            {part: value} if value is not None else {}
+        )
+        th.save(broken, path.with_name(name))
+        with pytest.raises(UserError) as caught:
+            main(["-r", str(path.with_name(name)), "-t", "lightning.callbacks.stop=null"])
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    th.save(content, path)
+
+
+def test_a_resumed_run_learns_at_the_rate_that_is_given(tmp_path, caplog):
+    """Its configuration says what its optimizer does."""
+    run = Run(tmp_path / "run", False, "max_steps", stop=ended(("SIGTERM", 2)))
+    caplog.set_level("INFO")
+    run._main(
+        "-r",
+        str(run.checkpoint("last.ckpt")),
+        "lightning.callbacks.stop=null",
+        "model.base_learning_rate=0.3",
+    )
+    assert [batch[-1] for batch in Line.seen] == pytest.approx([0.6 / (1 + step) for step in range(3, 8)])
+    assert "lr: 0.2 -> 0.6" in caplog.text
+
+
 def test_a_second_training_in_a_folder_is_refused(tmp_path):
     run = Run(tmp_path / "run", False, "max_steps", stop=ended(("SIGTERM", 1)))
     folder = run.checkpoint("").parent

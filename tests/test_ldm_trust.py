@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from guided_diffusion.errors import UserError
 from ldm import inference
 from ldm.data.tar_shards import list_shards
+from ldm.models.diffusion.joint import make_encoders
 from ldm.training.cli import main
-from ldm.util import instantiate_from_config
+from ldm.util import Indexed, instantiate_from_config, resolve
 from tests.ldm_models import DDCONFIG, IDENTITY, unet_config
 from tests.ldm_training_driver import Marker, called
 from tests.test_main import RAMPS, TRAINER
@@ -91,37 +92,79 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("target", ["os.system", "tests.ldm_training_driver.Marker"])
+TARGETS = ["os.system", "builtins.eval", "subprocess.Popen", "tests.ldm_training_driver.Marker"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("make, place, belongs", PLACES, ids=lambda value: getattr(value, "__name__", value))
 def test_nothing_is_called_that_does_not_belong_there(tmp_path, make, place, belongs, target):
     config = make()
     if place.endswith("perceptual_config"):
         config["model"]["params"]["lossconfig"]["params"]["perceptual_weight"] = 1
-    given = {"target": target, "params": {"command": f"touch {tmp_path}/ran"}}
+    params = (
+        {"args": f"touch {tmp_path}/ran", "shell": True}
+        if "Popen" in target
+        else {"command": f"touch {tmp_path}/ran"}
+    )
+    given = {"target": target, "params": params}
     if place == "model":
         given["base_learning_rate"] = 1
     called.clear()
     said = refused(tmp_path, changed(config, place, given))
-    what = "no class" if target == "os.system" else "another class"
+    what = "another class" if target[-1] in "nr" else "no class"
     assert f"target {target} is {what}: here belongs a subclass of" in said and said.endswith(belongs)
     assert not called and not (tmp_path / "ran").exists()
     Marker(command="")
     assert called  # it would have been seen
 
 
-def test_a_run_folder_calls_nothing_when_it_is_sampled_or_resumed(tmp_path):
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_encoder_of_a_modality_is_a_module(target):
+    called.clear()
+    spec = {"label": {"encoder": {"target": target, "params": {"args": "true"}}}}
+    with pytest.raises(UserError, match=r"modalities\.label\.encoder: target .* here belongs .*Module"):
+        make_encoders(spec)
+    assert not called
+
+
+@pytest.mark.parametrize("target", ["numpy.memmap", "shelve.DbfilenameShelf", "builtins.list"])
+def test_data_are_no_arrays_or_tables_that_could_be_written(tmp_path, target):
+    """Neither as a wrapped dataset, where anything with a length and items will do."""
+    config = changed(
+        autoencoder(), "data.params.train", {"target": target, "params": {"filename": f"{tmp_path}/ran"}}
+    )
+    for wrap in (False, True):
+        assert "is another class" in refused(tmp_path, changed(config, "data.params.wrap", wrap))
+    assert not list(tmp_path.glob("ran*"))
+    assert issubclass(type("Own", (), {"__len__": len, "__getitem__": len}), Indexed)
+
+
+def test_an_annotation_that_cannot_be_read_is_no_class(tmp_path, monkeypatch):
+    (tmp_path / "annotated.py").write_text("def make() -> 'Nowhere': open('ran', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="annotated.make is no class"):
+        resolve({"target": "annotated.make"}, Indexed)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_run_folder_calls_nothing_when_it_is_sampled_or_resumed(tmp_path, target):
     run = tmp_path / "run"
     for folder in ("checkpoints", "configs"):
         (run / folder).mkdir(parents=True)
     (run / "checkpoints/last.ckpt").write_bytes(b"")
-    config = {"target": "os.system", "params": {"command": f"touch {tmp_path}/ran"}, "base_learning_rate": 1}
+    called.clear()
+    config = {
+        "target": target,
+        "params": {"args": f"touch {tmp_path}/ran", "shell": True},
+        "base_learning_rate": 1,
+    }
     OmegaConf.save(OmegaConf.create({**autoencoder(), "model": config}), run / "configs/x-project.yaml")
-    with pytest.raises(UserError, match="os.system is no class: here belongs .*LightningModule"):
+    with pytest.raises(UserError, match=f"{target} is .* class: here belongs .*LightningModule"):
         main(["--resume", str(run), "-t"])
     merged = inference.merged_config(inference.configurations(run))
-    with pytest.raises(UserError, match="os.system is no class: here belongs .*LatentDiffusion"):
+    with pytest.raises(UserError, match=f"{target} is .* class: here belongs .*LatentDiffusion"):
         inference.load_model(merged, run / "checkpoints/last.ckpt")
-    assert not (tmp_path / "ran").exists()
+    assert not called and not (tmp_path / "ran").exists()
 
 
 def test_commands_in_place_of_shards_need_a_flag(tmp_path, monkeypatch):

@@ -48,6 +48,26 @@ def test_winograd_takes_only_what_it_suits():
     assert Conv2d(32, 32, 3, padding=1, bias=False)(x).shape == x.shape
 
 
+@pytest.mark.parametrize("shape", [(16, 16), (24, 24), (17, 64), (25, 25), (28, 20), (64, 64)])
+def test_winograd_gives_an_image_the_same_bits_alone_and_in_a_batch(shape):
+    """One seed is one image for any batch size; NNPACK by itself takes another algorithm from 25 pixels on."""
+    th.manual_seed(0)
+    module = Conv2d(16, 16, 3, padding=1)
+    x, grad = th.randn(2, 5, 16, *shape)
+    together = gradients(module, x, grad)[:2]
+    alone = [gradients(module, x[i : i + 1], grad[i : i + 1])[:2] for i in range(5)]
+    assert all(map(th.equal, together, map(th.cat, zip(*alone, strict=True))))
+
+
+def test_without_nnpack_the_bits_are_those_of_nn_conv2d():
+    th.manual_seed(0)
+    module, plain = Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+    plain.load_state_dict(module.state_dict())
+    x, grad = th.randn(2, 32, 32, 32), th.randn(2, 32, 32, 32)
+    with th.backends.nnpack.flags(enabled=False):
+        assert all(map(th.equal, gradients(module, x, grad), gradients(plain, x, grad)))
+
+
 def test_normalisation_under_bfloat16_keeps_no_float32_copy():
     th.manual_seed(0)
     module = normalization(64)

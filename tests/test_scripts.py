@@ -148,6 +148,7 @@ def test_images_are_trained_resumed_sampled_and_scored(monkeypatch, tmp_path, im
         with np.load(out / "samples_5x16x16x3.npz") as samples:
             assert samples["arr_0"].shape == (5, 16, 16, 3) and samples["arr_0"].dtype == np.uint8
             assert samples["arr_1"].shape == (5,) and set(samples["arr_1"]) <= {0, 1, 2}
+            assert samples["class_names"].tolist() == ["a", "b", "c"]
 
     script(
         monkeypatch, tmp_path / "nll", "image_nll", *flags, "--model_path", model, "--data_dir", image_folder,
@@ -204,6 +205,7 @@ def test_classifier_learns_and_guides(monkeypatch, tmp_path, image_folder, train
         )  # fmt: skip
         with np.load(tmp_path / str(scale) / "samples_24x16x16x3.npz") as samples:
             images, labels = samples["arr_0"], samples["arr_1"]
+            assert samples["class_names"].tolist() == ["a", "b", "c"]
         agreement[scale] = (images.mean(axis=(1, 2)).argmax(axis=-1) == labels).mean()
     assert agreement[30] > 0.9 > 0.7 > agreement[0]
 

@@ -317,6 +317,47 @@ def test_a_save_is_a_snapshot_and_its_fault_ends_training(logged, monkeypatch):
         loop(2, iterations=3, save_interval=2).run_loop()
 
 
+def test_sigterm_in_the_middle_of_a_write_is_exact(logged, monkeypatch):
+    straight = loop(iterations=12)
+    straight.run_loop()
+    for path in logged.glob("*.pt"):
+        path.unlink()
+    whole, seen = checkpoint_util.write, []
+
+    def write(value, file):
+        if value.get("step") == 6:
+            file.write(b"half")
+            file.flush()
+            seen.extend(path.name for path in logged.glob("*.pt.tmp"))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            file.seek(0)
+        whole(value, file)
+
+    monkeypatch.setattr(checkpoint_util, "write", write)
+    data = lambda start: ((time.sleep(0.02), batch)[1] for batch in sample_images(2, start))  # noqa: E731
+    stopped = loop(iterations=12, data=data)
+    stopped.run_loop()
+    assert seen == ["checkpoint000005.pt.tmp"] and 6 <= stopped.steps_done < 12
+    assert not list(logged.glob("*.pt.tmp"))
+    resumed = loop(iterations=12, resume_checkpoint=str(logged))
+    assert resumed.step == stopped.steps_done
+    resumed.run_loop()
+    assert same(resumed.state_dict(), straight.state_dict())
+
+
+def test_a_write_that_fails_in_the_background_ends_the_run_with_one_line_and_loses_nothing(tmp_path):
+    """Files may have 20 kB, as on a disk that is full."""
+    folder = tmp_path / "run"
+    run(1, folder, "--iterations", 6)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+    limited = ["bash", "-c", 'ulimit -f 20; exec "$0" "$@"', *command(1, folder, "--resume", folder)]
+    job = subprocess.run(limited, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert job.returncode == 2 and job.stderr.count("\n") == 1, job.stderr
+    assert "cannot be written to" in job.stderr and "larger than the limit" in job.stderr
+    assert before == {path.name: path.read_bytes() for path in folder.glob("*.pt*")}
+
+
 def test_files_of_all_kinds_are_pruned_where_asked(logged):
     for kinds, expected in (
         (
@@ -359,9 +400,11 @@ def test_gradients_that_are_not_finite_are_skipped_too():
     assert all(map(th.equal, kept, training.model.parameters()))
 
 
-def test_run_ends_with_a_message_when_losses_stay_non_finite(logged):
+def test_run_ends_with_a_message_when_losses_stay_non_finite(logged, monkeypatch):
+    whole = checkpoint_util.write
+    monkeypatch.setattr(checkpoint_util, "write", lambda *args: (time.sleep(0.1), whole(*args)))
     data = lambda start: sample_images(2, start, broken=range(4, 1000))  # noqa: E731
-    with pytest.raises(UserError, match="max_nonfinite = 3"):
+    with pytest.raises(UserError, match=r"max_nonfinite = 3.* last finite checkpoint is .*000006\.pt"):
         loop(2, data=data, max_nonfinite=3).run_loop()
     state = checkpoint_util.load_complete(find_complete_checkpoint(str(logged)))
     assert state["nonfinite_steps"] == 4 and state["step"] == 6
@@ -708,9 +751,25 @@ def test_a_checkpoint_that_lacks_a_part_or_has_another_type_there_is_one_line(tm
         ({k: v for k, v in state.items() if k != part}, f"it lacks {part!r}"),
         ({**state, part: th.ones(2)}, f"{part!r} is of type Tensor"),
     ):
-        th.save(broken, tmp_path / "checkpoint000001.pt")
-        with pytest.raises(UserError, match=message):
-            checkpoint_util.load_complete(str(tmp_path / "checkpoint000001.pt"))
+        for name in ("checkpoint000001.pt", "mine.pt"):
+            th.save(broken, tmp_path / name)
+            with pytest.raises(UserError, match=message) as caught:
+                loop(resume_checkpoint=str(tmp_path / name))
+            assert "\n" not in str(caught.value)
+
+
+def test_a_complete_checkpoint_of_any_name_is_continued_exactly(logged, tmp_path):
+    straight = loop(iterations=7)
+    straight.run_loop()
+    (logged / "checkpoint000005.pt").rename(tmp_path / "mine.pt")
+    resumed = loop(iterations=7, resume_checkpoint=str(tmp_path / "mine.pt"))
+    assert resumed.step == 6
+    resumed.run_loop()
+    assert same(resumed.state_dict(), straight.state_dict())
+    whole = (tmp_path / "mine.pt").read_bytes()
+    (tmp_path / "mine.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="it is truncated"):
+        loop(resume_checkpoint=str(tmp_path / "mine.pt"))
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,10 @@ def test_flags_that_cannot_be_used_are_refused_in_one_line(data, tmp_path, capsy
         (("--aggregation", "paper", "--precision", "bf16"), "half precision rounds the noise away"),
         (("--num_classes", "3"), "the data have 10 classes, the model would have 3: give --num_classes 10"),
         (("--num_classes", "20"), "the data have 10 classes, the model would have 20: give --num_classes 10"),
+        (
+            ("--num_classes", "1000"),
+            "the data have 10 classes, the model would have 1000: give --num_classes 10",
+        ),
         (("--batch_size", "97"), "--batch_size 97 is more than the"),
         (("--num_chanels", "64"), "--num_chanels: unknown flag, did you mean --num_channels?"),
     ):

@@ -16,6 +16,7 @@ from ..image_datasets import SquareImages, classes_of, hold_out, load_stream, op
 from ..image_files import are_numbers, list_labelled_images, open_arrays
 from ..sample_shards import Shards, fingerprint
 from ..seeding import PerSample
+from ..train_util import resumed_checkpoint
 from . import directions
 from .data import JointImages, Source, borne, completed, covers, find_source, label_names
 from .evaluation import held_out_losses, judged_samples
@@ -255,9 +256,8 @@ def complete(flags: dict) -> dict:
 
 def config_before(resume: str) -> dict | None:
     """The configuration of the run that is continued, None where it begins."""
-    path = checkpoint_of(resume)
-    named = os.path.basename(path).startswith("checkpoint")
-    return checkpoint_util.load_complete(path)["config"] if named else None
+    path = resumed_checkpoint(resume)
+    return checkpoint_util.load_complete(path)["config"] if path else None
 
 
 def classes_known(flags: dict, before: dict | None) -> dict:

@@ -17,6 +17,10 @@ from guided_diffusion.errors import UserError, UserFileError
 from ldm.training.position import settle
 
 LAST = "last.ckpt"
+# What Lightning reads of a checkpoint that a run continues from.
+_PARTS = dict(state_dict=dict, loops=dict, optimizer_states=list, lr_schedulers=list, callbacks=dict)
+_PARTS |= dict(epoch=int, global_step=int, epoch_means=dict, callback_metrics=dict)
+_NEW = ("epoch_means", "callback_metrics")  # which earlier versions did not write
 _logger = logging.getLogger(__name__)
 
 
@@ -137,9 +141,15 @@ def check_resumable(path: str | Path, model: torch.nn.Module) -> int:
             f"{path} holds no training state (optimizers, position); to start from its weights alone give "
             "model.params.ckpt_path"
         )
+    for name, kind in _PARTS.items():
+        if not isinstance(content.get(name, {} if name in _NEW else None), kind):
+            found = f"has it as {type(content[name]).__name__}" if name in content else "lacks it"
+            raise UserError(
+                f"{path} is not a whole checkpoint of a run: {name!r} is a {kind.__name__}, the file {found}"
+            )
     given, own = content["state_dict"], model.state_dict()
     for name in (*own, *given):
-        if name not in given or name not in own or given[name].shape != own[name].shape:
+        if name not in given or name not in own or getattr(given[name], "shape", None) != own[name].shape:
             what = (
                 "lacks"
                 if name not in given
@@ -148,4 +158,17 @@ def check_resumable(path: str | Path, model: torch.nn.Module) -> int:
                 else "has another"
             )
             raise UserError(f"{path} is not a checkpoint of this {type(model).__name__}: it {what} {name}")
-    return settle(content["loops"])[1]
+    with fits(path):
+        return settle(content["loops"])[1]
+
+
+@contextlib.contextmanager
+def fits(path: str | Path):
+    """`UserError` of one line where a part of the checkpoint `path` has another form than this run's."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit this run ({type(error).__name__}: {reason})") from error

@@ -20,6 +20,7 @@ from ldm.training.checkpoints import (
     SaveLast,
     StoppedBySignal,
     check_resumable,
+    fits,
 )
 from ldm.training.config import Run, load_config, locate
 from ldm.training.data import DataModuleFromConfig
@@ -127,7 +128,13 @@ def _work(trainer, model, data, run: Run, options, resume: ExactResume):
         )
     checkpoint = str(run.resume) if run.resume else None
     if options.train:
-        trainer.fit(model, data, ckpt_path=checkpoint)
+        try:
+            trainer.fit(model, data, ckpt_path=checkpoint)
+        except Exception:
+            if checkpoint is None or resume.begun:
+                raise
+            with fits(run.resume):  # it was being read
+                raise
         if not resume.begun and trainer.is_global_zero:
             _logger.info(
                 "%s: finished at step %d; to go on, raise lightning.trainer.max_steps or max_epochs",

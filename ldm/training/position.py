@@ -5,15 +5,23 @@ wrong for some of these: it skips or repeats an epoch's data, or loses a validat
 reduced to one of three states before Lightning reads it.
 """
 
+import logging
 from collections.abc import MutableMapping
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loops import evaluation_loop, training_epoch_loop
 
+_logger = logging.getLogger(__name__)
+
 EPOCH, BATCH, VALIDATED = "between epochs", "after a batch", "after a batch and its validation"
 # Of a checkpoint: what an epoch's means consist of so far, and what callbacks monitor, by key.
 _MEANS, _METRICS = "epoch_means", "callback_metrics"
+
+
+def _rates(group):
+    """The rate without its schedule's factor, and the weight decay."""
+    return {"lr": group.get("initial_lr", group["lr"]), "weight_decay": group.get("weight_decay")}
 
 
 def settle(loops: MutableMapping) -> tuple[str, int]:
@@ -78,9 +86,17 @@ class ExactResume(pl.Callback):
         self._means = {} if self.state == EPOCH else checkpoint.get(_MEANS, {})
         self._metrics = checkpoint.get(_METRICS, {})
 
+    def on_fit_start(self, trainer, pl_module) -> None:
+        """Note what the configuration says of the optimizers, which the checkpoint's state replaces."""
+        self._given = [
+            [_rates(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers
+        ]
+
     def on_train_start(self, trainer, pl_module) -> None:
         """Let Lightning's loops begin an epoch, validate, or end the epoch."""
         self.begun = True
+        if self.state is not None:
+            self._use_given(trainer)
         loop = trainer.fit_loop.epoch_loop
         trainer._logger_connector._callback_metrics.update(self._metrics)
         if self.state == EPOCH:
@@ -108,6 +124,23 @@ class ExactResume(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Add the batches before to the means, once there are any."""
         self._add_means(trainer.fit_loop.epoch_loop._results)
+
+    def _use_given(self, trainer):
+        """Learn at the configuration's rates; a schedule goes on from where it was."""
+        told = set()
+        for optimizer, given in zip(trainer.optimizers, self._given, strict=True):
+            for group, new in zip(optimizer.param_groups, given, strict=True):
+                old = _rates(group)
+                told |= {f"{name}: {old[name]} -> {new[name]}" for name in new if new[name] != old[name]}
+                if new["lr"] != old["lr"]:
+                    group["lr"] *= new["lr"] / old["lr"]
+                    group["initial_lr"] = new["lr"]
+                group |= {"weight_decay": new["weight_decay"]} if "weight_decay" in group else {}
+        for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if hasattr(schedule, "base_lrs"):
+                schedule.base_lrs = [group["initial_lr"] for group in schedule.optimizer.param_groups]
+        for line in sorted(told) if trainer.is_global_zero else ():
+            _logger.info(line)
 
     def _add_means(self, results, replace=False):
         for key, mean in self._means.items():

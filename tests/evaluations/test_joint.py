@@ -204,6 +204,28 @@ def test_command_takes_labels_that_another_classifier_found(capsys, graph_file, 
     assert "Classifier accuracy on held-out references" not in printed
 
 
+def test_labels_of_every_file_are_compared_by_the_names_of_their_classes(capsys, graph_file, tmp_path):
+    arrays = bright_and_dark(20, 1)
+    swapped = {"label": 1 - arrays["arr_1"], "class_names": ["bright", "dark"]}
+    reference = bright_and_dark(20, 0)
+    np.savez(
+        tmp_path / "ref.npz",
+        arr_0=reference["arr_0"],
+        label=reference["arr_1"],
+        class_names=["dark", "bright"],
+    )
+    np.savez(tmp_path / "s.npz", arr_0=arrays["arr_0"], **swapped)
+    np.savez(tmp_path / "found.npz", arr_0=swapped["label"], class_names=swapped["class_names"])
+    np.savez(tmp_path / "numbered.npz", arr_0=arrays["arr_1"])  # as the reference numbers them
+    np.savez(tmp_path / "other.npz", arr_0=arrays["arr_1"], class_names=["dark", "grey"])
+    words = [tmp_path / "ref.npz", tmp_path / "s.npz", "--modality", "label", "--inception", graph_file]
+    for found in ("found", "numbered"):
+        assert float(run(capsys, *words, "--predicted", tmp_path / f"{found}.npz")["Label agreement"]) == 1
+    with pytest.raises(SystemExit):
+        main([*map(str, words), "--predicted", str(tmp_path / "other.npz")])
+    assert "classes that are not known: grey; known are dark, bright" in capsys.readouterr().err
+
+
 def test_command_on_masked_copies_maps_and_vectors(capsys, graph_file, tmp_path):
     (tmp_path / "two.txt").write_text("200 0 0 red\n0 200 0 green\n0 0 0 void\n")
     for seed, name in enumerate(("ref", "s")):

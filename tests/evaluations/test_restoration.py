@@ -200,6 +200,38 @@ def test_sdedit_is_the_same_for_any_batch_size_and_number_of_ranks(launch, singl
     assert abs(results[0] - results[2]).max() <= 1
 
 
+def test_sdedit_gives_the_model_its_own_numbers_of_the_classes(capsys, tmp_path):
+    torch.manual_seed(0)
+    flags = FLAGS | {"class_cond": True, "num_classes": 3, "timestep_respacing": "2"}
+    model, _ = guided_diffusion.create_model_and_diffusion(
+        **guided_diffusion.model_and_diffusion_defaults() | flags
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "config.yaml").write_text("class_names: [cat, dog, owl]\n")
+    images, mask = sample_images(2, size=32), np.zeros((2, 32, 32), bool)
+
+    def restored(labels, names):
+        folder = tmp_path / f"{labels}{bool(names)}"
+        folder.mkdir()
+        named = {"class_names": names} if names else {}
+        np.savez(
+            folder / "holes_2.npz", arr_0=images, clean=images, mask=mask, labels=np.array(labels), **named
+        )
+        run(
+            "sdedit", folder, "--model_path", tmp_path / "model.pt", "--device", "cpu",
+            *(f"--{name}={value}" for name, value in flags.items()),
+        )  # fmt: skip
+        return np.load(folder / "sdedit_2.npz")["arr_0"]
+
+    by_name = restored([0, 1], ["dog", "owl"])
+    assert np.array_equal(by_name, restored([1, 2], [])) and not np.array_equal(by_name, restored([0, 1], []))
+    with pytest.raises(SystemExit):
+        restored([0, 0], ["cow"])
+    assert "classes that are not known: cow; known are cat, dog, owl" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_clear_line(capsys, single_task, tmp_path):
     def fails(*arguments):
         with pytest.raises(SystemExit) as stopped:
