@@ -90,7 +90,9 @@ def train_and_sample(out, args, joint: dict) -> np.ndarray:
     made = folder / "samples"
     command(
         "mt_image_sample",
-        dict(model_path=folder, num_samples=SAMPLES, batch_size=SAMPLES, steps=50, log_dir=made),
+        dict(
+            model_path=folder, num_samples=SAMPLES, batch_size=SAMPLES, sampler="ddpm", steps=50, log_dir=made
+        ),
     )
     with np.load(next(made.glob("samples_*.npz"))) as arrays:
         return arrays["arr_0"]

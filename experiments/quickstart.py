@@ -87,7 +87,9 @@ def main():
     def sample(model, name, **flags):
         folder = out / "samples" / f"{model}_{name}"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier quickstart
-        script("mt_image_sample", model_path=out / model, log_dir=folder, batch_size=256, **flags)
+        script(
+            "mt_image_sample", model_path=out / model, log_dir=folder, batch_size=256, sampler="ddpm", **flags
+        )
         with np.load(next(folder.glob("samples_*.npz"))) as arrays:
             return dict(arrays)
 

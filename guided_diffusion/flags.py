@@ -24,10 +24,11 @@ LABEL_FROM = ("auto", "prefix", "folder")
 MISSING = ("error", "value")
 PRECISIONS = ("fp32", "bf16", "fp16")
 SWITCH = ("auto", "true", "false")
-SAMPLERS = ("ddpm", "ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc")
+SAMPLERS = ("ddpm", "ddim", "plms", "heun", "dpm++", "dpm++sde", "dpm++3m", "unipc")
 AGGREGATIONS = ("bump", "late", "paper-normalized", "constant", "paper")
 LOSS_WEIGHTINGS = ("none", "p2", "min_snr")
 TASK_WEIGHTINGS = ("fixed", "uncertainty", "pcgrad")
+FEW_SAMPLER, FEW_STEPS = "dpm++sde", 20  # of joint models' programs, unless said otherwise
 OWN_FOLDER = "$OPENAI_LOGDIR, or runs/DATE-NAME"  # where joint models' programs write without --log_dir
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp")  # kinds of images
 OWN_STRENGTH = "1, of an image the share of its dimensions whose held-out errors are independent"
@@ -283,7 +284,8 @@ FLAGS: dict[str, Flag] = {
         use_ddim=Flag("sample by DDIM in place of ancestral sampling"),
         sampler=Flag("how to sample", choices=SAMPLERS),
         steps=Flag(
-            "use fewer steps: a number, even in log-SNR, or upstream's ddim50, or 10,15,20 by section",
+            "use fewer steps: a number, placed where abar is large enough (ddpm: evenly), or upstream's ddim50, or "
+            "10,15,20 by section",
             unset="all",
         ),
         given=Flag("what is known, NAME=FILE_OR_FOLDER; may be repeated"),

@@ -15,7 +15,8 @@ from ldm.modules.encoders.modules import ClassEmbedder, TextEncoder
 class LatentStudio(Studio):
     """A run of main.py, or its checkpoint, as sample_diffusion.py takes it."""
 
-    samplers = ("ddim", "plms", "dpm++", "ddpm")
+    samplers = ("ddim", "plms", "heun", "dpm++", "dpm++sde", "dpm++3m", "unipc", "ddpm")
+    steps = 50
 
     def __init__(self, path: str):
         run, checkpoint = inference.locate(path)

@@ -60,7 +60,9 @@ def parser() -> flags.Parser:
     own.add("--given", action="append", default=[], metavar="NAME=FILE_OR_FOLDER")
     own.add("--want", default="")
     own.add(
-        "--sampler", choices=("ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc", "ddpm"), default="ddim"
+        "--sampler",
+        choices=("ddim", "plms", "heun", "dpm++", "dpm++sde", "dpm++3m", "unipc", "ddpm"),
+        default="ddim",
     )
     own.add("--scale", default=1.0)
     own.add("--strength", kind=float, unset=flags.OWN_STRENGTH)

@@ -49,7 +49,7 @@ def parser() -> flags.Parser:
     own.add(
         "--sampler",
         default="",
-        choices=("ddim", "plms", "heun", "dpm++", "dpm++3m", "unipc"),
+        choices=("ddim", "plms", "heun", "dpm++", "dpm++sde", "dpm++3m", "unipc"),
         also=("",),
         unset="ddim, or what --plms or --dpm_solver says",
     )

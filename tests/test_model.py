@@ -8,6 +8,7 @@ import torch as th
 from guided_diffusion.errors import UserError, UserFileError
 from guided_diffusion.flags import Parser, parse_flags
 from guided_diffusion.mt.model import JointModel, mt_defaults, read_config, write_config
+from guided_diffusion.mt.solvers import few_timesteps
 from guided_diffusion.script_util import model_and_diffusion_defaults
 from guided_diffusion.seeding import PerSample
 from tests.mt_driver import digits, train
@@ -79,6 +80,17 @@ def test_fewer_steps_keep_the_marginals():
         shifts = [d.q_sample(z, th.tensor([t]), noise, ones) for d, t in ((few, index), (full, step))]
         assert th.allclose(*shifts, atol=1e-6)
     assert small().respaced("").num_timesteps == 40 and small().respaced("ddim5").num_timesteps == 5
+
+
+def test_ancestral_sampling_keeps_even_timesteps():
+    """Others take few_timesteps, which are dense at both ends."""
+    seen, model = {}, small()
+    model.network.register_forward_hook(lambda _, inputs, __: seen[sampler].append(int(inputs[1][0])))
+    for sampler in ("ddpm", "dpm++sde"):
+        seen[sampler] = []
+        model.sample(PerSample([0]), 5, sampler=sampler)
+    assert seen["ddpm"] == [39, 29, 20, 10, 0]
+    assert seen["dpm++sde"] == few_timesteps(model.diffusion.alphas_cumprod, 5)[::-1] != seen["ddpm"]
 
 
 @pytest.mark.parametrize("steps", ["0", "41", "many", "ddim41"])

@@ -282,7 +282,7 @@ def test_bad_input_is_refused_in_one_line(trained, data, tmp_path, capsys):
         ),
         (
             ("--sampler", "euler"),
-            "--sampler must be one of ddpm, ddim, plms, heun, dpm++, dpm++3m, unipc, not 'euler'",
+            "--sampler must be one of ddpm, ddim, plms, heun, dpm++, dpm++sde, dpm++3m, unipc, not 'euler'",
         ),
         (("--steps", "many"), "many"),
         (("--steps", 41), "41"),

@@ -7,6 +7,7 @@ import torch as th
 
 from .. import dist_util
 from ..figures import to_uint8
+from ..flags import FEW_SAMPLER
 from ..seeding import PerSample, derive_seed
 from . import directions
 from .modality_set import batch_of
@@ -78,7 +79,8 @@ def judged_samples(
     for numbers in directions.batches(directions.own_share(count), _BATCH):
         random = PerSample.derived(seed, numbers, dist_util.dev())
         given = random_labels(model.modalities, random)
-        drawn = model.sample(random, min(steps, model.diffusion.num_timesteps), given=given, sampler="dpm++")
+        fewer = min(steps, model.diffusion.num_timesteps)
+        drawn = model.sample(random, fewer, given=given, sampler=FEW_SAMPLER)
         directions.store(rows, numbers, {"image": drawn.images, **drawn.values})
     arrays = directions.gathered(rows)
     if dist_util.get_rank() != 0:

@@ -46,7 +46,7 @@ from guided_diffusion.mt.model import JointModel
 from guided_diffusion.seeding import PerSample
 
 model = JointModel.from_pretrained("{repo}")
-sample = model.sample(PerSample(range(4)), steps=50, sampler="dpm++")
+sample = model.sample(PerSample(range(4)), steps=20, sampler="dpm++sde")
 sample.images, sample.values  # [4, {channels}, {size}, {size}] in [-1, 1], and the modalities by name
 ```
 

@@ -28,7 +28,7 @@ from .hub import HubModel, training_of
 from .losses import JointLosses, multitask_losses
 from .modalities import Modality, parse_modalities
 from .modality_set import Batch, ModalitySet, Values, derive_values, peaks, with_peaks
-from .sampling import JointSample, joint_sample
+from .sampling import EVENLY_SPACED, JointSample, joint_sample
 from .solvers import few_timesteps
 
 CONFIG_NAME = "config.yaml"
@@ -150,9 +150,10 @@ class JointModel(HubModel):
     def sample(self, random: PerSample, steps: str | int | None = None, **options) -> JointSample:
         """One sample for each generator of `random`; options: of `joint_sample`, such as given and sampler.
 
-        steps: as in `respaced`; None: the diffusion's own.
+        steps: as in `respaced`, even for samplers of EVENLY_SPACED; None: the diffusion's own.
         """
-        diffusion = self.diffusion if steps is None else self.respaced(steps)
+        even = options.get("sampler", "ddpm") in EVENLY_SPACED
+        diffusion = self.diffusion if steps is None else self.respaced(steps, even)
         shape = (len(random), *(options.pop("shape", None) or self.shape))
         return joint_sample(diffusion, self.modalities, self.network, shape, random, **options)
 

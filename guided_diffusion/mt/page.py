@@ -33,7 +33,7 @@ from starlette.routing import Route
 from .. import dist_util
 from ..errors import UserError, UserValueError, one_line
 from ..figures import is_frame, save_film, to_uint8
-from ..flags import FLAGS, SAMPLERS
+from ..flags import FEW_SAMPLER, FEW_STEPS, FLAGS, SAMPLERS
 from . import directions
 from .model import JointModel
 from .run import Film, names_of_classes, read_given, sample_batch
@@ -41,7 +41,6 @@ from .run import Film, names_of_classes, read_given, sample_batch
 PAGE = Path(__file__).with_suffix(".html")
 MOST_SAMPLES = 16
 SHOWN_CLASSES = 5
-_STEPS = 50  # of sampling, at first
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -98,7 +97,10 @@ class Studio(ABC):
     title: str
     parts: Sequence[Part]
     timesteps: int
-    samplers: Sequence[str] = SAMPLERS
+    samplers: Sequence[str] = sorted(
+        SAMPLERS, key=lambda name: name != FEW_SAMPLER
+    )  # the first is the default
+    steps = FEW_STEPS  # at first
 
     @abstractmethod
     def draw(self, wish: Wish, watch: Callable[[int, int, Image.Image | None], None]) -> Drawn:
@@ -199,7 +201,7 @@ def application(
         "title": studio.title,
         "parts": [asdict(part) for part in studio.parts],
         "timesteps": studio.timesteps,
-        "steps": min(_STEPS, studio.timesteps),
+        "steps": min(studio.steps, studio.timesteps),
         "samplers": list(studio.samplers),
         "most_samples": MOST_SAMPLES,
     }
@@ -283,7 +285,7 @@ def read_wish(asked: Mapping, studio: Studio, folder: Path) -> Wish:
         [f"{name}={_source_of(parts[name], value, folder)}" for name, value in given.items()],
         [str(name) for name in want],
         _number(asked, "count", int, 4, 1, MOST_SAMPLES),
-        _number(asked, "steps", int, min(_STEPS, studio.timesteps), 1, studio.timesteps),
+        _number(asked, "steps", int, min(studio.steps, studio.timesteps), 1, studio.timesteps),
         str(asked.get("sampler", studio.samplers[0])),
         _number(asked, "strength", float, 1.0, 0, 1000),
         _number(asked, "guidance", float, 1.0, -1000, 1000),

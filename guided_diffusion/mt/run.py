@@ -11,7 +11,7 @@ from .. import checkpoint_util, cli, dist_util, logger
 from ..errors import UserError, UserValueError
 from ..execution import Execution
 from ..figures import Row, contact_sheet, is_frame, label_captions, save_film, to_uint8
-from ..flags import model_and_diffusion_defaults, mt_defaults
+from ..flags import FEW_SAMPLER, FEW_STEPS, model_and_diffusion_defaults, mt_defaults
 from ..image_datasets import SquareImages, classes_of, hold_out, load_stream, open_dataset
 from ..image_files import are_numbers, list_labelled_images, open_arrays
 from ..sample_shards import Shards, fingerprint
@@ -325,7 +325,7 @@ def draw_samples(loop: JointTrainLoop, model: JointModel, flags: dict) -> None:
     with loop.ema_weights():
         random = PerSample.derived(flags["seed"], range(GRID), dist_util.dev())
         given = random_labels(model.modalities, random)
-        drawn = model.sample(random, steps, given=given, sampler="dpm++")
+        drawn = model.sample(random, steps, given=given, sampler=FEW_SAMPLER)
     loop.model.train()
     rows = [Row("image", to_uint8(drawn.images), _captions(model, drawn.values))]
     shown = {m.name: m.pixels(drawn.values[m.name]) for m in model.modalities if m.name in drawn.values}
@@ -360,6 +360,9 @@ def sample(args) -> None:
     dist_util.setup_dist()
     cli.open_log(args.log_dir, "mt_image_sample")
     model = JointModel.load(args.model_path, args.weights)
+    args.sampler = args.sampler or ("ddpm" if args.resample > 1 else FEW_SAMPLER)
+    if not args.steps and args.sampler != "ddpm":
+        args.steps = str(min(FEW_STEPS, model.diffusion.num_timesteps))
     if max(args.times) >= model.diffusion.num_timesteps:
         raise UserValueError(f"--times must be below {model.diffusion.num_timesteps}, not {max(args.times)}")
     execution = execution_of(args, model)

@@ -161,9 +161,10 @@ def plms(
 
 
 def dpm_solver_pp(
-    diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, **kwargs
+    diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, eta: float = 0.0, **kwargs
 ) -> Iterator[dict]:
-    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order in the predicted image. Deterministic."""
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): second order in the predicted image. Deterministic at eta = 0; at
+    1 the same for the reverse stochastic equation (SDE-DPM-Solver++(2M), equation 19 there)."""
     abar, abar_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
     log_snr = half_log_snr(abar)
     previous = None
@@ -180,15 +181,24 @@ def dpm_solver_pp(
                 # last step.
                 r = max((log_snr[i] - log_snr[i + 1]) / h, 1.0)
                 x_start, encodings = _combine((1 + 1 / (2 * r), -1 / (2 * r)), (now, previous))
-            sigma_ratio = ((1 - abar_prev[i]) / (1 - abar[i])) ** 0.5
+            kept = ((1 - abar_prev[i]) / (1 - abar[i])) ** 0.5 * np.exp(-eta * h)
             y = (
-                sigma_ratio * to_frame(diffusion, z, t, encodings)
-                - abar_prev[i] ** 0.5 * np.expm1(-h) * x_start
+                kept * to_frame(diffusion, z, t, encodings)
+                - abar_prev[i] ** 0.5 * np.expm1(-(1 + eta) * h) * x_start
             )
+            if eta:
+                y = y + ((1 - abar_prev[i]) * -np.expm1(-2 * eta * h)) ** 0.5 * randn_like(z)
             z = from_frame(diffusion, y, t - 1, encodings)
         previous = now
         out["sample"] = z = edit(z, i - 1, encodings_of(out))
         yield out
+
+
+def dpm_solver_pp_sde(
+    diffusion: GaussianDiffusion, model, z, randn_like, edit: Edit = _keep, **kwargs
+) -> Iterator[dict]:
+    """SDE-DPM-Solver++(2M): fresh noise in every step corrects errors of the steps before, as ancestral sampling does."""
+    yield from dpm_solver_pp(diffusion, model, z, randn_like, edit, eta=1.0, **kwargs)
 
 
 def dpm_solver_pp_3m(
@@ -230,9 +240,11 @@ SAMPLERS = {
     "plms": plms,
     "heun": heun,
     "dpm++": dpm_solver_pp,
+    "dpm++sde": dpm_solver_pp_sde,
     "dpm++3m": dpm_solver_pp_3m,
     "unipc": unipc,
 }
+EVENLY_SPACED = ("ddpm",)  # better at few timesteps that are even than at those of `few_timesteps`
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ def half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
 
 
 def few_timesteps(alphas_cumprod: np.ndarray, count: int) -> list[int]:
-    """`count` timesteps, ascending, even in lambda between timestep 0 and the last with abar of FIRST_SIGNAL.
+    """`count` timesteps, ascending, from timestep 0 to the last with abar of FIRST_SIGNAL, even in the mean of timestep
+    and lambda, each as a share of its range: evenness in lambda alone spends half of the steps on noise that nobody
+    sees, in timesteps it leaps over the last of it.
 
-    Where even lambdas round to the same timestep, its neighbours are taken; a count beyond those timesteps takes
+    Where places round to the same timestep, its neighbours are taken; a count beyond those timesteps takes
     noisier ones too, all T in the end. UserValueError outside 1..T.
     """
     total = len(alphas_cumprod)
@@ -35,9 +37,9 @@ def few_timesteps(alphas_cumprod: np.ndarray, count: int) -> list[int]:
     last = max(int((alphas_cumprod >= min(FIRST_SIGNAL, alphas_cumprod[0])).nonzero()[0][-1]), count - 1)
     if count == 1:
         return [last]
-    lambdas = half_log_snr(alphas_cumprod)
-    wanted = np.linspace(lambdas[0], lambdas[last], count)
-    kept = np.interp(-wanted, -lambdas, np.arange(total)).round().astype(int)
+    lambdas, times = half_log_snr(alphas_cumprod), np.arange(last + 1)
+    way = times / last + (lambdas[0] - lambdas[: last + 1]) / (lambdas[0] - lambdas[last])
+    kept = np.interp(np.linspace(0, 2, count), way, times).round().astype(int)
     order = np.arange(count)
     kept = np.maximum.accumulate(kept - order) + order  # each later than the one before
     return np.minimum(kept, last - order[::-1]).tolist()

@@ -21,7 +21,7 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.image_diffusion import DDPM
 from ldm.models.diffusion.image_log import log_images, log_samples
 from ldm.models.diffusion.plms import PLMSSampler
-from ldm.models.diffusion.solvers import DPMSolver3MSampler, HeunSampler, UniPCSampler
+from ldm.models.diffusion.solvers import DPMSolver3MSampler, DPMSolverSDESampler, HeunSampler, UniPCSampler
 from ldm.modules.distributions.distributions import AbstractDistribution, draw
 from ldm.modules.encoders.base import frozen
 from ldm.util import instantiate_from_config
@@ -36,6 +36,7 @@ SAMPLERS = {
     "plms": PLMSSampler,
     "heun": HeunSampler,
     "dpm++": DPMSolverSampler,
+    "dpm++sde": DPMSolverSDESampler,
     "dpm++3m": DPMSolver3MSampler,
     "unipc": UniPCSampler,
 }
