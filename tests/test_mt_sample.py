@@ -275,7 +275,7 @@ def test_bad_input_is_refused_in_one_line(trained, data, tmp_path, capsys):
             "--times must be whole numbers separated by commas, not 'soon'",
         ),
         (("--given", image, "--want", "image"), "--want image: that is given already"),
-        (("--given", f"masked={tmp_path}/hole.npz", "--resample", 2), "needs every_step"),
+        (("--given", f"masked={tmp_path}/hole.npz", "--resample", 2), "goes over known pixels again"),
         (
             ("--given", f"image={tmp_path}/hole.npz", "--resample", 2, "--sampler", "ddim"),
             "works with ddpm, not ddim",
