@@ -168,7 +168,7 @@ def list_labelled_images(
         kind, names = _known_names(data_dir, paths, label_from, class_names)
     else:
         kind, names = _names_with_meaning(data_dir, paths, label_from)
-        class_names = sorted(set(names)) if class_names is not None else _numbered(names, num_classes)
+        class_names = sorted(set(names)) if class_names is not None else number_names(names, num_classes)
     number = {name: i for i, name in enumerate(class_names)}
     used = set(names)
     if missing := [name for name in class_names if name not in used]:
@@ -176,7 +176,7 @@ def list_labelled_images(
     return LabelledImages(paths, [number[name] for name in names], list(class_names), kind)
 
 
-def _numbered(names: Iterable[str], num_classes: int) -> list[str]:
+def number_names(names: Iterable[str], num_classes: int) -> list[str]:
     """The names of the classes in the order of their numbers."""
     distinct = set(names)
     if not all(re.fullmatch("[0-9]+", name) for name in distinct):

@@ -31,12 +31,8 @@ class LatentStudio(Studio):
         for m in model.modalities if joint else ():
             if m.name in model.image_names:
                 self.parts.append(Part(m.name, "image", **size))
-            elif m.kind == "label":
-                self.parts.append(
-                    Part(m.name, "label", classes=classes or tuple(map(str, range(m.shape[0]))))
-                )
             else:
-                self.parts.append(Part(m.name, "vector"))
+                self.parts.append(Part(m.name, m.kind, **m.control(classes)))
         if model.model.conditioning_key is not None:
             key, stage = model.cond_stage_key, model.cond_stage_model
             if isinstance(stage, TextEncoder):

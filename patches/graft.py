@@ -29,6 +29,8 @@ PACKAGE = "guided_diffusion"
 MANIFEST = f"{PACKAGE}/mt/GRAFT"  # checksums of the files that came along
 CORE = (
     "aggregation",
+    "modality",
+    "kinds",
     "modalities",
     "masks",
     "modality_set",

@@ -5,8 +5,8 @@
         --modalities masked:X,label:X (and the flags that ADM's model was trained with)
     python scripts/convert_checkpoint.py runs/mine single.pt --to adm
     python scripts/convert_checkpoint.py runs/mine mine.safetensors --to joint
-    python scripts/convert_checkpoint.py runs/mine folder --to diffusers        # a UNet2DModel with its scheduler
-    python scripts/convert_checkpoint.py logs/RUN folder --to diffusers         # a Stable Diffusion of main.py
+    python scripts/convert_checkpoint.py runs/mine folder --to diffusers        # a UNet2DModel
+    python scripts/convert_checkpoint.py logs/RUN folder --to diffusers         # of main.py
     python scripts/convert_checkpoint.py v1.ckpt folder --to diffusers --config configs/stable-diffusion/v1-inference.yaml
 
 The first begins with ADM's weights and fresh heads; mt_image_train.py --init_from goes on from it. The

@@ -25,10 +25,10 @@ from ..errors import UserError, UserFileError, UserValueError, closest
 from ..image_datasets import MAX_BAD, SquareImages
 from ..image_files import (
     BadImageError,
-    _numbered,
     draw_cut,
     is_image,
     list_images,
+    number_names,
     open_arrays,
     stored_class_names,
     tell,
@@ -89,7 +89,7 @@ class Column:
         found = {_text(cell) for cell in self.values()} - {"-1"}
         if not found:
             raise UserValueError(f"modality {self.name}: the data have not one value of it")
-        return _numbered(found, 1 + max((int(name) for name in found if name.isdigit()), default=0))
+        return number_names(found, 1 + max((int(name) for name in found if name.isdigit()), default=0))
 
     def kind(self) -> str:
         """The preset of modalities.PRESETS that its first value looks like."""

@@ -15,16 +15,15 @@ from .modality_set import Batch, ModalitySet, Values
 
 
 class JointDenoiser:
-    """The network as a sampler's model: (z_t, timesteps, **conditioning) -> JointOutput. One forward pass a
-    step, two with guidance. Without modalities it returns the network's plain output.
+    """The network as a sampler's model: (z_t, timesteps, **conditioning) -> JointOutput; without modalities, to the
+    network's plain output. One forward pass a step, two with guidance.
 
     A given modality of variant X is shown to the network. One of variant U conditions through the model's own head,
     by Bayes: eps - strength sqrt(1 - abar_t) grad log p(x_i | z_t). Strength 1 is exact for the image where a head's
-    errors are independent, 0 only holds the value fixed, which does not condition the image on it; None takes 1, and
-    for an image the measured share of independent dimensions. Several Gaussian ones condition through the measured
-    covariance of their errors, which also corrects the estimates of those that are not given. Classifier-free guidance (Ho & Salimans 2022)
-    extrapolates the noise from that at the null inputs; where the network also learned images alone (single_task),
-    from that of the image without any shift, which guides towards U modalities too.
+    errors are independent, 0 only holds it fixed; None: 1, and for images the measured share of
+    independent dimensions. Several Gaussian ones condition through the measured covariance of their errors.
+    Classifier-free guidance (Ho & Salimans 2022) extrapolates from the null inputs; in networks that also learned images
+    alone (single_task), from no shift.
     """
 
     def __init__(

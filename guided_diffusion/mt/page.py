@@ -116,19 +116,9 @@ class PixelStudio(Studio):
         self.model.network.to(dist_util.dev())
         self.title, self.timesteps = Path(path).name, self.model.diffusion.num_timesteps
         channels, height, width = self.model.shape
-        size = dict(height=height, width=width, channels=channels)
-        self.parts = [Part("image", "image", holes=True, **size)]
+        self.parts = [Part("image", "image", holes=True, height=height, width=width, channels=channels)]
         for m in self.model.modalities:
-            own = {}
-            if m.kind == "image":
-                own = size | dict(channels=m.shape[0], holes=m.derive is not None)
-            elif m.kind == "label":
-                own = dict(classes=names_of_classes(self.model, m) or tuple(map(str, range(m.shape[0]))))
-            elif m.kind == "map":
-                names = tuple(map(str, range(m.shape[0]))) if m.palette is None else tuple(m.palette.classes)
-                own = size | dict(
-                    channels=3, classes=names, colors=m.colors().tolist(), numbered=m.palette is None
-                )
+            own = m.control(names_of_classes(self.model, m))
             self.parts.append(Part(m.name, m.kind, drawable=m.head != "none", **own))
 
     def draw(self, wish, watch):
@@ -176,7 +166,7 @@ class PixelStudio(Studio):
             )
             if pixels is not None:
                 images[name] = pixels
-            elif model.modalities[name].kind == "label":
+            elif model.modalities[name].classes(value) is not None:
                 labels[name] = value.numpy()
             else:
                 vectors[name] = value.numpy()
@@ -310,44 +300,68 @@ def _source_of(part: Part, value, folder: Path) -> str:
     """The source, as --given has it, of what the page sent for a part: a class, a text, or a file in base64."""
     if not part.giveable or not isinstance(value, str) or not value:
         raise UserValueError(f"{part.name} cannot be given so")
-    if part.kind in ("label", "text"):
-        path = folder / f"{part.name}.txt"
-        if part.kind == "text":
-            path.write_text(" ".join(value.split()))
-            return str(path)
-        if value != directions.RANDOM and value not in part.classes:
-            raise UserValueError(f"{part.name}: there is no class {value!r}")
-        # A class is named by its number: a name may hold a comma.
-        return value if value == directions.RANDOM else str(part.classes.index(value))
+    return _SOURCES[part.kind](part, value, folder)
+
+
+def _text(part, value, folder):
+    path = folder / f"{part.name}.txt"
+    path.write_text(" ".join(value.split()))
+    return str(path)
+
+
+def _class(part, value, folder):
+    if value == directions.RANDOM:
+        return value
+    if value not in part.classes:
+        raise UserValueError(f"{part.name}: there is no class {value!r}")
+    return str(part.classes.index(value))  # a name may hold a comma
+
+
+def _vector(part, value, folder, suffix=".npy"):
     try:
         content = base64.b64decode(
             value.partition(",")[2] if value.startswith("data:") else value, validate=True
         )
     except (binascii.Error, ValueError):
         raise UserValueError(f"{part.name}: the file did not arrive whole") from None
-    path = folder / f"{part.name}{'.npy' if part.kind == 'vector' else '.png'}"
+    path = folder / f"{part.name}{suffix}"
     path.write_bytes(content)
-    if part.kind in ("image", "map"):
-        try:
-            with Image.open(path, formats=["PNG"]) as image:
-                size = image.size
-                painted = np.asarray(image.convert("RGB"), np.int64) if max(size) <= 4096 else None
-        except OSError:
-            raise UserValueError(f"{part.name}: that is no PNG image") from None
-        if size != (part.width, part.height):
-            raise UserValueError(
-                f"{part.name} must have {part.width}x{part.height} pixels, not {size[0]}x{size[1]}"
-            )
-    if part.kind == "map":  # the class of the nearest colour
-        colors = np.asarray(part.colors)
-        number = np.abs(painted[..., None, :] - colors).sum(-1).argmin(-1)
-        pixels = (
-            number.astype(np.uint8 if len(colors) <= 256 else np.uint16)
-            if part.numbered
-            else colors[number].astype(np.uint8)
-        )
-        Image.fromarray(pixels).save(path)
     return str(path)
+
+
+def _image(part, value, folder):
+    path = _vector(part, value, folder, ".png")
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            size = image.size
+            if size == (part.width, part.height):
+                image.load()
+    except OSError:
+        raise UserValueError(f"{part.name}: that is no PNG image") from None
+    if size != (part.width, part.height):
+        raise UserValueError(
+            f"{part.name} must have {part.width}x{part.height} pixels, not {size[0]}x{size[1]}"
+        )
+    return path
+
+
+def _map(part, value, folder):
+    """The class of the nearest colour."""
+    path = _image(part, value, folder)
+    with Image.open(path) as image:
+        painted = np.asarray(image.convert("RGB"), np.int64)
+    colors = np.asarray(part.colors)
+    number = np.abs(painted[..., None, :] - colors).sum(-1).argmin(-1)
+    pixels = (
+        number.astype(np.uint8 if len(colors) <= 256 else np.uint16)
+        if part.numbered
+        else colors[number].astype(np.uint8)
+    )
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+_SOURCES = {"text": _text, "label": _class, "vector": _vector, "image": _image, "map": _map}
 
 
 class Desk:

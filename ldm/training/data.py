@@ -19,7 +19,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.seeding import derive_seed
 from ldm.util import Indexed, instantiate_from_config
 
-_NAMES = ("train", "validation", "test", "predict")
+SPLITS = ("train", "validation", "test", "predict")
 
 
 class WrappedDataset(Dataset):
@@ -117,7 +117,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.batch_size, self.wrap, self.use_worker_init_fn = batch_size, wrap, use_worker_init_fn
         cores = os.cpu_count() or 1
         self.num_workers = min(2 * batch_size, cores) if num_workers is None else num_workers
-        configs = zip(_NAMES, (train, validation, test, predict), strict=True)
+        configs = zip(SPLITS, (train, validation, test, predict), strict=True)
         self.dataset_configs = {name: config for name, config in configs if config is not None}
         self._shuffle = {"train": True, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
         self._resume_at: dict[str, int] | None = None
@@ -190,7 +190,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _loader(self, name):
         dataset = self.datasets[name]
         # Each set's own seed, so that sample 0 of training and of validation are not cropped alike.
-        seed = derive_seed(self.seed, _NAMES.index(name))
+        seed = derive_seed(self.seed, SPLITS.index(name))
         sampler = EpochSampler(len(dataset), self.batch_size, seed, self._shuffle.get(name, False))
         return DataLoader(
             SeededDataset(dataset, seed),

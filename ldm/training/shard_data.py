@@ -18,7 +18,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError, UserValueError
 from guided_diffusion.seeding import derive_seed
 from ldm.data.tar_shards import Position, TarShards
-from ldm.training.data import _NAMES, DataModuleFromConfig, EpochSampler
+from ldm.training.data import SPLITS, DataModuleFromConfig, EpochSampler
 
 POSITION = "stream_position_"  # of a batch, until the data module takes it out: (lane, Position)
 _logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class ShardDataModule(DataModuleFromConfig):
         if train:
             positions = self._positions = list(self._resume_lanes or positions)
         batches = -(-len(shards) // (dist_util.get_world_size() * self.batch_size))
-        seed = derive_seed(self.seed, _NAMES.index(name))
+        seed = derive_seed(self.seed, SPLITS.index(name))
         return DataLoader(
             LaneBatches(shards, self.batch_size, seed, lanes=len(positions), report=train),
             batch_size=None,  # a request is for a batch

@@ -43,13 +43,11 @@ FORMER = dict(unshifted_probability=0.0, detectability=0.0, presence=False, code
 class JointLatentDiffusion(LatentDiffusion):
     """LatentDiffusion of an image, named first_stage_key, and `modalities`.
 
-    modalities: as for guided_diffusion.mt.modalities.parse_modalities, in latent space: `{label_map: {preset:
-    image}}` is a second image, `{label_map: {preset: map, palette: camvid}}` a map of classes, and an encoder
-    may be {target, params} of a module of your own; variant X widens the U-Net's input beyond unet_config's
-    in_channels. extractors: {name: configuration} of what reads vectors off the images. held_out, standardise:
+    modalities: as for guided_diffusion.mt.modalities.parse_modalities, in latent space: `{depth: {preset: image}}`
+    is a second image, and an encoder may be {target, params} of your own; variant X widens the U-Net's input
+    beyond unet_config's in_channels. extractors: {name: configuration} of what reads vectors off the images. held_out, standardise:
     how many validation samples the heads' variance, and how many training samples the vectors' standard form,
-    is measured on (0 for none). Others are named as flags of mt_image_train.py (what a stored configuration
-    does not name is as in FORMER), or as in LatentDiffusion.
+    is measured on (0 for none). Others: flags of mt_image_train.py (as FORMER where not stored), or LatentDiffusion.
 
     A batch holds images [B, H, W, C] (or cached latents, see `latents`), labels [B] and vectors [B, D] under the
     modalities' names, and where some are missing `<name>_present`, bool [B].
