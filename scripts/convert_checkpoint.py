@@ -1,5 +1,4 @@
-"""Checkpoints in and out: ADM's into a joint model, a joint model into ADM's, either into diffusers' folders, .pt into
-.safetensors and back.
+"""Checkpoints in and out: ADM's, joint models', diffusers' folders, .pt and .safetensors.
 
     python scripts/convert_checkpoint.py 64x64_diffusion.pt runs/from_adm/model000000.pt --to joint \\
         --modalities masked:X,label:X (and the flags that ADM's model was trained with)

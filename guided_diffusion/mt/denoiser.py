@@ -16,7 +16,7 @@ from .modality_set import Batch, ModalitySet, Values
 
 class JointDenoiser:
     """The network as a sampler's model: (z_t, timesteps, **conditioning) -> JointOutput; without modalities, to the
-    network's plain output. One forward pass a step, two with guidance.
+    network's plain output. Two passes with guidance.
 
     A given modality of variant X is shown to the network. One of variant U conditions through the model's own head,
     by Bayes: eps - strength sqrt(1 - abar_t) grad log p(x_i | z_t). Strength 1 is exact for the image where a head's
