@@ -1,6 +1,9 @@
 """Command-line options that several evaluations share."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from guided_diffusion.flags import Parser
 
@@ -12,6 +15,12 @@ NETS = ("alex", "vgg", "squeeze")  # of LPIPS
 def add_json_option(parser: Parser) -> None:
     """--json."""
     parser.add("--json", kind=Path)
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Write a result (a dataclass) as --json asks, if it does."""
+    if path:
+        path.write_text(json.dumps(asdict(result), indent=2) + "\n")
 
 
 def add_network_options(parser: Parser) -> None:

@@ -8,7 +8,7 @@ Both files hold uint8 images [N, H, W, 3] under arr_0; a folder of images does a
 `sigma`, `mu_s`, `sigma_s`) are used for FID and sFID, as ADM does it.
 """
 
-from evaluations.arguments import add_json_option, add_network_options
+from evaluations.arguments import add_json_option, add_network_options, write_json
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 from guided_diffusion.flags import Parser, answer_early
 
@@ -37,7 +37,6 @@ if __name__ == "__main__":
 
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -124,9 +123,6 @@ class Evaluation:
     bootstrap_repetitions: int
     torch_version: str
     device: str
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 def activations(
@@ -280,8 +276,7 @@ def run(args: argparse.Namespace) -> None:
             _note(f"{name} 95 % interval: {detail.interval[0]:.6g} to {detail.interval[1]:.6g}")
     if warning := bias_warning(result):
         _note(f"warning: {warning}")
-    if args.json:
-        args.json.write_text(result.to_json() + "\n")
+    write_json(args.json, result)
 
 
 if __name__ == "__main__":

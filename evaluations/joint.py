@@ -10,7 +10,7 @@ representations, floats [N, D]. Prints the joint Frechet distance, how often lab
 and with --conditional how far pairs drawn jointly are from images drawn for given partners: see docs/evaluation.md.
 """
 
-from evaluations.arguments import add_json_option, add_network_options
+from evaluations.arguments import add_json_option, add_network_options, write_json
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.flags import Parser, answer_early
 
@@ -50,8 +50,6 @@ if __name__ == "__main__":
 
 
 import argparse
-import dataclasses
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -121,9 +119,6 @@ class JointEvaluation:
     resize: str
     weights: str
     weights_sha256: str
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 @dataclass(frozen=True)
@@ -318,8 +313,7 @@ def run(args: argparse.Namespace) -> None:
     )
     for line in report(result):
         print(line)
-    if args.json:
-        args.json.write_text(result.to_json() + "\n")
+    write_json(args.json, result)
 
 
 def report(result: JointEvaluation) -> list[str]:

@@ -11,7 +11,7 @@ features, the Inception Score formula, and with --labels how often a generated l
 
 from pathlib import Path
 
-from evaluations.arguments import add_json_option, add_label_option, add_size_option
+from evaluations.arguments import add_json_option, add_label_option, add_size_option, write_json
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.flags import Parser, answer_early
 
@@ -50,8 +50,6 @@ if __name__ == "__main__":
     answer_early(parser)  # before the slow imports
 
 
-import dataclasses
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,9 +113,6 @@ class Judgement:
     n_samples: int
     judge: str
     judge_sha256: str
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 def train_judge(
@@ -302,8 +297,7 @@ def main() -> None:
         ):
             if getattr(result, name) is not None:
                 print(f"{name.replace('_', ' ')}: {getattr(result, name):.4f}")
-        if args.json:
-            args.json.write_text(result.to_json() + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

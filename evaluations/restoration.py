@@ -10,7 +10,7 @@ images themselves. Masks are training's: grey squares that may overlap and end a
 same masks whatever else is in the set. `table` also takes other methods' results: --row "Name=folder/name_{m}.npz".
 """
 
-from evaluations.arguments import NETS, STRENGTH, add_json_option, add_size_option
+from evaluations.arguments import NETS, STRENGTH, add_json_option, add_size_option, write_json
 from guided_diffusion.errors import UserFileError, UserValueError, exit_on_user_error
 from guided_diffusion.flags import Parser, answer_early, args_to_dict, model_and_diffusion_defaults
 
@@ -88,8 +88,6 @@ if __name__ == "__main__":
 
 
 import argparse
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,9 +127,6 @@ class Table:
     weights_sha256: dict[str, str]  # by file name
     mask_size: int
     seeds: dict[int, int]  # of the masks, by their number
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 def draw_masks(
@@ -316,8 +311,7 @@ def run_table(args: argparse.Namespace) -> None:
     print(f"LPIPS ({table.net}, v0.1) to the clean images, mean ± standard error; lower is better")
     for line in format_table(table):
         print(line)
-    if args.json:
-        args.json.write_text(table.to_json() + "\n")
+    write_json(args.json, table)
 
 
 if __name__ == "__main__":

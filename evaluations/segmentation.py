@@ -9,7 +9,7 @@ count; a prediction of void counts as a miss, and against no other class (Citysc
 guided_diffusion/palettes, or a file of that form.
 """
 
-from evaluations.arguments import add_json_option
+from evaluations.arguments import add_json_option, write_json
 from guided_diffusion.errors import UserError, UserValueError, exit_on_user_error
 from guided_diffusion.flags import Parser, answer_early
 
@@ -34,8 +34,6 @@ if __name__ == "__main__":
 
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +63,6 @@ class SegmentationScores:
     n: int  # images
     pixels: int  # counted
     palette: str
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
 
 class Confusion:
@@ -205,8 +200,7 @@ def run(args: argparse.Namespace) -> None:
     print("Per-pixel accuracy:", scores.pixel_accuracy)
     print("Per-class accuracy:", scores.class_accuracy)
     print("Class IoU:", scores.class_iou)
-    if args.json:
-        args.json.write_text(scores.to_json() + "\n")
+    write_json(args.json, scores)
 
 
 if __name__ == "__main__":
