@@ -297,7 +297,7 @@ class LabelModality(Modality):
 
     def control(self, names=()):
         """See Modality."""
-        return dict(classes=names or tuple(map(str, range(self.shape[0]))))
+        return dict(classes=names or self.class_names or tuple(map(str, range(self.shape[0]))))
 
     def classes(self, value):
         """See Modality."""

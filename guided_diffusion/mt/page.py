@@ -36,7 +36,7 @@ from ..figures import is_frame, save_film, to_uint8
 from ..flags import FEW_SAMPLER, FEW_STEPS, FLAGS, SAMPLERS
 from . import directions
 from .model import JointModel
-from .run import Film, names_of_classes, read_given, sample_batch
+from .run import Film, read_given, sample_batch
 
 PAGE = Path(__file__).with_suffix(".html")
 MOST_SAMPLES = 16
@@ -118,7 +118,7 @@ class PixelStudio(Studio):
         channels, height, width = self.model.shape
         self.parts = [Part("image", "image", holes=True, height=height, width=width, channels=channels)]
         for m in self.model.modalities:
-            own = m.control(names_of_classes(self.model, m))
+            own = m.control(self.model.class_names if m.data_key == "y" else ())
             self.parts.append(Part(m.name, m.kind, drawable=m.head != "none", **own))
 
     def draw(self, wish, watch):
