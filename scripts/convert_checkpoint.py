@@ -8,11 +8,9 @@
     python scripts/convert_checkpoint.py logs/RUN folder --to diffusers         # of main.py
     python scripts/convert_checkpoint.py v1.ckpt folder --to diffusers --config configs/stable-diffusion/v1-inference.yaml
 
-The first begins with ADM's weights and fresh heads; mt_image_train.py --init_from goes on from it. The
-second drops the heads and the input channels of X modalities, and writes the flags for ADM's scripts into
-single.flags. For diffusers the heads are dropped too; what it cannot express is refused, and a UNet2DModel's folder is
-also a source. If the source already is what --to asks for, only the file format changes. safetensors files
-carry the model's flags.
+The first has fresh heads, for mt_image_train.py --init_from. The second drops heads and X inputs, and writes ADM's
+flags into single.flags. diffusers drops the heads too; a UNet2DModel's folder is also a source. If the source
+already is what --to asks for, only the file format changes.
 """
 
 import argparse

@@ -6,9 +6,8 @@
     python scripts/mt_image_sample.py --model_path runs/mine --given image=photos/ --want label
     python scripts/mt_image_sample.py --model_path runs/mine --classifier_path own            # guided to classes
 
-The model's configuration is in the checkpoint. The same seed gives the same images for any batch size and number
-of ranks. In the log's folder: samples_NxHxWxC.npz (arr_0 = uint8 images as ADM writes them, every modality under its
-name, arr_1 = classes that were drawn or guided to) and samples.png, which marks what is given, generated and true. --film FILE.gif shows the denoising of the first samples.
+The same seed gives the same images for any batch size and number of ranks. In the log's folder: samples_NxHxWxC.npz (arr_0 = uint8 images as ADM writes them, every modality under its
+name, arr_1 = classes that were drawn or guided to) and samples.png, which marks what is given, generated and true.
 The same command with that --log_dir goes on where it was interrupted.
 """
 
