@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 from benchmarks.step_cost import FULL, HALF, Step, Work, count_step, inference
 from guided_diffusion.errors import exit_on_user_error
 from guided_diffusion.flags import Parser, mt_training_defaults, read_config
+from guided_diffusion.mt.losses import ENCODED
 from guided_diffusion.mt.modalities import Modality
 from guided_diffusion.mt.model import JointModel
 from guided_diffusion.mt.training import code_interval
@@ -170,8 +171,8 @@ def _latent(config, saves):
         shapes = [(n, channels, size, size), (n,), *([(n, TOKENS, 1024)] if context else [])]
         return [torch.empty(shape, device="meta") for shape in shapes]
 
-    vectors = sum(m.get("preset") == "representation" for m in modalities.values())
-    return make, inputs, float(vectors)
+    vectors = any(m.get("preset") == "representation" for m in modalities.values())
+    return make, inputs, ENCODED * vectors
 
 
 def _shown(modalities: Sequence[Modality]) -> dict[str, tuple[int, ...]]:
@@ -279,7 +280,7 @@ PAGE = """# Memory, compute and scale
 | --- | --- |
 | parameters | counted on torch's meta device, from the configurations of this project |
 | FLOPs | torch's `FlopCounterMode`, for one sample; a multiplication and an addition are two |
-| encoding | labels: a forward pass for every class at each refresh of their codes, shared among 8 GPUs and all samples until the next; a vector: a pass for every sample, in float32 |
+| encoding | labels: a forward pass for every class at each refresh of their codes, shared among 8 GPUs and all samples until the next; a vector: a pass, in float32, for the share of the samples whose vectors are in the latent |
 | memory | weights, gradients, AdamW and the moving average, 20 bytes for a parameter, and 4 for one that is frozen (the autoencoder and CLIP of Stable Diffusion 2); DDP's buckets, 4; the activations that autograd keeps in bf16 with checkpointing of blocks, and the largest block again. FSDP (main.py --strategy fsdp, FSDP2 by block): what is trained, and its average, by the number of GPUs, and one block's weights; to validate and to sample all weights are gathered, and with vectors that the U-Net encodes they stay until the backward pass, which is not counted here. Lower bounds: the allocator's rounding and workspaces are not in them |
 | moved | a ring's share of the gradients in float32, 2 (n - 1) / n times 4 bytes for a parameter and update |
 | computing | FLOPs, with those that checkpointing repeats and those of what is frozen, at {utilisation:.0%} of an H100's peak rate (bf16 {bf16:.0f} TFLOP/s) |

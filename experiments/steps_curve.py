@@ -2,8 +2,8 @@
 
     python experiments/steps_curve.py --tables joint=a.json conditional=b.json --steps 300 600 900 1200 --out curve.png
 
-Each table has one method for every number of steps, in their order, after the masked images. Draws LPIPS with its standard
-error, and the masked images' own as a line.
+Each table has one method for every number of steps, in their order, after the masked images. Draws LPIPS (PNG and PDF), and that of
+the masked images as a dashed line.
 """
 
 from guided_diffusion import flags
@@ -30,7 +30,7 @@ def parser() -> flags.Parser:
         group="data",
         help="steps of training, for each method",
     )
-    own.add("--out", default="curve.png", path="file", help="the plot")
+    own.add("--out", default="curve.png", path="image", help="the plot")
     return own
 
 
@@ -62,19 +62,14 @@ def read_table(spec: str, count: int) -> tuple[str, list[dict]]:
 def main():
     args = parser().parse_args()
     tables = dict(read_table(spec, len(args.steps)) for spec in args.tables)
-    import matplotlib
+    from guided_diffusion.figures import Curve, Plot, save_plots  # here, since it takes long
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for (name, cells), line in zip(tables.items(), ("-o", "--s", "-.^", ":v") * len(tables), strict=False):
-        values, errors = ([cell[key] for cell in cells[1:]] for key in ("lpips", "error"))
-        axes.errorbar(args.steps, values, errors, fmt=line, capsize=3, label=name)
-    axes.axhline(next(iter(tables.values()))[0]["lpips"], color="grey", linewidth=1, label="masked images")
-    axes.set(xlabel="steps of training", ylabel="LPIPS to the clean images", ylim=(0, None))
-    axes.legend()
-    figure.savefig(args.out, dpi=150)
+    curves = [
+        Curve(name, args.steps, [cell["lpips"] for cell in cells[1:]]) for name, cells in tables.items()
+    ]
+    masked = next(iter(tables.values()))[0]["lpips"]
+    curves.append(Curve("masked images", args.steps, [masked] * len(args.steps), dashed=True))
+    save_plots([Plot(curves, "steps of training", "LPIPS to the clean images")], args.out)
 
 
 if __name__ == "__main__":

@@ -124,3 +124,21 @@ def test_label_accuracy(tmp_path, capsys):
         (("--data_dir", unlabelled), "no label"),
     ):
         assert message in refusal(capsys, "label_accuracy", *flags, *more)
+
+
+def restoration(path, *values):
+    path.write_text(
+        json.dumps({"cells": [{"method": "any", "masks": 5, "lpips": v, "error": 0.01} for v in values]})
+    )
+    return path
+
+
+def test_restoration_against_steps(run_script, tmp_path):
+    tables = [
+        f"{name}={restoration(tmp_path / f'{name}.json', 0.3, 0.2, 0.1)}" for name in ("joint", "alone")
+    ]
+    out = tmp_path / "curve.png"
+    assert run_script("steps_curve", "--tables", *tables, "--steps", 10, 20, "--out", out).returncode == 0
+    assert out.exists() and out.with_suffix(".pdf").exists()
+    refused = run_script("steps_curve", "--tables", *tables, "--steps", 10, "--out", out)
+    assert refused.returncode == 2 and "has 2 methods, --steps 1 numbers" in refused.stderr

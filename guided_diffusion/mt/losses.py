@@ -61,7 +61,7 @@ def multitask_losses(
 
 
 # Of the samples, whose vectors are encoded by a pass of the U-Net: 10 % of a step, of which the backward pass is two.
-_ENCODED = 0.3
+ENCODED = 0.3
 
 
 def _shifted(modalities, batch, random, probability):
@@ -75,7 +75,7 @@ def _shifted(modalities, batch, random, probability):
     draws = random.rand(len(modalities.aggregated)).to(batch.images.device)
     keep = draws >= probability
     if costly:  # all null inputs are one more row
-        most = max(int(_ENCODED * len(draws) / len(costly)) - 1, 1)
+        most = max(int(ENCODED * len(draws) / len(costly)) - 1, 1)
         latest = draws[:, costly].argsort(dim=0, descending=True)[most:]
         keep[:, costly] = keep[:, costly].scatter(0, latest, False)
     columns = dict(zip(modalities.aggregated, keep.unbind(1), strict=True))
