@@ -45,7 +45,7 @@ class JointTrainLoop(TrainLoop):
         **kwargs,
     ):
         self.weighting = weighting and weighting.to(dist_util.dev())
-        self.surgery = Surgery(model.network) if weighting and weighting.kind == "pcgrad" else None
+        self.surgery = Surgery(model.network) if weighting and weighting.method == "pcgrad" else None
         self.joint, self.modalities, self.held_out = model, model.modalities, held_out
         self.eval_every, self.on_eval = eval_every, on_eval
         super().__init__(model=model.network, diffusion=model.diffusion, **kwargs)
@@ -100,7 +100,7 @@ class JointTrainLoop(TrainLoop):
 
     def extra_state(self):
         """See TrainLoop."""
-        if self.weighting is None or self.weighting.kind != "uncertainty":
+        if self.weighting is None or self.weighting.method != "uncertainty":
             return {}
         return {
             "log_variances": dict(

@@ -49,12 +49,12 @@ class Weighting:
     head. flags: those of PLAIN, p2_k, p2_gamma and min_snr_gamma. UserValueError for what cannot be combined."""
 
     def __init__(self, modalities: ModalitySet, diffusion: GaussianDiffusion, flags: Mapping):
-        self.kind, self.intervals = flags["task_weighting"], flags["task_intervals"]
+        self.method, self.intervals = flags["task_weighting"], flags["task_intervals"]
         if flags["loss_weighting"] != "none" and diffusion.loss_type.is_vb():
             raise UserValueError(
                 "--loss_weighting weighs a squared error: it cannot be used with --use_kl True"
             )
-        if self.intervals > 1 and self.kind == "fixed":
+        if self.intervals > 1 and self.method == "fixed":
             raise UserValueError("--task_intervals needs --task_weighting uncertainty or pcgrad")
         options = {name: flags[name] for name in ("p2_k", "p2_gamma", "min_snr_gamma")}
         self.by_time = timestep_weights(diffusion, flags["loss_weighting"], **options)
@@ -64,8 +64,8 @@ class Weighting:
         self.lambdas = {name: value for name, value in lambdas.items() if value > 0}
         if not self.lambdas:
             raise UserValueError("--image_weight 0: there is no other loss to train on")
-        if self.kind != "fixed" and len(self.lambdas) < 2:
-            raise UserValueError(f"--task_weighting {self.kind} needs two tasks: this model has one")
+        if self.method != "fixed" and len(self.lambdas) < 2:
+            raise UserValueError(f"--task_weighting {self.method} needs two tasks: this model has one")
         # s_i; the tasks begin with their lambdas.
         self.log_variances = th.tensor([-math.log(value) for value in self.lambdas.values()])
         self._seen = th.zeros(2, len(self.lambdas))  # of this step: sums of the tasks' losses, and samples
@@ -93,13 +93,13 @@ class Weighting:
         # What is missing has a loss of exactly 0.
         self._seen += th.stack([losses.detach().sum(dim=1), (losses.detach() != 0).float().sum(dim=1)])
         weights = th.tensor(list(self.lambdas.values()), device=losses.device)
-        if self.kind == "uncertainty":
+        if self.method == "uncertainty":
             weights = th.exp(-self.log_variances)
         return list(losses * weights[:, None])
 
     def learn(self) -> None:
         """At the end of a step, on every rank: descend exp(-s_i) L_i + s_i in every s_i. What is not finite is passed over."""
-        if self.kind == "uncertainty":
+        if self.method == "uncertainty":
             if dist_util.get_world_size() > 1:
                 dist.all_reduce(self._seen)
             total, count = self._seen
