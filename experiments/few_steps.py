@@ -8,12 +8,40 @@ that abar), snr:ABAR (even in log-SNR), snr:ABAR:LAMBDA (ending at that one), rh
 Prints the Frechet distance to the data in the features of three classifiers of digits, their mean first. Single seed, 0.
 """
 
+from guided_diffusion import flags
+
+
+def parser() -> flags.Parser:
+    """The flags of this script."""
+    own = flags.Parser(__doc__)
+    own.add(
+        "--data",
+        required=True,
+        group="data",
+        path="source",
+        help="digits with labels, as the quickstart writes them",
+    )
+    own.add(
+        "--runs",
+        nargs="+",
+        required=True,
+        group="model",
+        path="source",
+        help="run folders of mt_image_train.py",
+    )
+    own.add("--arms", nargs="+", required=True, group="sampling", help="SAMPLER SPACING STEPS")
+    own.add("--num_samples", default=1000)
+    return own
+
+
+if __name__ == "__main__":
+    flags.answer_early(parser)  # before the slow imports
+
 import numpy as np
 import torch as th
+from quickstart import as_tensor, judge
 
 from evaluations.frechet import fit, frechet_distance
-from experiments.quickstart import as_tensor, judge
-from guided_diffusion import flags
 from guided_diffusion.errors import UserValueError, exit_on_user_error
 from guided_diffusion.figures import to_uint8
 from guided_diffusion.mt.model import JointModel, joint_process
@@ -62,12 +90,13 @@ def samples(model: JointModel, sampler: str, spacing: str, count: int, number: i
 
 @exit_on_user_error()
 def main():
-    own = flags.Parser(__doc__)
-    own.add("--data", required=True, path="source", help="digits with labels, as the quickstart writes them")
-    own.add("--runs", nargs="+", required=True, path="source", help="run folders of mt_image_train.py")
-    own.add("--arms", nargs="+", required=True, help="SAMPLER SPACING STEPS")
-    own.add("--num_samples", default=1000)
-    args = own.parse_args()
+    args = parser().parse_args()
+    arms = [arm.split() for arm in args.arms]
+    for arm in arms:
+        if len(arm) != 3 or arm[0] not in flags.SAMPLERS or not arm[2].isdecimal():
+            raise UserValueError(
+                f"--arms {' '.join(arm)!r}: expected SAMPLER SPACING STEPS, such as 'dpm++sde mean 20'"
+            )
     with np.load(args.data) as arrays:
         images, labels = arrays["arr_0"], th.from_numpy(arrays["labels"])
     judges = [judge(images, labels, seed)[:-1] for seed in range(3)]
@@ -75,12 +104,11 @@ def main():
         real = [fit(features(as_tensor(images))) for features in judges]
         for run in args.runs:
             model = JointModel.load(run)
-            for arm in args.arms:
-                sampler, spacing, count = arm.split()
+            for sampler, spacing, count in arms:
                 made = as_tensor(samples(model, sampler, spacing, int(count), args.num_samples))
                 found = [frechet_distance(fit(f(made)), r) for f, r in zip(judges, real, strict=True)]
                 each = " ".join(f"{one:.1f}" for one in found)
-                print(f"{run} {arm}: {np.mean(found):.2f} ({each})", flush=True)
+                print(f"{run} {sampler} {spacing} {count}: {np.mean(found):.2f} ({each})", flush=True)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def test_the_seed_decides_and_a_class_is_given(demo):
         (dict(given={"label": "12"}), "there is no class '12'"),
         (dict(given={"picture": "x"}), "the model has no 'picture'"),
         (dict(given={"image": png(np.zeros((9, 9), np.uint8))}), "must have 8x8 pixels, not 9x9"),
-        (dict(given={"image": "data:image/png;base64,AAAA"}), "no PNG image"),
+        (dict(given={"image": "data:image/png;base64,AAAA"}), "no PNG image that can be read"),
         (dict(steps=41), "steps must be a whole number from 1 to 40"),
         (dict(count=17), "count must be a whole number from 1 to 16"),
         (dict(seed="7"), "seed must be a whole number"),

@@ -23,11 +23,14 @@ pytest.importorskip("transformers")
 from benchmarks.scale import Cost, page, seconds
 from benchmarks.step_cost import FULL, HALF, Kept, Step, Work, count_step, inference
 
+PRESENCE = {"presence.vectors.representation": [1280]}
 PARITY = Path(__file__).parent / "parity"
 RELEASED = json.loads((PARITY / "ldm_sd2/index.json").read_text())["keys"]
 FIRST_STAGE = json.loads((PARITY / "ldm/index.json").read_text())["keys"]["kl_f8"]
 HEAD = {
     "heads.representation.variance": [32],
+    "heads.representation.share": [32],
+    "heads.representation.correlation": [32, 1],
     "heads.representation.0.weight": [1024, 1280],
     "heads.representation.0.bias": [1024],
     "heads.representation.2.weight": [1024, 1024],
@@ -55,7 +58,9 @@ def test_the_joint_model_is_the_released_one_and_a_head(encoder):
     released = {name: shape for name, shape in own.items() if name not in new}
     assert list(RELEASED) == ["sd2_unet"] and released == RELEASED["sd2_unet"]["state"]
     assert list(released) == list(RELEASED["sd2_unet"]["state"])
-    assert [name for name, _ in unet.named_buffers()] == ["heads.representation.variance"]
+    assert {name for name, _ in unet.named_buffers()} == {
+        name for name in HEAD if not name.endswith(("weight", "bias"))
+    }
     parameters = sum(p.numel() for name, p in unet.named_parameters() if name not in new)
     assert parameters == RELEASED["sd2_unet"]["n_params"]
     assert shapes(first_stage) == FIRST_STAGE["state"]
@@ -80,7 +85,7 @@ def test_the_recipe_finetunes_that_model(recipe, released, size):
     }
     with th.device("meta"):
         model = JointLatentDiffusion(**{**recipe, **own, "ckpt_path": None, "use_ema": False})
-    assert shapes(model.model.diffusion_model) == RELEASED["sd2_unet"]["state"] | HEAD
+    assert shapes(model.model.diffusion_model) == RELEASED["sd2_unet"]["state"] | HEAD | PRESENCE
     assert model.standards["representation"].mean.shape == (1024,)
 
 

@@ -34,6 +34,7 @@ from .. import dist_util
 from ..errors import UserError, UserValueError, one_line
 from ..figures import is_frame, save_film, to_uint8
 from ..flags import FEW_SAMPLER, FEW_STEPS, FLAGS, SAMPLERS
+from ..image_files import image_size, read_pixels
 from . import directions
 from .model import JointModel
 from .run import Film, read_given, sample_batch
@@ -332,12 +333,11 @@ def _vector(part, value, folder, suffix=".npy"):
 def _image(part, value, folder):
     path = _vector(part, value, folder, ".png")
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            size = image.size
-            if size == (part.width, part.height):
-                image.load()
-    except OSError:
-        raise UserValueError(f"{part.name}: that is no PNG image") from None
+        size = image_size(path)
+        if size == (part.width, part.height):
+            read_pixels(path)
+    except UserError:
+        raise UserValueError(f"{part.name}: that is no PNG image that can be read") from None
     if size != (part.width, part.height):
         raise UserValueError(
             f"{part.name} must have {part.width}x{part.height} pixels, not {size[0]}x{size[1]}"
@@ -348,8 +348,7 @@ def _image(part, value, folder):
 def _map(part, value, folder):
     """The class of the nearest colour."""
     path = _image(part, value, folder)
-    with Image.open(path) as image:
-        painted = np.asarray(image.convert("RGB"), np.int64)
+    painted = np.asarray(read_pixels(path), np.int64)
     colors = np.asarray(part.colors)
     number = np.abs(painted[..., None, :] - colors).sum(-1).argmin(-1)
     pixels = (

@@ -171,7 +171,7 @@ def test_a_mistake_ends_the_script_with_one_line(script, batches, tmp_path):
     ("option", "value", "message"),
     [
         ("--inception", "no.pb", "--inception not found: 'no.pb' does not exist"),
-        ("--device", "gpu", "device gpu cannot be used"),
+        ("--device", "gpu", "--device must be cpu, mps, cuda or cuda:N, not 'gpu'"),
         ("--json", __file__ + "/out.json", "is a file, not a folder"),
         ("--bootstrap", "-1", "--bootstrap must be from 1"),
     ],
