@@ -83,7 +83,7 @@ class GroupNorm32(nn.GroupNorm):
     """
 
     def forward(self, x):
-        if x.dtype != th.bfloat16 or not th.is_autocast_enabled(x.device.type):
+        if x.dtype != th.bfloat16 or x.is_meta or not th.is_autocast_enabled(x.device.type):
             return super().forward(x.float()).type(x.dtype)
         weight, bias = self.weight, self.bias
         if x.device.type != "cpu":  # whose kernel takes float32 weights beside bfloat16
