@@ -154,8 +154,6 @@ def _latent(config, saves):
     params["first_stage_config"] = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
     params["cond_stage_config"] = "__is_unconditional__"
     modalities = params.get("modalities", {})
-    if not modalities:
-        params |= {"modalities": {}}
     params.pop("conditioning_key", None)
     target = {"target": "ldm.models.diffusion.joint.JointLatentDiffusion", "params": params}
     size = params["image_size"]

@@ -59,17 +59,18 @@ def mapped_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return {name: arrays[name] if view is None else view for name, view in found.items()}
 
 
-def mapped_member(path: str | os.PathLike, name: str) -> np.ndarray | None:
+def mapped_member(path: str | os.PathLike, name: str, check: bool = False) -> np.ndarray | None:
     """The array `name` of a local .npz as a view of the file, of which only what is used is read; None where that is
-    impossible: it is compressed, of Fortran order, or holds objects. KeyError where it is not there, zipfile.BadZipFile
-    where its checksum is another."""
+    impossible: it is compressed, of Fortran order, or holds objects. check: read it once for its checksum, which nobody
+    looks at later; zipfile.BadZipFile where that is another. KeyError where the array is not there."""
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             return None
-        with archive.open(member) as content:  # once: what is mapped later, nobody checks
-            while content.read(1 << 22):
-                pass
+        if check:
+            with archive.open(member) as content:
+                while content.read(1 << 22):
+                    pass
         file.seek(member.header_offset)
         signature, *lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
         if signature != b"PK\x03\x04":

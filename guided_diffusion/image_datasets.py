@@ -290,7 +290,9 @@ class SquareImages(Dataset):
         arr = self.pixels(idx, rng)
         if self.random_flip and rng.random() < 0.5:
             arr = arr[:, ::-1]
-        arr = np.ascontiguousarray(arr.transpose(2, 0, 1))
+        arr = np.array(
+            arr.transpose(2, 0, 1), order="C"
+        )  # a copy: an array that is mapped cannot be written to
         if self.local_classes is None:
             return arr, {}
         return arr, {"y": np.array(self.local_classes[idx], dtype=np.int64)}
@@ -528,7 +530,7 @@ def _read_npz(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | Non
         if "arr_0" not in arrays:
             raise UserValueError(f"{path!r} has no array arr_0 with the images, only {', '.join(arrays)}")
         # Every rank would hold all of a file that is read; of a mapped one all share what is used.
-        images = None if is_remote(path) else mapped_member(path, "arr_0")
+        images = None if is_remote(path) else mapped_member(path, "arr_0", check=True)
         if images is None:
             logger.log(f"{path} is compressed or remote: it is read whole by every rank")
             images = arrays["arr_0"]

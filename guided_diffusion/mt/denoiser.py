@@ -88,10 +88,11 @@ class JointDenoiser:
             output, predictions = modalities.apply(
                 self.network, z_in, timesteps, self._shown, conditioning, present
             )
-            score = self._score(z_in, timesteps, predictions) if guided else None
+            known = {n: self.given[n] for n in guided}
+            pulls = _pulls(modalities, self.network, predictions, known, timesteps)
+            score = self._score(z_in, timesteps, predictions, pulls) if guided else None
         output, predictions = output.detach(), {name: p.detach().float() for name, p in predictions.items()}
-        known = {n: self.given[n] for n in guided}
-        predictions = _informed(modalities, self.network, predictions, known, timesteps)
+        predictions = _informed(modalities, self.network, predictions, known, pulls, timesteps)
         expected = {n: modalities[n].expectation(p) for n, p in predictions.items() if n not in self.absent}
         values = {**expected, **self.given}
         encodings = self._encode(values if self.order == "posterior" else self._before, z)
@@ -129,11 +130,10 @@ class JointDenoiser:
         mean = free[:, :channels] + self.guidance * (output[:, :channels] - free[:, :channels])
         return th.cat([mean, output[:, channels:]], dim=1)
 
-    def _score(self, z, timesteps, predictions):
+    def _score(self, z, timesteps, predictions, pulls):
         total, modalities = 0.0, self.modalities
-        known = {n: self.given[n] for n in self._guided}
         together = {}
-        for names, pull in _pulls(modalities, self.network, predictions, known, timesteps):
+        for names, pull in pulls:
             if len(names) > 1:
                 together |= dict(zip(names, pull.unbind(1), strict=True))
         for name in self._guided:
@@ -163,28 +163,30 @@ class JointDenoiser:
 _SINGULAR = 1e-2  # eigenvalues of a correlation, beside the largest, that count as those of copies
 
 
-def _pulls(modalities, network, predictions, known: Values, timesteps):
+@th.no_grad()
+def _pulls(modalities, network, predictions, known: Values, timesteps) -> list[tuple[list[str], th.Tensor]]:
     """Of the Gaussian values that are known, in groups of the same shape: (their names, S^-1 r [B, N, ...]), S the
     covariance of the heads' errors, r = value - prediction."""
-    groups: dict = {}
+    groups, pulls = {}, []
     for name, value in known.items():
         if modalities[name].likelihood == "gaussian" and name in predictions:
             groups.setdefault(value.shape[1:], []).append(name)
     for names in groups.values():
-        errors = th.stack([known[n] - predictions[n].detach().float() for n in names], dim=1)
+        errors = th.stack([known[n] - predictions[n].float() for n in names], dim=1)
         covariance = modalities.covariance(network, names, timesteps)
         spread = covariance.diagonal(dim1=1, dim2=2).sqrt()
         scale = spread[:, :, None] * spread[:, None]
         inverse = th.linalg.pinv(covariance / scale, rtol=_SINGULAR, hermitian=True) / scale
-        yield names, th.einsum("bij,bj...->bi...", inverse, errors)
+        pulls.append((names, th.einsum("bij,bj...->bi...", inverse, errors)))
+    return pulls
 
 
 @th.no_grad()
-def _informed(modalities, network, predictions: Values, known: Values, timesteps) -> Values:
-    """The predictions with those of unknown Gaussian values as the errors of the known ones say: the mean of the
-    joint Gaussian given these."""
+def _informed(modalities, network, predictions: Values, known: Values, pulls, timesteps) -> Values:
+    """The predictions with those of unknown Gaussian values as the errors of the known ones say (their `_pulls`): the
+    mean of the joint Gaussian given these."""
     told = dict(predictions)
-    for names, pull in _pulls(modalities, network, predictions, known, timesteps):
+    for names, pull in pulls:
         for name, said in predictions.items():
             m = modalities[name]
             if name not in known and m.likelihood == "gaussian" and said.shape[1:] == pull.shape[2:]:
@@ -224,7 +226,8 @@ def predict_modalities(
         timesteps = modalities.timesteps(t)
         _, predictions = modalities.apply(network, z, timesteps, shown, conditioning, present)
         known = {name: value for name, value in given.items() if name not in shown}
-        for name, prediction in _informed(modalities, network, predictions, known, timesteps).items():
+        pulls = _pulls(modalities, network, predictions, known, timesteps)
+        for name, prediction in _informed(modalities, network, predictions, known, pulls, timesteps).items():
             estimate = modalities[name].expectation(prediction.float()) / len(times)
             total[name] = total[name] + estimate if name in total else estimate
     return {**total, **given}

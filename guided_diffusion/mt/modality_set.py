@@ -291,10 +291,8 @@ class ModalitySet:
     def settled_codes(self, network, like: th.Tensor) -> Values:
         """`constant_codes` of all for a network that is not being trained: computed once, and anew where its weights
         or the latent's size are others."""
-        if not self.aggregated or not hasattr(
-            network, "parameters"
-        ):  # a plain function may be another one each time
-            return self.constant_codes(network, like)
+        if not self.aggregated or not hasattr(network, "parameters"):
+            return self.constant_codes(network, like)  # a plain function may be another one each time
         norms = th.stack(th._foreach_norm(list(network.parameters()))).tolist()
         state = (id(next(network.parameters())), like.shape[1:], like.device, like.dtype, norms)
         if self._settled is None or self._settled[0] != state:

@@ -66,13 +66,13 @@ class Weighting:
             raise UserValueError("--image_weight 0: there is no other loss to train on")
         if self.method != "fixed" and len(self.lambdas) < 2:
             raise UserValueError(f"--task_weighting {self.method} needs two tasks: this model has one")
-        # s_i; the tasks begin with their lambdas.
-        self.log_variances = th.tensor([-math.log(value) for value in self.lambdas.values()])
+        self.fixed = th.tensor(list(self.lambdas.values()))
+        self.log_variances = th.tensor([-math.log(value) for value in self.lambdas.values()])  # s_i, at first
         self._seen = th.zeros(2, len(self.lambdas))  # of this step: sums of the tasks' losses, and samples
 
     def to(self, device) -> "Weighting":
         """With its tensors on a device."""
-        for name in ("by_time", "log_variances", "_seen"):
+        for name in ("by_time", "fixed", "log_variances", "_seen"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -92,9 +92,7 @@ class Weighting:
         losses = th.stack([losses.get(name, nothing) for name in self.lambdas])
         # What is missing has a loss of exactly 0.
         self._seen += th.stack([losses.detach().sum(dim=1), (losses.detach() != 0).float().sum(dim=1)])
-        weights = th.tensor(list(self.lambdas.values()), device=losses.device)
-        if self.method == "uncertainty":
-            weights = th.exp(-self.log_variances)
+        weights = th.exp(-self.log_variances) if self.method == "uncertainty" else self.fixed
         return list(losses * weights[:, None])
 
     def learn(self) -> None:
