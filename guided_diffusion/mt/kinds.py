@@ -15,6 +15,11 @@ from .heads import ClassifierOptions, MiddleHead, OutputHead
 from .modality import Modality, channel_mean, gaussian_length, of_unit_rms, one_hot
 
 
+def are_probabilities(value: th.Tensor) -> bool:
+    """Whether [B, K, ...] are probabilities of K classes, or all zero where there is none."""
+    return bool(((value >= 0).all(1) & (value.sum(1) <= 1 + 1e-4)).all())
+
+
 @dataclass(frozen=True)
 class ImageModality(Modality):
     """A second image [C, H, W] of the same size, such as a masked copy, a depth map, the scene at night.
@@ -188,7 +193,7 @@ class LabelModality(Modality):
     def check(self, value):
         """See Modality; also that they are probabilities (all zero: no label)."""
         super().check(value)
-        if not bool(((value >= 0).all(1) & (value.sum(1) <= 1 + 1e-4)).all()):
+        if not are_probabilities(value):
             self._refuse("labels must be probability vectors")
         return value
 
@@ -454,7 +459,7 @@ class MapModality(Modality):
     def check(self, value):
         """See Modality; also that every pixel has probabilities (all zero: void)."""
         super().check(value)
-        if not bool(((value >= 0).all(1) & (value.sum(1) <= 1 + 1e-4)).all()):
+        if not are_probabilities(value):
             self._refuse("every pixel must have probabilities of its classes")
         return value
 
