@@ -7,6 +7,7 @@ stops cleanly on SIGTERM or Ctrl-C. Another objective is a subclass that overrid
 
 import contextlib
 import copy
+import inspect
 import math
 import os
 import secrets
@@ -51,6 +52,10 @@ __all__ = [
     "parse_resume_step_from_filename",
 ]
 
+# Whether DDP copies buffers between ranks in every step, by the name that this torch has for it.
+_SYNC_BUFFERS = next(
+    n for n in ("forward_sync_buffers", "broadcast_buffers") if n in inspect.signature(DDP).parameters
+)
 MOST_PENDING = 1000  # steps whose numbers wait on the device to be logged
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # they save and stop
 
@@ -218,7 +223,7 @@ class TrainLoop:
             self.model,
             device_ids=[device] if on_gpu else None,
             output_device=device if on_gpu else None,
-            broadcast_buffers=False,  # every rank has the same: codes of 1,000 labels are 49 MB at 64 pixels
+            **{_SYNC_BUFFERS: False},  # every rank has the same: codes of 1,000 labels are 49 MB at 64 pixels
             bucket_cap_mb=128,
             gradient_as_bucket_view=True,
             # Microbatches whose gradients are not exchanged would be another graph.
